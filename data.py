@@ -1,0 +1,560 @@
+"""PTB-XL in, one int16 array out: download, check, cache, describe or synthesise 12-lead ECGs.
+
+In:  a folder in PTB-XL's layout (ptbxl_database.csv, scp_statements.csv, records100/, records500/).
+Out: a cache folder: signals.int16 (records, T, C) microvolt, raw little-endian; index.csv, a row a
+     record (ecg_id, patient_id, strat_fold, age, sex, NORM MI STTC CD HYP); meta.json.
+
+    python data.py download --data data/ptbxl --rate 500
+    python data.py cache --data data/ptbxl --rate 500 --out cache/ptbxl-500
+    python data.py synth --out data/synth --records 200 && python data.py info --data data/synth
+"""
+import argparse
+import ast
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import requests
+import torch
+import wfdb
+from scipy.signal import butter, resample_poly, sosfilt
+from tqdm import tqdm
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # diagnostic superclasses, in PTB-XL's order
+RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
+SECONDS = 10
+FLAT_MV = 1e-3  # a lead whose standard deviation is below one step of the recorder is flat
+TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # PTB-XL's recommended split
+URL = "https://physionet.org/files/ptb-xl/1.0.3/"
+TABLES = ("ptbxl_database.csv", "scp_statements.csv")
+SYNTHETIC = "SYNTHETIC.txt"  # its presence marks a folder whose records are not from patients
+FORMAT = 1  # raise it when the cache's layout changes: older caches are then rebuilt
+TRIES = 4  # downloads of one file before it counts as failed
+BACKOFF_S = 0.5
+
+
+class InputError(ValueError):
+    """What a user can get wrong; the message says what was given, what is valid, what to do."""
+
+
+# Normalisation: the one place, for training, evaluation and figures alike.
+
+def normalize(signals):
+    """Z-score each lead of each record over time (paper 4.2); a flat lead becomes zeros.
+
+    signals: (..., T, C) int16 microvolt  ->  (..., T, C) float32, mean 0 and deviation 1
+    """
+    x = signals.float() / 1000  # millivolt
+    std, mean = torch.std_mean(x, dim=-2, keepdim=True, correction=0)
+    return torch.where(std < FLAT_MV, 0.0, (x - mean) / std.clamp(min=FLAT_MV))
+
+
+# Files
+
+def write_atomic(path, write):
+    """Call write(temporary path), then rename it to path: a kill leaves the old file or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Download
+
+def fetch(session, url, path, digest=None):
+    """Download url to path, checked against its SHA-256; raise InputError when it cannot be had."""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(BACKOFF_S * 2 ** attempt)
+        try:
+            answer = session.get(url, timeout=30)
+        except requests.RequestException as error:  # refused, reset, timed out, cut short
+            problem = str(error)
+            continue
+        if answer.status_code == 200:
+            got = hashlib.sha256(answer.content).hexdigest()
+            if digest in (None, got):
+                return write_atomic(path, lambda tmp: tmp.write_bytes(answer.content))
+            problem = f"its SHA-256 is {got}, SHA256SUMS.txt says {digest}"
+        else:
+            problem = f"HTTP {answer.status_code} {answer.reason}"
+            if answer.status_code < 500 and answer.status_code != 429:
+                break  # asking again does not help
+    raise InputError(f"{url}: {problem}")
+
+
+def read_sums(path):
+    """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form."""
+    sums = {}
+    for line in Path(path).read_text().splitlines():
+        digest, _, name = line.strip().partition(" ")
+        name = name.strip().lstrip("*")
+        if len(digest) != 64 or not name or ".." in Path(name).parts or name.startswith("/"):
+            raise InputError(f"{path}: {line[:80]!r} is not 'digest file'; is the address right?")
+        sums[name] = digest
+    return sums
+
+
+def download(folder, rate, url=URL, workers=8):
+    """Fetch what `rate` needs of PTB-XL into folder; files that are there and whole are kept.
+
+    Raises InputError when the server cannot be reached or files stay wrong; run again to go on.
+    """
+    folder, url = Path(folder), url.rstrip("/") + "/"
+    sums_path, local = folder / "SHA256SUMS.txt", threading.local()
+    fetch(requests.Session(), url + sums_path.name, sums_path)
+    sums = read_sums(sums_path)
+    missing = [name for name in TABLES if name not in sums]
+    if missing:
+        raise InputError(f"{url} does not list {', '.join(missing)}: not a PTB-XL folder")
+    wanted = [name for name in sums
+              if name in (*TABLES, "LICENSE.txt", SYNTHETIC) or name.startswith(f"records{rate}/")]
+
+    def ensure(name):
+        if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
+            local.session = getattr(local, "session", None) or requests.Session()  # keeps alive
+            fetch(local.session, url + name, folder / name, sums[name])
+
+    pool, failed = ThreadPoolExecutor(workers), []
+    try:
+        jobs = [pool.submit(ensure, name) for name in wanted]
+        for job in tqdm(as_completed(jobs), "download", len(jobs), unit="file", disable=None):
+            if job.exception():
+                failed.append(str(job.exception()))
+            if len(failed) >= 20:
+                break  # the server is gone, or is the wrong one
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        raise InputError(f"{len(failed)} files could not be downloaded; the rest is kept, run the "
+                         "same command again to go on:\n  " + "\n  ".join(failed[:5]))
+    (folder / f".complete-{rate}").touch()
+    print(f"{folder}: {len(wanted)} files at {rate} Hz, all checksums right")
+
+
+# Tables and records
+
+def load_tables(folder):
+    """The record table of a PTB-XL folder, with one 0/1 column for each superclass.
+
+    A record has a superclass when any of its SCP codes has it (Table 1 of the paper counts so).
+    Raises InputError for a missing table or column, and for a patient in two folds.
+    """
+    folder = Path(folder)
+    for name in TABLES:
+        if not (folder / name).exists():
+            raise InputError(f"no {name} in {folder}: give a folder in PTB-XL's layout with --data,"
+                             f" or get it: python data.py download --data {folder} --rate 500")
+    table = pd.read_csv(folder / TABLES[0])
+    statements = pd.read_csv(folder / TABLES[1], index_col=0)
+    columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", "scp_codes", *RATES.values()]
+    lacking = [c for c in columns if c not in table] + [
+        c for c in ("diagnostic", "diagnostic_class") if c not in statements]
+    if lacking or table.empty:
+        raise InputError(f"{folder}: the tables lack {', '.join(lacking) or 'any record'}; "
+                         "download them again")
+    superclass = statements[statements.diagnostic == 1].diagnostic_class
+    codes = table.scp_codes.map(ast.literal_eval)
+    for name in CLASSES:
+        table[name] = codes.map(lambda c: int(any(superclass.get(code) == name for code in c)))
+    table["patient_id"] = table.patient_id.astype(int)
+    folds = table.groupby("patient_id").strat_fold.nunique()
+    if (folds > 1).any():
+        raise InputError(f"{folder}: patients {list(folds.index[folds > 1][:5])} are in more than "
+                         "one fold, so that test records would be seen in training; mend the table")
+    return table
+
+
+def read_record(path, rate):
+    """One WFDB record as (T, C) int16 microvolt, leads in the order of LEADS, found by name.
+
+    Raises InputError for what makes it unusable; a flat lead is usable (see normalize).
+    """
+    path = Path(path)
+    try:
+        record = wfdb.rdrecord(str(path), physical=False)
+    except Exception as error:  # wfdb raises whatever its parser meets in a broken file
+        raise InputError(f"{path.name}: unreadable, header and data may disagree ({error})") from error
+    T, C = SECONDS * rate, len(LEADS)
+    names = [name.strip().upper() for name in record.sig_name]
+    lacking = [lead for lead in LEADS if lead.upper() not in names]
+    if lacking or len(names) != C:
+        raise InputError(f"{path.name}: leads {' '.join(record.sig_name)}; needs {' '.join(LEADS)}")
+    if record.fs != rate or record.sig_len != T:
+        raise InputError(f"{path.name}: {record.sig_len} samples at {record.fs:g} Hz; needs {T} "
+                         f"at {rate} Hz")
+    if set(record.units) != {"mV"}:
+        raise InputError(f"{path.name}: units {' '.join(sorted(set(record.units)))}; needs mV")
+    size = path.with_suffix(".dat").stat().st_size
+    if set(record.fmt) == {"16"} and size != 2 * T * C:
+        raise InputError(f"{path.name}: the header tells of {2 * T * C} bytes, the file has {size}")
+    sums = record.d_signal.sum(0)
+    if record.checksum[0] is not None and ((sums - record.checksum) % 65536).any():
+        raise InputError(f"{path.name}: the samples do not add up to the header's checksum")
+    signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
+    if not (np.abs(signal) <= np.iinfo(np.int16).max).all():
+        raise InputError(f"{path.name}: {int(np.isnan(signal).any(1).sum())} time points hold an "
+                         f"invalid sample, the largest value is {np.nanmax(np.abs(signal)):g} µV")
+    order = [names.index(lead.upper()) for lead in LEADS]
+    return np.rint(signal[:, order]).astype("<i2", order="C")
+
+
+def try_record(path, rate):
+    """(signal, None), or (None, what is wrong): a worker that never raises."""
+    try:
+        return read_record(path, rate), None
+    except InputError as error:
+        return None, str(error)
+
+
+# Cache
+
+@dataclass
+class Cache:
+    """signals: (records, T, C) int16 microvolt, memory-mapped; index: DataFrame; meta: dict."""
+
+    signals: np.ndarray
+    index: pd.DataFrame
+    meta: dict
+
+    def rows(self, folds):
+        """Row numbers of the records in the given folds."""
+        return np.flatnonzero(self.index.strat_fold.isin(folds))
+
+
+def source_digest(folder, files):
+    """Digest of the tables' text and of each record file's size and time: changes when they do."""
+    digest = hashlib.sha256(f"format {FORMAT}".encode())
+    for name in TABLES:
+        digest.update((Path(folder) / name).read_bytes())
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def build_cache(folder, rate, out, workers=None, skip_bad=False):
+    """Read every record of folder once into the cache folder `out`, unless it is there already.
+
+    Raises InputError when records are missing or unusable; with skip_bad those are left out.
+    """
+    folder, out = Path(folder), Path(out)
+    table = load_tables(folder)
+    paths = [folder / name for name in table[RATES[rate]]]
+    files = [path.with_suffix(end) for path in paths for end in (".hea", ".dat")]
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
+                         f"(first: {missing[0].name}); complete it: python data.py download "
+                         f"--data {folder} --rate {rate}")
+    source = source_digest(folder, files)
+    meta_path = out / "meta.json"
+    if meta_path.exists():
+        meta = json.loads(meta_path.read_text())
+        if meta["source"] == source and (skip_bad or not meta["left_out"]):
+            open_cache(out)
+            return print(f"{out}: up to date, {meta['records']} records at {rate} Hz")
+    elif out.exists():
+        raise InputError(f"{out} exists and is no cache; give another folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    T, C = SECONDS * rate, len(LEADS)
+    if shutil.disk_usage(out.parent).free < 2 * len(paths) * T * C:
+        raise InputError(f"{out.parent} has no room for {2 * len(paths) * T * C / 1e9:.1f} GB")
+
+    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    tmp.mkdir()
+    try:
+        left_out, kept, flat, digest = [], [], 0, hashlib.sha256()
+        with ProcessPoolExecutor(workers) as pool, open(tmp / "signals.int16", "wb") as file:
+            results = pool.map(partial(try_record, rate=rate), paths, chunksize=32)
+            for i, (signal, problem) in enumerate(
+                    tqdm(results, "cache", len(paths), unit="record", disable=None)):
+                if problem:
+                    left_out.append(problem)
+                    continue
+                flat += bool((signal == signal[:1]).all(0).any())
+                kept.append(i)
+                digest.update(signal)
+                file.write(signal)
+        if left_out and not (skip_bad and kept):
+            raise InputError(f"{len(left_out)} of {len(paths)} records cannot be used; mend them, "
+                             "or leave them out with --skip-bad:\n  " + "\n  ".join(left_out[:10]))
+        columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", *CLASSES]
+        table.iloc[kept][columns].to_csv(tmp / "index.csv", index=False)
+        digest.update((tmp / "index.csv").read_bytes())
+        meta = dict(rate=rate, records=len(kept), data=str(folder.resolve()), format=FORMAT,
+                    synthetic=(folder / SYNTHETIC).exists(), records_with_a_flat_lead=flat,
+                    left_out=left_out, source=source, fingerprint=digest.hexdigest())
+        (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        tmp.rename(out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    print(f"{out}: {len(kept)} records at {rate} Hz, {flat} with a flat lead, "
+          f"{len(left_out)} left out")
+    for problem in left_out:
+        print(f"  left out: {problem}")
+
+
+def open_cache(folder):
+    """The Cache in a folder; raise InputError when it is missing, truncated or of another format."""
+    folder = Path(folder)
+    again = f"make it again: rm -r {folder}; python data.py cache --data DIR --rate HZ --out {folder}"
+    if not (folder / "meta.json").exists():
+        raise InputError(f"no cache in {folder}; make it: python data.py cache --data DIR "
+                         f"--rate HZ --out {folder}")
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["format"] != FORMAT:
+        raise InputError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; {again}")
+    shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
+    size = (folder / "signals.int16").stat().st_size
+    index = pd.read_csv(folder / "index.csv")
+    if size != 2 * np.prod(shape) or len(index) != shape[0]:
+        raise InputError(f"{folder} is truncated: {size} bytes and {len(index)} rows for {shape} "
+                         f"samples; {again}")
+    signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
+    return Cache(signals, index, meta)
+
+
+# Synthetic PTB-XL. A heart dipole (x left, y foot, z back; mV) is a sum of Gaussian waves (after
+# McSharry et al. 2003, doi 10.1109/TBME.2003.808805), projected on the leads by Dower's matrix
+# (Dower et al. 1980, doi 10.1002/clc.4960030308); limb leads follow from I and II.
+
+DOWER = {"I": (.632, -.235, .059), "II": (.235, 1.066, -.132), "V1": (-.515, .157, -.917),
+         "V2": (.044, .164, -1.387), "V3": (.882, .098, -1.277), "V4": (1.213, .127, -.601),
+         "V5": (1.125, .127, -.086), "V6": (.831, .076, .230)}
+# wave: time from R (s), width (s), dipole (mV)
+WAVES = {"P": (-.16, .022, (.05, .11, -.02)), "Q": (-.022, .009, (-.13, -.05, -.25)),
+         "R": (.0, .012, (1., .7, .25)), "S": (.028, .010, (-.15, -.1, .40)),
+         "ST": (.11, .035, (.0, .0, .0)), "T": (.27, .05, (.26, .24, -.14))}
+TERRITORIES = {"AMI": (.25, .0, -1.), "IMI": (-.1, 1., .1), "LMI": (1., -.2, .0)}  # infarct faces
+# share, codes: what a record may hold; a code maps to its superclass in SCP_CLASS
+SCP_CLASS = {"NORM": "NORM", "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISC_": "STTC", "NDT": "STTC",
+             "CRBBB": "CD", "CLBBB": "CD", "LVH": "HYP"}
+DIAGNOSES = ((.40, "NORM"), (.04, "AMI"), (.05, "IMI"), (.02, "LMI"), (.08, "ISC_"), (.05, "NDT"),
+             (.07, "CRBBB"), (.05, "CLBBB"), (.04, "LVH"), (.03, "AMI ISC_"), (.02, "IMI NDT"),
+             (.03, "IMI CRBBB"), (.02, "AMI CRBBB"), (.04, "LVH ISC_"), (.02, "LVH CLBBB"),
+             (.02, "CRBBB NDT"), (.02, ""))
+
+
+def lead_matrix():
+    """(3, C): dipole (x, y, z) to LEADS; Einthoven's and Goldberger's equations hold exactly."""
+    rows = {lead: np.array(weights) for lead, weights in DOWER.items()}
+    I, II = rows["I"], rows["II"]
+    rows |= {"III": II - I, "aVR": -(I + II) / 2, "aVL": I - II / 2, "aVF": II - I / 2}
+    return np.stack([rows[lead] for lead in LEADS], axis=1)
+
+
+def diseased(waves, codes, rng):
+    """The waves [(time, width, dipole)] of a beat, changed as each SCP code changes them."""
+    w = {name: [t, s, np.array(d)] for name, (t, s, d) in waves.items()}
+    if "CRBBB" in codes:  # late activation of the right ventricle: rSR' in V1, wide S in I and V6
+        w["R'"] = [.062, .018, rng.uniform(.7, 1.1) * np.array([-.55, .1, -.75])]
+        w["T"][2] = w["T"][2] + (.1, .0, .12)
+    if "CLBBB" in codes:  # no septal Q, broad notched R to the left, T against it
+        w["Q"][2] = w["Q"][2] * 0
+        w["R"] = [-.005, .022, w["R"][2] * (.9, .6, 1.6)]
+        w["R'"] = [.048, .024, rng.uniform(.8, 1.1) * np.array([1., .2, .7])]
+        w["S"][2] = w["S"][2] * 0
+        w["ST"][2] = w["ST"][2] + (-.12, -.03, -.12)
+        w["T"][2] = w["T"][2] * (-1., -.3, 2.)
+    if "LVH" in codes:  # high voltage to the left and back, with strain
+        gain = rng.uniform(1.7, 2.3)
+        w["R"][2], w["S"][2] = w["R"][2] * gain * (1.1, .8, 1.6), w["S"][2] * gain
+        w["ST"][2] = w["ST"][2] + (-.10, -.04, .05)
+        w["T"][2] = w["T"][2] * (-.6, .2, -.4)
+    for code in set(codes) & set(TERRITORIES):  # lost muscle: the dipole points away at first
+        d, size = np.array(TERRITORIES[code]), rng.uniform(.7, 1.2)
+        w["Q"] = [-.020, .013, w["Q"][2] - .55 * size * d]
+        w["R"][2] = w["R"][2] - .45 * size * d * (d @ w["R"][2]) / (d @ d)
+        acute = rng.uniform(.2, 1.)  # ST elevation over the territory, less of it when old
+        w["ST"][2] = w["ST"][2] + .25 * size * acute * d
+        w["T"][2] = w["T"][2] - .35 * size * (1.2 - acute) * d
+    if "ISC_" in codes:  # subendocardial ischaemia: ST depression in the lateral leads
+        w["ST"][2] = w["ST"][2] - rng.uniform(.12, .25) * np.array([1., .6, -.4])
+        w["T"][2] = w["T"][2] * rng.uniform(-.5, .3)
+    if "NDT" in codes:  # flat or inverted T without much ST change
+        w["T"][2] = w["T"][2] * rng.uniform(-.8, .15)
+    return list(w.values())
+
+
+def synth_record(codes, heart, rng):
+    """One 10 s ECG at 500 Hz: (T, C) float64 mV.
+
+    heart: the patient's own anatomy, a dict of rotation (3, 3), voltage, width and rate (1/s).
+    """
+    T, fs = SECONDS * 500, 500
+    t = np.arange(T) / fs
+    n = int(SECONDS * 3) + 4
+    breath, phase = rng.uniform(.2, .35), rng.uniform(0, 2 * np.pi)
+    mean_rr = 1 / (heart["rate"] * rng.uniform(.92, 1.08))
+    rr = mean_rr * (1 + .03 * np.sin(2 * np.pi * breath * mean_rr * np.arange(n) + phase)
+                    + .015 * rng.standard_normal(n))  # respiratory and random variability
+    beats = np.cumsum(rr) - rng.uniform(1, 2) * mean_rr  # some before 0, some after the end
+    dipole = np.zeros((T, 3))
+    for start, width, vector in diseased(WAVES, codes, rng):
+        late = start > .08  # ST and T follow the rate (Bazett), the QRS does not
+        at = beats + start * (np.sqrt(rr) if late else heart["width"])
+        width = width * (np.sqrt(mean_rr) if late else heart["width"])
+        z = (t[:, None] - at) / width  # (T, beats)
+        beat_gain = 1 + .03 * rng.standard_normal(n)
+        dipole += (np.exp(-z * z / 2) @ beat_gain)[:, None] * (heart["rotation"] @ vector)
+    x = heart["voltage"] * dipole @ lead_matrix()
+
+    # Noise is made on the nine electrodes' leads (I, II, V1-V6), so that it obeys Einthoven too.
+    free = rng.standard_normal((T, 8)) * rng.lognormal(np.log(.012), .5)  # muscle
+    free = sosfilt(butter(2, 20, "high", fs=fs, output="sos"), free, axis=0)
+    free += rng.lognormal(np.log(.004), .8) * np.sin(2 * np.pi * 50 * t + phase)[:, None] \
+        * rng.uniform(.3, 1, 8)  # mains
+    for f in (breath, rng.uniform(.03, .12)):  # baseline wander
+        free += rng.lognormal(np.log(.04), .6) * rng.standard_normal(8) \
+            * np.sin(2 * np.pi * f * t + rng.uniform(0, 2 * np.pi))[:, None]
+    I, II = free[:, 0], free[:, 1]
+    limb = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2], axis=1)
+    return x + np.concatenate([limb, free[:, 2:]], axis=1)
+
+
+def random_heart(rng):
+    """A patient's anatomy: the heart's turn in the chest, voltage, conduction width, heart rate."""
+    a, b, c = rng.normal(0, (.35, .2, .25))
+    rotation = (np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+                @ np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+                @ np.array([[1, 0, 0], [0, np.cos(c), -np.sin(c)], [0, np.sin(c), np.cos(c)]]))
+    return dict(rotation=rotation, voltage=rng.lognormal(0, .2), width=rng.normal(1, .06),
+                rate=np.clip(rng.normal(72, 12), 48, 115) / 60)
+
+
+def write_synthetic(out, names, codes, heart, seed):
+    """Write one synthetic record in WFDB form at both rates."""
+    signal = synth_record(codes, heart, np.random.default_rng(seed))
+    for rate, column in RATES.items():
+        path = out / names[column]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = signal if rate == 500 else resample_poly(signal, rate, 500, axis=0)
+        wfdb.wrsamp(path.name, fs=rate, units=["mV"] * 12, sig_name=[n.upper() for n in LEADS],
+                    d_signal=np.rint(x * 1000).clip(-32000, 32000).astype(np.int64),
+                    fmt=["16"] * 12, adc_gain=[1000.0] * 12, baseline=[0] * 12,
+                    write_dir=str(path.parent))
+
+
+def synthesize(out, records, seed=0):
+    """Write a synthetic PTB-XL: `records` WFDB records at both rates, tables, checksums.
+
+    About one patient in six has two records. Raises InputError when `out` holds something else.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
+        raise InputError(f"{out} is not empty and holds no synthetic data; give another --out")
+    if records < 20:
+        raise InputError(f"--records {records}: at least 20, two for each fold")
+    rng = np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SYNTHETIC).write_text(f"Synthetic records, seed {seed}: a model, not patients. "
+                                 "Made by: python data.py synth\n")
+    share = np.array([p for p, _ in DIAGNOSES])
+    rows, jobs, patient, heart = [], [], 0, None
+    for ecg_id in range(1, records + 1):
+        if heart is None or rng.random() > 1 / 6:
+            patient, heart = patient + 1, random_heart(rng)
+            codes = DIAGNOSES[rng.choice(len(share), p=share / share.sum())][1].split()
+            who = dict(patient_id=patient, age=int(np.clip(rng.normal(60, 16), 18, 89)),
+                       sex=int(rng.integers(2)), strat_fold=1 + (patient - 1) % 10)
+        names = {RATES[rate]: f"records{rate}/{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}_{end}"
+                 for rate, end in ((100, "lr"), (500, "hr"))}
+        jobs.append((out, names, codes, heart, [seed, ecg_id]))
+        rows.append(dict(ecg_id=ecg_id, **who, report="synthetic",
+                         scp_codes=str({code: 100.0 for code in [*codes, "SR"]}), **names))
+    with ProcessPoolExecutor() as pool:
+        list(tqdm(pool.map(write_synthetic, *zip(*jobs), chunksize=8), "synth", records,
+                  unit="record", disable=None))
+    pd.DataFrame(rows).to_csv(out / TABLES[0], index=False)
+    statements = [dict(code=code, diagnostic=1.0, diagnostic_class=name)
+                  for code, name in SCP_CLASS.items()] + [dict(code="SR", rhythm=1.0)]
+    pd.DataFrame(statements).set_index("code").to_csv(out / TABLES[1], index_label="")
+    files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != "SHA256SUMS.txt")
+    (out / "SHA256SUMS.txt").write_text("".join(f"{sha256(f)} {f.relative_to(out)}\n" for f in files))
+    print(f"{out}: {records} synthetic records of {patient} patients, both rates")
+
+
+def info(folder):
+    """Print Table 1 of the paper for a folder: superclasses by fold, patients, sizes on disk."""
+    folder = Path(folder)
+    table = load_tables(folder)
+    single = table[list(CLASSES)].sum(axis=1)
+    table = table.assign(records=1, none=(single == 0).astype(int), one=(single == 1).astype(int))
+    columns = ["records", *CLASSES, "one", "none"]
+    folds = table.groupby("strat_fold")[columns].sum()
+    folds.loc["all"] = folds.sum()
+    print(f"{folder}{' (synthetic)' if (folder / SYNTHETIC).exists() else ''}\n{folds}")
+    print("a record may hold several superclasses; one: exactly one, none: no diagnostic one")
+    print(f"{table.patient_id.nunique()} patients, none in two folds")
+    for rate, column in RATES.items():
+        files = [(folder / name).with_suffix(end) for name in table[column] for end in (".hea", ".dat")]
+        there = [file.stat().st_size for file in files if file.exists()]
+        print(f"{rate} Hz: {len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; as a cache "
+              f"{len(table) * SECONDS * rate * len(LEADS) * 2 / 1e6:.1f} MB")
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = commands.add_parser("download", help="PTB-XL 1.0.3 from PhysioNet (CC BY 4.0)", **style)
+    p.add_argument("--data", default="data/ptbxl", help="folder to download into")
+    p.add_argument("--rate", type=int, choices=RATES, default=500, help="Hz; only its files come")
+    p.add_argument("--url", default=URL, help="a mirror in the same layout, "
+                   "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
+    p.add_argument("--workers", type=int, default=8, help="files at a time")
+    p = commands.add_parser("cache", help="all records of a folder into one array", **style)
+    p.add_argument("--data", default="data/ptbxl", help="folder in PTB-XL's layout")
+    p.add_argument("--rate", type=int, choices=RATES, default=500, help="Hz")
+    p.add_argument("--out", default="cache/ptbxl-500", help="cache folder")
+    p.add_argument("--workers", type=int, default=None, help="processes; None: one a core")
+    p.add_argument("--skip-bad", action="store_true", help="leave out records that are unusable")
+    p = commands.add_parser("synth", help="synthetic records in the same layout", **style)
+    p.add_argument("--out", default="data/synth", help="folder to write")
+    p.add_argument("--records", type=int, default=400, help="how many")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same records")
+    p = commands.add_parser("info", help="counts by fold and superclass, sizes", **style)
+    p.add_argument("--data", default="data/ptbxl", help="folder in PTB-XL's layout")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.command == "download":
+        download(args.data, args.rate, args.url, args.workers)
+    elif args.command == "cache":
+        build_cache(args.data, args.rate, args.out, args.workers, args.skip_bad)
+    elif args.command == "synth":
+        synthesize(args.out, args.records, args.seed)
+    else:
+        info(args.data)
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")

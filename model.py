@@ -1,0 +1,406 @@
+"""The dual-view transformer (paper 4.3), a 1-D ResNet-18 to compare with, and NT-Xent.
+
+In:  a view x (B, T, C) float32, z-scored; optionally keep (B, C) bool, the leads that it keeps.
+Out: Output(z, time, channel): z (B, rep_dim) is the representation, time and channel (B, D) are the
+     pooled streams; Contrastive adds projections (B, proj_dim) for the loss.
+
+Glossary: B batch, T time samples, C leads (12), D model width, H heads, N tokens, K classes (5),
+tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
+
+    python model.py                   # size of the default (paper) model
+    python model.py --preset small    # size of the small one
+"""
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import LEADS, InputError
+from views import add_flags, from_args, resolve_view, setting, split
+
+C = len(LEADS)
+# Sizes for CPUs and for a few hundred to a few thousand records; the fields' defaults are `paper`.
+# The last three are train.py's.
+PRESETS = {"paper": {}, "small": dict(
+    width=96, heads=4, depth=2, ff_mult=4, stem_width=48, time_stride=4, channel_bins=128,
+    fusion_width=384, rep_dim=256, proj_dim=128, max_lr=1e-3, epochs=40, micro_batch=64)}
+
+
+@dataclass
+class Config:
+    """Size and options of an encoder; each field is a flag of train.py. Defaults: 21.48 M."""
+
+    arch: str = setting("dualview", "dualview, or resnet18 (1-D) as a baseline")
+    width: int = setting(384, "model width D")
+    heads: int = setting(6, "attention heads H; must divide the width")
+    depth: int = setting(4, "encoder layers of each stream")
+    ff_mult: int = setting(5, "feed-forward width over D")
+    stem_width: int = setting(192, "width of the time stream's first convolution")
+    time_stride: int = setting(1, "samples per time token; cost falls about in proportion")
+    channel_bins: int = setting(512, "samples that a lead is pooled to before it becomes a token")
+    fusion_width: int = setting(2048, "hidden width of the fusion network")
+    rep_dim: int = setting(512, "width of the representation")
+    proj_dim: int = setting(256, "width of the projection that the loss sees")
+    dropout: float = setting(0.1, "dropout of residual branches")
+    mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
+                              "which mix the leads before they become tokens")
+    channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
+    gate_channel: bool = setting(False, "paper section 6: gate the channel stream's residual branches")
+    aux_losses: bool = setting(False, "paper section 6: NT-Xent on each pooled stream as well")
+    late_masking: bool = setting(False, "paper section 7: mask the lifted time tokens, not the "
+                                 "signal; the channel stream still sees masked leads")
+
+    def __post_init__(self):
+        problems = []
+        if self.arch not in ARCHITECTURES:
+            problems.append(f"--arch {self.arch}: choose from {', '.join(ARCHITECTURES)}")
+        if self.width % self.heads or self.width % 2:
+            problems.append(f"--heads {self.heads} does not divide --width {self.width}, or it is odd")
+        if self.late_masking and self.width % C:
+            problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
+        if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
+            problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
+        if self.arch == "resnet18" and (self.aux_losses or self.late_masking or self.gate_channel
+                                        or self.channel_dropout or self.mix_leads):
+            problems.append("--arch resnet18 has no streams: leave out the options of the streams")
+        if problems:
+            raise InputError("; ".join(problems))
+
+
+class Output(NamedTuple):
+    """z: (B, rep_dim) the representation; time, channel: (B, D) pooled streams, or None (ResNet)."""
+
+    z: torch.Tensor
+    time: Optional[torch.Tensor] = None
+    channel: Optional[torch.Tensor] = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention; of x to itself, or to a context. Fused kernel, no attention dropout.
+
+    x: (B, N, D), context: (B, M, D)  ->  (B, N, D)
+    When `maps` is a list the explicit softmax runs instead and appends weights (B, H, N, M).
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.maps = heads, None
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, context=None):
+        B, N, D = x.shape
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            w, b = self.qkv.weight, self.qkv.bias
+            q = F.linear(x, w[:D], b[:D])
+            k, v = F.linear(context, w[D:], b[D:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if self.maps is None:
+            y = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D // H)
+        else:
+            weights = (q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)).softmax(-1)
+            self.maps.append(weights)
+            y = weights @ v
+        return self.out(y.transpose(1, 2).reshape(B, N, D))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer encoder layer: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config, gated=False):
+        super().__init__()
+        D = config.width
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attention = Attention(D, config.heads)
+        self.ff = nn.Sequential(nn.Linear(D, config.ff_mult * D), nn.GELU(),
+                                nn.Linear(config.ff_mult * D, D))
+        self.dropout = nn.Dropout(config.dropout)
+        self.gates = nn.Parameter(torch.full((2,), 0.1)) if gated else None
+
+    def forward(self, x):
+        g1, g2 = (1, 1) if self.gates is None else self.gates.sigmoid()
+        x = x + g1 * self.dropout(self.attention(self.norm1(x)))
+        return x + g2 * self.dropout(self.ff(self.norm2(x)))
+
+
+class CrossAttention(nn.Module):
+    """Time tokens attend to channel tokens and the reverse; residual and LayerNorm.
+
+    t: (B, N, D), c: (B, C, D)  ->  the same shapes
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.time_to_channel, self.channel_to_time = Attention(D, config.heads), Attention(D, config.heads)
+        self.norm_time, self.norm_channel = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, t, c):
+        return (self.norm_time(t + self.dropout(self.time_to_channel(t, c))),
+                self.norm_channel(c + self.dropout(self.channel_to_time(c, t))))
+
+
+class TimeStem(nn.Module):
+    """Lift samples to time tokens: (B, T, C) -> (B, T // time_stride, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        W, s = config.stem_width, config.time_stride
+        self.lift = nn.Conv1d(C, W, s + 2, stride=s, padding=1, bias=False)  # 3 at stride 1
+        self.mix = nn.Linear(W, W)  # the pointwise convolution, on (B, N, W)
+        self.out = nn.Linear(W, config.width)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x):
+        h = F.gelu(self.lift(x.transpose(1, 2))).transpose(1, 2)  # (B, N, W)
+        return self.norm(self.out(F.gelu(self.mix(h))))
+
+
+class ChannelStem(nn.Module):
+    """Turn each lead into one channel token: (B, T, C) -> (B, C, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        layers = []
+        for _ in range(2):
+            layers += [nn.Conv1d(C, C, 5, stride=2, padding=2, groups=C, bias=False), nn.GELU()]
+            # deviation: no pointwise convolution here unless --mix-leads, because it mixes the
+            # leads: token i is then not lead i, and a masked lead leaks into every token
+            if config.mix_leads:
+                layers += [nn.Conv1d(C, C, 1), nn.GELU()]
+        self.down = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(config.channel_bins))
+        self.out = nn.Linear(config.channel_bins, config.width)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x):
+        return self.norm(self.out(self.down(x.transpose(1, 2))))
+
+
+def positions(n, width, device):
+    """Sinusoidal position encodings (Vaswani et al. 2017, arXiv 1706.03762): (n, width)."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000) / width))
+    angle = torch.arange(n, device=device)[:, None] * rate  # (n, width // 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+class DualView(nn.Module):
+    """Time stream and channel stream, joined by cross-attention (paper 4.3, Fig. 6).
+
+    x: (B, T, C), keep: (B, C) bool or None  ->  Output
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.config = config
+        self.time_stem, self.channel_stem = TimeStem(config), ChannelStem(config)
+        self.time_layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.channel_layers = nn.ModuleList(Layer(config, config.gate_channel)
+                                         for _ in range(config.depth))
+        self.cross = CrossAttention(config)
+        self.channel_dropout = nn.Dropout1d(config.channel_dropout)  # drops whole tokens
+        self.fusion = nn.Sequential(nn.Linear(2 * D, config.fusion_width),
+                                    nn.LayerNorm(config.fusion_width), nn.GELU(),
+                                    nn.Linear(config.fusion_width, config.rep_dim),
+                                    nn.LayerNorm(config.rep_dim))
+        self.shortcut = nn.Linear(2 * D, config.rep_dim)  # "residual to the fusion head", 4.4
+        self.gate = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x, keep=None):
+        seen = x if keep is None else x * keep[:, None, :]
+        t = self.time_stem(x if self.config.late_masking else seen)  # (B, N, D)
+        c = self.channel_dropout(self.channel_stem(seen))  # (B, C, D)
+        if self.config.late_masking and keep is not None:  # D // C features fall with each lead
+            t = t * keep.repeat_interleave(t.shape[2] // C, dim=1)[:, None, :]
+        early = torch.cat([t.mean(1), c.mean(1)], dim=-1)  # (B, 2 D)
+        t = t + positions(t.shape[1], t.shape[2], t.device)
+        for layer in self.time_layers:
+            t = layer(t)
+        for layer in self.channel_layers:
+            c = layer(c)
+        t2, c2 = self.cross(t, c)
+        time, channel = (t + t2).mean(1), (c + c2).mean(1)
+        z = self.fusion(torch.cat([time, channel], dim=-1)) + self.gate.sigmoid() * self.shortcut(early)
+        return Output(z, time, channel)
+
+    def stream_parameters(self, name):
+        """Parameters of one stream, `time` or `channel`: its stem and its layers."""
+        return [p for key, p in self.named_parameters() if key.startswith(f"{name}_")]
+
+
+class Block(nn.Module):
+    """Basic residual block of ResNet-18, in one dimension: (B, W, T) -> (B, W', T')."""
+
+    def __init__(self, width_in, width, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(width_in, width, 7, stride, 3, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Conv1d(width, width, 7, 1, 3, bias=False), nn.BatchNorm1d(width))
+        self.skip = nn.Identity() if width_in == width and stride == 1 else nn.Sequential(
+            nn.Conv1d(width_in, width, 1, stride, bias=False), nn.BatchNorm1d(width))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.skip(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385) with 1-D kernels of 7, for 12-lead signals.
+
+    x: (B, T, C), keep: (B, C) bool or None  ->  Output with z (B, rep_dim) only. Its BatchNorm
+    sees one micro-batch at a time, so that the exact gradient holds per micro-batch statistics.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        W = config.stem_width // 3  # 64, as in the original, at the paper preset
+        stages = [(W, W, 1), (W, 2 * W, 2), (2 * W, 4 * W, 2), (4 * W, 8 * W, 2)]
+        self.body = nn.Sequential(
+            nn.Conv1d(C, W, 15, 2, 7, bias=False), nn.BatchNorm1d(W), nn.ReLU(),
+            nn.MaxPool1d(3, 2, 1),
+            *[block for a, b, s in stages for block in (Block(a, b, s), Block(b, b, 1))],
+            nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8 * W, config.rep_dim))
+
+    def forward(self, x, keep=None):
+        x = x if keep is None else x * keep[:, None, :]
+        return Output(self.body(x.transpose(1, 2)))
+
+
+ARCHITECTURES = {"dualview": DualView, "resnet18": ResNet18}
+
+
+def projector(width, out):
+    """Projection head: (B, width) -> (B, out)."""
+    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(),
+                         nn.Linear(width, out))
+
+
+class Contrastive(nn.Module):
+    """An encoder with its projection head, and one more head for each stream with aux_losses.
+
+    x: (B, T, C), keep: (B, C) bool or None  ->  Output, projections (1 or 3, B, proj_dim) float32
+    of length 1. The loss sees the projections, everything downstream sees Output.z.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = ARCHITECTURES[config.arch](config)
+        widths = [config.rep_dim] + [config.width] * (2 * config.aux_losses)
+        self.heads = nn.ModuleList(projector(width, config.proj_dim) for width in widths)
+
+    def forward(self, x, keep=None):
+        output = self.encoder(x, keep)
+        projections = [F.normalize(head(h).float(), dim=-1)  # float32 also under autocast
+                       for head, h in zip(self.heads, output)]
+        return output, torch.stack(projections)
+
+
+def nt_xent(z1, z2, tau=0.1):
+    """NT-Xent (Chen et al. 2020, arXiv 2002.05709): mean over the 2B anchors, in nats.
+
+    z1, z2: (B, d) of length 1, row i of both from the same record. ln(2B - 1) at chance, >= 0.
+    """
+    B = len(z1)
+    z = torch.cat([z1, z2])
+    similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)  # an anchor is not its own negative
+    positive = torch.arange(2 * B, device=z.device).roll(B)
+    return F.cross_entropy(similarity, positive)
+
+
+def embed(model, x, view):
+    """The representation of whole records, as evaluation sees them: never masked or augmented.
+
+    x: (B, T, C) z-scored 10 s records; a segment model sees its two views, averaged.
+    ->  (B, rep_dim)
+    """
+    return torch.stack([model.encoder(v).z for v in split(x, view)]).mean(0)
+
+
+def attention_maps(model, x):
+    """Softmax weights of each attention for a view x, by the explicit path.
+
+    ->  {"time": [(B, H, N, N)] a layer, "channel": [(B, H, C, C)], "time_to_channel": [(B, H, N, C)],
+         "channel_to_time": [(B, H, C, N)]}, rows (queries) sum to 1. Raises InputError for a ResNet.
+    """
+    encoder = model.encoder
+    if not isinstance(encoder, DualView):
+        raise InputError("this run is a ResNet-18: it has no attention to show")
+    maps = {"time": [], "channel": [], "time_to_channel": [], "channel_to_time": []}
+    holders = {"time": [layer.attention for layer in encoder.time_layers],
+               "channel": [layer.attention for layer in encoder.channel_layers],
+               "time_to_channel": [encoder.cross.time_to_channel],
+               "channel_to_time": [encoder.cross.channel_to_time]}
+    try:
+        for name, modules in holders.items():
+            for module in modules:
+                module.maps = maps[name]
+        encoder(x)
+    finally:
+        for modules in holders.values():
+            for module in modules:
+                module.maps = None
+    return maps
+
+
+def n_parameters(model):
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def load_run(folder, device="cpu"):
+    """A finished run: (Contrastive in eval mode, its args.json as a dict).
+
+    Raises InputError when the folder holds no finished model.
+    """
+    folder = Path(folder)
+    if not (folder / "model.pt").exists():
+        unfinished = (folder / "last.pt").exists()
+        raise InputError(f"no model.pt in {folder}: " + (
+            "the run is not finished; go on with the command that began it" if unfinished
+            else "train one: make pretrain VIEW=noncontig"))
+    saved = torch.load(folder / "model.pt", map_location=device)
+    model = Contrastive(Config(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), json.loads((folder / "args.json").read_text())
+
+
+def add_model_flags(parser):
+    """--preset and a flag for each field of Config."""
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes that the flags "
+                        f"below then change; small is {PRESETS['small']}")
+    add_flags(parser, "model", Config)
+
+
+def parse(parser, argv=None):
+    """Parse arguments; the chosen preset's values are the defaults."""
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
+    return parser.parse_args(argv)
+
+
+def main(args):
+    config = from_args(Config, args)
+    model = Contrastive(config)
+    parts = [model.encoder, model.heads, *model.encoder.children()]
+    for part in parts:
+        print(f"{n_parameters(part):>12,}  {type(part).__name__}")
+    print(f"{n_parameters(model):>12,}  all, {asdict(config)}")
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(parser)
+    return parse(parser, argv)
+
+
+if __name__ == "__main__":
+    main(get_args())

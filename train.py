@@ -1,0 +1,485 @@
+"""Contrastive pretraining of a dual-view encoder on a cache of 12-lead ECGs (paper 4.4).
+
+In:  a cache folder of data.py (int16 microvolt); labels are never used for training.
+Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), model.pt (at the
+     end), tensorboard/. The same command again resumes it, or says that it is finished.
+
+    python train.py --cache cache/ptbxl-500 --view noncontig
+    python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
+
+Everything random is a function of (seed, epoch, step): a resumed run repeats the interrupted one.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
+                  write_atomic)
+from model import (Config, Contrastive, add_model_flags, embed, from_args, n_parameters, nt_xent,
+                   parse)
+from views import ViewConfig, add_flags, augment, draw_leads, pool, split
+
+BATCH = 1024  # effective batch of the paper
+MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
+START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
+VAL_KEY = 2 ** 31  # stands where the epoch stands: validation views are the same in every epoch
+NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may differ on a resume
+
+
+# Randomness and schedule: pure functions of the step
+
+def derive(*key):
+    """A 64-bit seed from non-negative integers; other keys give independent streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def generator(*key):
+    """A CPU generator seeded by derive(*key)."""
+    return torch.Generator().manual_seed(derive(*key))
+
+
+def learning_rate(step, total, warmup, max_lr, final_lr):
+    """Linear warm-up from 0, then one cosine cycle max_lr / 25 -> max_lr -> final_lr (paper 4.4).
+
+    step: 0 .. total - 1. The cycle is torch.optim.lr_scheduler.OneCycleLR's.
+    """
+    first = max_lr / START_DIV
+    if step < warmup:
+        return first * step / warmup
+    step, total = step - warmup, total - warmup
+    peak = max(RISE * total - 1, 0)
+    if step < peak:
+        return max_lr + (first - max_lr) * (1 + math.cos(math.pi * step / peak)) / 2
+    share = (step - peak) / max(total - 1 - peak, 1)
+    return final_lr + (max_lr - final_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def settle(args, n_train, n_val):
+    """The settings in effect: (dict of batch, micro, val_batch, steps, total, warmup; notes).
+
+    A default batch leaves MIN_STEPS steps an epoch; so does one that exceeds the training set.
+    Raises InputError for settings that cannot train.
+    """
+    notes, micro = [], args.micro_batch
+    for name in ("batch_size", "micro_batch", "epochs", "max_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.batch_size == 1 or args.tau <= 0 or not args.max_lr > 0:
+        raise InputError("--batch-size must be at least 2, --tau and --max-lr above 0")
+    if args.batch_size and micro < args.batch_size and args.batch_size % micro:
+        raise InputError(f"--micro-batch {micro} does not divide --batch-size {args.batch_size}; "
+                         f"give one that does, such as {math.gcd(micro, args.batch_size)}")
+    if n_train < 4 or n_val < 2:
+        raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
+                         "are needed; see: python data.py info")
+    batch = args.batch_size or BATCH
+    if batch > n_train or (args.batch_size is None and batch * MIN_STEPS > n_train):
+        batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
+        notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
+                     f"records, and an epoch needs some {MIN_STEPS} steps")
+    micro = math.gcd(batch, min(micro, batch))
+    steps = n_train // batch
+    total = min(args.epochs * steps, args.max_steps or math.inf)
+    warmup = min(args.warmup, total // 5)
+    if warmup < args.warmup:
+        notes.append(f"warm-up {warmup} instead of {args.warmup} steps: the run has only {total}")
+    return dict(batch=batch, micro=micro, val_batch=min(batch, n_val), steps=steps, total=total,
+                warmup=warmup), notes
+
+
+# Batches: a batch is a function that gives the two views of a slice of it, on the device.
+
+class Augmented(Dataset):
+    """Two stochastic views (2, T, C) of a record; an item is a key (epoch, row)."""
+
+    def __init__(self, cache, config, seed):
+        self.signals, self.seed = cache.signals, seed
+        self.transforms = pool(config, cache.meta["rate"])
+
+    def __getitem__(self, key):
+        epoch, row = key
+        x = normalize(torch.from_numpy(self.signals[row].copy())).numpy()
+        return torch.from_numpy(augment(x, self.transforms, (self.seed, epoch, row)))
+
+
+def batches(cache, config, seed, order, device, workers):
+    """Yield for each (epoch, rows) of order a function: slice -> views x1, x2 (b, T', C).
+
+    Segment views are cut from the memory-mapped array when asked for, so that a large batch costs
+    the memory of a slice; stochastic ones come from worker processes, ahead of time.
+    """
+    if config.view == "stochastic":
+        keys = ([(epoch, int(row)) for row in rows] for epoch, rows in order)
+        for x in DataLoader(Augmented(cache, config, seed), batch_sampler=keys, num_workers=workers):
+            yield lambda part, x=x: x[part].to(device).unbind(1)
+    else:
+        for _, rows in order:
+            yield lambda part, rows=rows: split(normalize(
+                torch.from_numpy(cache.signals[rows[part]]).to(device)), config.view)
+
+
+def epoch_order(rows, batch, seed, start, total):
+    """(epoch, rows of the batch) for the steps start .. total - 1; each epoch is a new shuffle."""
+    steps, epoch = len(rows) // batch, None
+    for step in range(start, total):
+        if step // steps != epoch:
+            epoch = step // steps
+            shuffled = rows[torch.randperm(len(rows), generator=generator(seed, epoch)).numpy()]
+        at = step % steps * batch
+        yield epoch, shuffled[at:at + batch]
+
+
+# The loss of one effective batch, and its exact gradient in the memory of a micro-batch
+
+def total_loss(projections, tau, aux_weight):
+    """NT-Xent of the representation, plus aux_weight times that of each stream, if there.
+
+    projections: (1 or 3, 2, B, proj_dim)
+    """
+    losses = [nt_xent(z1, z2, tau) for z1, z2 in projections]
+    return losses[0] + aux_weight * sum(losses[1:])
+
+
+def project(model, views, keep, part, key, autocast=nullcontext):
+    """Output and projections (1 or 3, 2, b, proj_dim) of a slice of a batch.
+
+    keep: (2, B, C) bool or None. The same key gives the same dropout, in both passes.
+    """
+    torch.manual_seed(derive(*key, part.start))  # on every device
+    x1, x2 = views(part)
+    kept = None if keep is None else keep[:, part].flatten(0, 1).to(x1.device)
+    with autocast():
+        output, projections = model(torch.cat([x1, x2]), kept)
+    return output, projections.unflatten(1, (2, -1))
+
+
+def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
+             autocast=nullcontext):
+    """Add the gradient of one effective batch to .grad; return its loss and the streams' norms.
+
+    negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
+    Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
+    respect to the projections; project again with a graph and the same randomness, and
+    back-propagate. "micro": plain accumulation, negatives from the micro-batch alone (the paper).
+    ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
+    """
+    parts = [slice(i, i + micro) for i in range(0, batch, micro)]
+    exact = negatives == "batch" and len(parts) > 1
+    loss, squares = 0.0, [0.0, 0.0]
+    if exact:
+        # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
+        with torch.no_grad():
+            cached = torch.cat([project(model, views, keep, part, key, autocast)[1]
+                                for part in parts], dim=2)
+        cached.requires_grad_()
+        loss = total_loss(cached, tau, aux_weight)
+        (grad,) = torch.autograd.grad(loss, cached)
+    for part in parts:
+        output, projections = project(model, views, keep, part, key, autocast)
+        streams = [h for h in (output.time, output.channel) if h is not None]
+        for h in streams:
+            h.retain_grad()
+        if exact:
+            projections.backward(grad[:, :, part])
+        else:
+            part_loss = total_loss(projections, tau, aux_weight) / len(parts)
+            part_loss.backward()
+            loss = loss + part_loss.detach()
+        for i, h in enumerate(streams):
+            squares[i] += h.grad.float().square().sum()
+    return float(loss), [math.sqrt(s) for s in squares]
+
+
+def stream_norms(norms, n_tokens):
+    """Gradient norms at the streams as the paper logged them, and corrected for token counts.
+
+    norms: at the pooled vectors. Mean pooling hands each of N tokens 1/N of that gradient, so the
+    norm at the token tensor, the paper's, is norm / sqrt(N) (design page, section 5).
+    """
+    (time_norm, channel_norm), (n_time, n_channel) = norms, n_tokens
+    paper = [time_norm / math.sqrt(n_time), channel_norm / math.sqrt(n_channel)]
+    return dict(grad_norm_time=paper[0], grad_norm_channel=paper[1],
+                grad_norm_ratio=paper[1] / max(paper[0], 1e-12),
+                grad_norm_time_corrected=time_norm, grad_norm_channel_corrected=channel_norm,
+                grad_norm_ratio_corrected=channel_norm / max(time_norm, 1e-12))
+
+
+def parameter_norms(model):
+    """Gradient norms of each stream's parameters (stem and layers)."""
+    return {f"param_grad_norm_{name}": float(torch.nn.utils.get_total_norm(
+        [p.grad for p in model.encoder.stream_parameters(name) if p.grad is not None]))
+        for name in ("time", "channel")}
+
+
+# Validation
+
+def clustering(z, labels):
+    """Clustering scores of representations z (n, D) under labels (n,), from scikit-learn.
+
+    silhouette in [-1, 1], higher is better; davies_bouldin >= 0, lower is better;
+    calinski_harabasz >= 0, higher is better. All None with fewer than two classes or no spread.
+    """
+    names = ("silhouette", "davies_bouldin", "calinski_harabasz")
+    if not 2 <= len(set(labels)) < len(labels) or np.ptp(z, axis=0).max() == 0:
+        return dict.fromkeys(names)
+    return {name: float(score(z, labels)) for name, score in zip(
+        names, (silhouette_score, davies_bouldin_score, calinski_harabasz_score))}
+
+
+@torch.no_grad()
+def validate(model, cache, rows, config, args, plan, device, autocast):
+    """val_loss on fixed views of fold 9, and clustering of its single-superclass records."""
+    model.eval()
+    B, losses = plan["val_batch"], []
+    order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
+    for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
+        keep = draw_leads((2, B, len(LEADS)), config.mask_p, generator(args.seed, VAL_KEY, i)) \
+            if config.mask_leads else None
+        parts = [slice(j, min(j + plan["micro"], B)) for j in range(0, B, plan["micro"])]
+        projections = torch.cat([project(model, views, keep, part, (0,), autocast)[1]
+                                 for part in parts], dim=2)
+        losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
+    labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
+    single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
+    z = []
+    for part in np.array_split(rows[single], math.ceil(max(single.sum(), 1) / plan["micro"])):
+        x = normalize(torch.from_numpy(cache.signals[part]).to(device))
+        with autocast():
+            z.append(embed(model, x, config.view).float().cpu())
+    return dict(val_loss=float(np.mean(losses)),
+                **clustering(torch.cat(z).numpy(), labels[single].argmax(1)))
+
+
+# The run folder
+
+def describe_run(args, model, cache, plan, device):
+    """What args.json holds: arguments, settings in effect, sizes, versions, data."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, text=True, cwd=Path(__file__).parent)
+    packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
+    return dict(args=vars(args), argv=sys.argv[1:], in_effect=plan, config=asdict(model.config),
+                n_parameters=n_parameters(model), git_commit=git.stdout.strip() or None,
+                versions={"python": platform.python_version(), **{p: version(p) for p in packages}},
+                device=str(device), threads=torch.get_num_threads(), data=cache.meta)
+
+
+def check_run(run, record):
+    """Refuse a run folder that was begun with other arguments or data; say which differ."""
+    path = run / "args.json"
+    if not path.exists():
+        return write_atomic(path, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
+    old = json.loads(path.read_text())
+    differ = [f"--{k.replace('_', '-')}: {old['args'].get(k)} then, {v} now"
+              for k, v in record["args"].items()
+              if k not in NOT_A_RESULT and old["args"].get(k) != v]
+    if old["data"]["fingerprint"] != record["data"]["fingerprint"]:
+        differ.append(f"data: {old['data']['data']} at {old['data']['rate']} Hz then, "
+                      f"{record['data']['data']} at {record['data']['rate']} Hz now")
+    if differ:
+        raise InputError(f"{run} was made with other arguments; give another RUN= (--run), or "
+                         f"remove the folder:\n  " + "\n  ".join(differ))
+    if old["git_commit"] != record["git_commit"]:
+        print(f"note: the code was at {old['git_commit']} when this run began")
+
+
+def save(run, model, optimizer, step, sums, log):
+    """Write last.pt, then log.jsonl from the same rows: after a kill the two agree."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, sums=sums,
+                 log=log)
+    write_atomic(run / "last.pt", lambda tmp: torch.save(state, tmp))
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    write_atomic(run / "log.jsonl", lambda tmp: tmp.write_text(lines))
+
+
+def pick_device(name):
+    """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {error}; --device cpu always works") from error
+    return torch.device(name)
+
+
+def pick_autocast(precision, device):
+    """A context manager factory: bf16 autocast over float32 weights, or nothing.
+
+    deviation: the paper held weights in bf16, where a step of lr 3e-5 is mostly lost in rounding
+    """
+    if precision == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_it else "float32"
+    return precision, nullcontext if precision == "float32" else (
+        lambda: torch.autocast(device.type, torch.bfloat16))
+
+
+def show(row, total):
+    """One aligned line for an epoch."""
+    parts = [f"epoch {row['epoch']:>3}/{total}"]
+    for key, form in (("loss", ".4f"), ("val_loss", ".4f"), ("lr", ".1e"),
+                      ("grad_norm_ratio", ".2f"), ("grad_norm_ratio_corrected", ".2f"),
+                      ("silhouette", "+.3f"), ("davies_bouldin", ".2f"),
+                      ("calinski_harabasz", ".2f"), ("records_per_second", ".0f")):
+        name = key.replace("grad_norm_", "").replace("records_per_second", "rec/s")
+        parts.append(f"{name} {row[key]:{form}}" if row[key] is not None else f"{name} -")
+    tqdm.write("  ".join(parts))
+
+
+def train(args):
+    """Pretrain; write the run folder. Raises InputError before work starts for what is wrong."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    config, size = from_args(ViewConfig, args), from_args(Config, args)
+    args.view = config.view  # an alias is resolved at once
+    cache = open_cache(args.cache)
+    train_rows, val_rows = cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
+    plan, notes = settle(args, len(train_rows), len(val_rows))
+    device = pick_device(args.device)
+    precision, autocast = pick_autocast(args.precision, device)
+    if config.view == "stochastic":
+        pool(config, cache.meta["rate"])  # checks the band against the rate
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    model = Contrastive(size).to(device)
+    run = Path(args.run or f"runs/{config.view}-s{args.seed}")
+    check_run(run, describe_run(args, model, cache, plan, device))
+    if (run / "model.pt").exists():
+        return print(f"{run}: finished, nothing to do; remove the folder to train again")
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
+    start, sums, log = 0, {}, []
+    if (run / "last.pt").exists():
+        state = torch.load(run / "last.pt", map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, sums, log = state["step"], state["sums"], state["log"]
+        notes.append(f"resumed at step {start} of {plan['total']}")
+    B, T = plan["batch"], cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
+    n_tokens = (T // size.time_stride, len(LEADS))
+    epochs = math.ceil(plan["total"] / plan["steps"])
+    print(f"{config.describe()}\n{'SYNTHETIC data, ' if cache.meta['synthetic'] else ''}"
+          f"{cache.meta['data']} at {cache.meta['rate']} Hz: {len(train_rows)} training records "
+          f"(folds 1-8), {len(val_rows)} validation (fold 9)\n"
+          f"{size.arch}, {n_parameters(model):,} parameters, {n_tokens[0]} time tokens a view; "
+          f"{device}, {precision}\neffective batch {B} in micro-batches of {plan['micro']}, "
+          f"negatives from the {args.negatives}; {plan['steps']} steps an epoch, {epochs} epochs; "
+          f"chance is a loss of {math.log(2 * B - 1):.2f}, {math.log(2 * plan['val_batch'] - 1):.2f} "
+          f"in validation\n" + "".join(f"note: {note}\n" for note in notes) + f"-> {run}")
+
+    writer = SummaryWriter(run / "tensorboard", purge_step=len(log) + 1)
+    order = epoch_order(train_rows, B, args.seed, start, plan["total"])
+    bar = tqdm(total=plan["total"], initial=start, desc=run.name, unit="step", disable=None)
+    saved, tick = time.monotonic(), time.monotonic()
+    feed = batches(cache, config, args.seed, order, device, args.workers)
+    for step, views in enumerate(feed, start):
+        epoch = step // plan["steps"] + 1
+        lr = learning_rate(step, plan["total"], plan["warmup"], args.max_lr, args.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        keep = draw_leads((2, B, len(LEADS)), config.mask_p, generator(args.seed, step, 1)) \
+            if config.mask_leads else None
+        loss, norms = backward(model, views, keep, B, plan["micro"], (args.seed, step), args.tau,
+                               args.aux_weight, args.negatives, autocast)
+        stats = dict(loss=loss)
+        if size.arch == "dualview":
+            stats |= {**stream_norms(norms, n_tokens), **parameter_norms(model)}
+        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
+            model.parameters(), args.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
+            raise FloatingPointError(
+                f"loss {loss}, gradient norm {stats['grad_norm']} at epoch {epoch}, step {step}; "
+                f"{run / 'last.pt'} keeps the last good state. Try a lower --max-lr, a --clip, or "
+                "--precision float32, in another --run")
+        optimizer.step()
+        stats |= dict(seconds=time.monotonic() - tick, n=1)
+        tick = time.monotonic()
+        sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        last = step + 1 == plan["total"]
+        if (step + 1) % plan["steps"] == 0 or last:
+            n, seconds = sums.pop("n"), sums.pop("seconds")
+            mean = {key: value / n for key, value in sums.items()}
+            row = dict(epoch=epoch, step=step + 1, lr=lr, records_per_second=n * B / seconds,
+                       **dict.fromkeys(stream_norms((0, 0), n_tokens)), **{})
+            row |= mean
+            row |= validate(model, cache, val_rows, config, args, plan, device, autocast)
+            log, sums = [*log, row], {}
+            show(row, epochs)
+            for key, value in row.items():
+                if value is not None:
+                    writer.add_scalar(key, value, epoch)
+            writer.flush()
+        if not sums or time.monotonic() - saved > 60 * args.save_minutes:
+            save(run, model, optimizer, step + 1, sums, log)
+            saved = tick = time.monotonic()
+    bar.close()
+    writer.close()
+    final = dict(model=model.state_dict(), config=asdict(size))
+    write_atomic(run / "model.pt", lambda tmp: torch.save(final, tmp))
+    print(f"{run / 'model.pt'}: finished, {plan['total']} steps")
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = parser.add_argument_group("data and run")
+    g.add_argument("--cache", default="cache/ptbxl-500", help="folder made by: python data.py cache")
+    g.add_argument("--run", help="run folder; by default runs/VIEW-sSEED")
+    g.add_argument("--seed", type=int, default=0, help="of everything: same seed, same run")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+                   help="processes that make stochastic views ahead of the model; 0: none")
+    g.add_argument("--save-minutes", type=float, default=10,
+                   help="last.pt is written after each epoch, and this often within one")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=int, default=50, help="passes over folds 1-8")
+    g.add_argument("--max-steps", type=int, help="stop, with the whole schedule, after this many")
+    g.add_argument("--batch-size", type=int, help=f"effective batch; by default {BATCH}, or less "
+                   f"when that leaves under {MIN_STEPS} steps an epoch")
+    g.add_argument("--micro-batch", type=int, default=16, help="records in memory at once; must "
+                   "divide the batch; halve it if memory runs out")
+    g.add_argument("--negatives", choices=("batch", "micro"), default="batch", help="batch: exact "
+                   "gradient of the effective batch; micro: plain accumulation, as in the paper")
+    g.add_argument("--tau", type=float, default=0.1, help="temperature of NT-Xent")
+    g.add_argument("--aux-weight", type=float, default=0.5, help="weight of each auxiliary loss, "
+                   "with --aux-losses")
+    g.add_argument("--max-lr", type=float, default=3e-4, help="peak of the cycle; lower it if the "
+                   "loss jumps")
+    g.add_argument("--final-lr", type=float, default=3e-5, help="end of the cycle (paper)")
+    g.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up from 0 (paper)")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="L2 penalty of Adam")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    g.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the encoder's arithmetic; weights and loss stay float32. auto: "
+                   "bfloat16 on GPUs that have it")
+    add_flags(parser, "views", ViewConfig)
+    add_model_flags(parser)
+    return parse(parser, argv)
+
+
+if __name__ == "__main__":
+    try:
+        train(get_args())
+    except (InputError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,225 @@
+"""Two views of each ECG record: the three strategies of the paper, and random lead masking.
+
+In:  x (B, T, C) float32, z-scored (data.normalize), T = 10 s.
+Out: x1, x2 with the same number of records; full length, or half as many samples.
+
+    VIEW         alias         the paper calls it          what a view is
+    stochastic   augment       stochastic augmentations    a random pass through a pool of transforms
+    contig       nonoverlap    non-overlapping segments    one half of the record (CMSC)
+    noncontig    interleaved   interleaving segments       the even, or the odd, samples
+
+    python views.py                                        # this table
+    python -c "import torch, views; print(views.split(torch.arange(6.).view(1, 6, 1), 'noncontig'))"
+"""
+import argparse
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import ecgmentations as E
+import numpy as np
+import torch
+from scipy.signal import butter, sosfiltfilt
+
+from data import InputError
+
+ALIASES = {"augment": "stochastic", "nonoverlap": "contig", "interleaved": "noncontig"}
+
+
+# Flags from a dataclass: each setting, its default and its help are written once, in the field.
+
+def setting(default, text, **more):
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata=dict(help=text, **more))
+
+
+def add_flags(parser, title, cls):
+    """Add a flag for each field of a dataclass made of `setting`s."""
+    group = parser.add_argument_group(title)
+    for f in fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
+
+
+def from_args(cls, args):
+    """The dataclass, filled from parsed arguments (a namespace or a dict)."""
+    values = args if isinstance(args, dict) else vars(args)
+    return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+# Segment views: batch operations on whatever device x is on.
+
+def contig(x):
+    """The two halves of each record: each view is contiguous in time (paper 4.2.2).
+
+    x: (B, T, C), T even  ->  two tensors (B, T // 2, C)
+    """
+    return x[:, :x.shape[1] // 2], x[:, x.shape[1] // 2:]
+
+
+def noncontig(x):
+    """Even and odd samples: two views that share no sample, each over all 10 s (paper 4.2.3).
+
+    x: (B, T, C), T even  ->  two tensors (B, T // 2, C)
+    """
+    return x[:, 0::2], x[:, 1::2]
+
+
+def whole(x):
+    """The record itself, for the stochastic strategy, whose views keep the full length."""
+    return (x,)
+
+
+VIEWS = {"stochastic": whole, "contig": contig, "noncontig": noncontig}
+WORDS = {"stochastic": "two random passes through a pool of augmentations, full length",
+         "contig": "the two 5 s halves, each contiguous in time",
+         "noncontig": "even and odd samples, each over the whole 10 s"}
+
+
+def resolve_view(name):
+    """The canonical name of a view; raise InputError that lists names and aliases."""
+    view = ALIASES.get(name, name)
+    if view not in VIEWS:
+        valid = ", ".join(f"{v} (or {a})" for a, v in ALIASES.items())
+        raise InputError(f"unknown VIEW {name!r}; choose one of {valid}")
+    return view
+
+
+def split(x, view):
+    """The unmasked, unaugmented views of a record, as evaluation sees them.
+
+    x: (B, T, C)  ->  one tensor (stochastic) or two (B, T // 2, C)
+    """
+    return VIEWS[view](x)
+
+
+def draw_leads(shape, p, generator):
+    """Random lead masking: which leads a view keeps, each dropped with probability p.
+
+    shape: (..., C)  ->  bool of that shape. Where all leads fall, the draw is repeated (design
+    page, after Oh et al. 2022, arXiv 2203.06889). Drawn on the CPU: the same on every device.
+    """
+    keep = torch.rand(shape, generator=generator) >= p
+    while (lost := ~keep.any(-1)).any():
+        keep[lost] = torch.rand((int(lost.sum()), shape[-1]), generator=generator) >= p
+    return keep
+
+
+# Stochastic views: numpy, one record at a time, in the workers of a DataLoader.
+
+class BandPassFilter(E.EcgOnlyAugmentation):
+    """Band-pass along time, zero-phase, on (T, C) arrays; composes with ecgmentations' transforms.
+
+    band: (low, high) in Hz; rate: Hz
+    """
+
+    def __init__(self, band, rate, always_apply=False, p=0.5):
+        super().__init__(always_apply, p)
+        # deviation: ecgmentations 0.0.9 filters across the leads (lfilter without axis), causally,
+        # and assumes 500 Hz; --shipped-filter brings that back to measure what it costs
+        self.sos = butter(3, band, "bandpass", fs=rate, output="sos")
+
+    def apply(self, ecg, **params):
+        return sosfiltfilt(self.sos, ecg, axis=0).astype(ecg.dtype)
+
+    def get_transform_init_args_names(self):
+        return ("sos",)
+
+
+class TimeCropResize(E.EcgOnlyAugmentation):
+    """A random crop of at least `keep` of the record, stretched back to the full length."""
+
+    def __init__(self, keep, always_apply=False, p=0.5):
+        super().__init__(always_apply, p)
+        self.keep = keep
+
+    def get_params(self):
+        share = np.random.uniform(self.keep, 1)
+        return dict(share=share, start=np.random.uniform(0, 1 - share))
+
+    def apply(self, ecg, share, start, **params):
+        T = len(ecg)
+        at = (start + share * np.arange(T) / T) * (T - 1)  # where each new sample lies in the old
+        left = at.astype(int)
+        right, weight = np.minimum(left + 1, T - 1), (at - left)[:, None].astype(ecg.dtype)
+        return ecg[left] * (1 - weight) + ecg[right] * weight
+
+    def get_transform_init_args_names(self):
+        return ("keep",)
+
+
+@dataclass
+class ViewConfig:
+    """The view strategy and its strengths. Defaults of the pool are ecgmentations' own."""
+
+    view: str = setting("noncontig", f"view strategy: {', '.join(VIEWS)}; or an alias: "
+                        f"{', '.join(ALIASES)}")
+    mask_leads: bool = setting(None, "random lead masking of each view; by default on for the "
+                               "segment views and off for stochastic, as in the paper")
+    mask_p: float = setting(0.5, "probability that a lead of a view is masked")
+    augment_p: float = setting(0.5, "stochastic: probability of each transform")
+    warp: float = setting(0.05, "stochastic: time warp; the library's 0.05 moves its knots by at "
+                          "most 0.4 %% of the record, 1.0 by 8 %%")
+    crop: float = setting(0.8, "stochastic: smallest share of the record that a crop keeps")
+    band_low: float = setting(0.5, "stochastic: lower edge of the band-pass, Hz")
+    band_high: float = setting(47.0, "stochastic: upper edge of the band-pass, Hz")
+    noise: float = setting(0.01, "stochastic: variance of the Gaussian noise; signals have 1")
+    scale: float = setting(0.05, "stochastic: amplitude is scaled by 1 +- this")
+    shipped_filter: bool = setting(False, "stochastic: ecgmentations' own band-pass, which filters "
+                                   "across the leads")
+
+    def __post_init__(self):
+        self.view = resolve_view(self.view)
+        if self.mask_leads is None:
+            self.mask_leads = self.view != "stochastic"
+        for name, low, high in (("mask_p", 0, .95), ("augment_p", 0, 1), ("warp", 0, 1),
+                                ("crop", .1, 1), ("scale", 0, .99), ("noise", 0, np.inf)):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
+                                 f"give a number from {low} to {high}")
+
+    def describe(self):
+        """The strategy in words, for the start of a run."""
+        masked = f"each lead masked with p = {self.mask_p}" if self.mask_leads else "no lead masking"
+        return f"{self.view}: {WORDS[self.view]}; {masked}"
+
+
+def pool(config, rate):
+    """The stochastic transforms in sequence, each with p = augment_p (paper 4.2.1).
+
+    Called as pool(ecg=array (T, C) float32)["ecg"]; draws from numpy's global state, see `numpy_seed`.
+    """
+    if not 0 < config.band_low < config.band_high < rate / 2:
+        raise InputError(f"--band-low {config.band_low} --band-high {config.band_high}: must rise "
+                         f"and stay between 0 and {rate / 2} Hz at {rate} Hz")
+    p = config.augment_p
+    band = BandPassFilter((config.band_low, config.band_high), rate, p=p)
+    if config.shipped_filter:
+        band = E.BandPassFilter(p=p)  # untouched: its 500 Hz, its axis
+    return E.Sequential([
+        E.RandomTimeWrap(wrap_limit=config.warp, p=p), TimeCropResize(config.crop, p=p), band,
+        E.GaussNoise(variance=config.noise, p=p),
+        E.AmplitudeScale(scaling_range=(-config.scale, config.scale), p=p)])
+
+
+@contextmanager
+def numpy_seed(*key):
+    """Seed numpy's global state from a tuple of non-negative integers, and put it back after."""
+    state = np.random.get_state()
+    np.random.seed(np.random.SeedSequence(key).generate_state(4))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def augment(x, transforms, key):
+    """Two random views of one record; the same key gives the same views.
+
+    x: (T, C) float32 array; key: non-negative integers  ->  (2, T, C) float32
+    """
+    with numpy_seed(*key):
+        return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
+
+
+if __name__ == "__main__":
+    print(__doc__)
