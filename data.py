@@ -195,7 +195,8 @@ def read_record(path, rate):
     try:
         record = wfdb.rdrecord(str(path), physical=False)
     except Exception as error:  # wfdb raises whatever its parser meets in a broken file
-        raise InputError(f"{path.name}: unreadable, header and data may disagree ({error})") from error
+        raise InputError(
+            f"{path.name}: unreadable, header and data may disagree: {error}") from error
     T, C = SECONDS * rate, len(LEADS)
     names = [name.strip().upper() for name in record.sig_name]
     lacking = [lead for lead in LEADS if lead.upper() not in names]
@@ -243,6 +244,17 @@ class Cache:
         return np.flatnonzero(self.index.strat_fold.isin(folds))
 
 
+def record_files(folder, table, rate):
+    """The header and data file of each record, in the table's order."""
+    return [(folder / name).with_suffix(end) for name in table[RATES[rate]]
+            for end in (".hea", ".dat")]
+
+
+def cache_bytes(records, rate):
+    """Size of the array."""
+    return 2 * records * SECONDS * rate * len(LEADS)
+
+
 def source_digest(folder, files):
     """Digest of the tables' text and of each record file's size and time: changes when they do."""
     digest = hashlib.sha256(f"format {FORMAT}".encode())
@@ -262,7 +274,7 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     folder, out = Path(folder), Path(out)
     table = load_tables(folder)
     paths = [folder / name for name in table[RATES[rate]]]
-    files = [path.with_suffix(end) for path in paths for end in (".hea", ".dat")]
+    files = record_files(folder, table, rate)
     missing = [file for file in files if not file.exists()]
     if missing:
         raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
@@ -278,9 +290,9 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     elif out.exists():
         raise InputError(f"{out} exists and is no cache; give another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    T, C = SECONDS * rate, len(LEADS)
-    if shutil.disk_usage(out.parent).free < 2 * len(paths) * T * C:
-        raise InputError(f"{out.parent} has no room for {2 * len(paths) * T * C / 1e9:.1f} GB")
+    size = cache_bytes(len(paths), rate)
+    if shutil.disk_usage(out.parent).free < size:
+        raise InputError(f"{out.parent} has no room for {size / 1e9:.1f} GB")
 
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     tmp.mkdir()
@@ -319,19 +331,19 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
 
 
 def open_cache(folder):
-    """The Cache in a folder; raise InputError when it is missing, truncated or of another format."""
+    """The Cache in a folder; raise InputError when missing, truncated or of another format."""
     folder = Path(folder)
-    again = f"make it again: rm -r {folder}; python data.py cache --data DIR --rate HZ --out {folder}"
+    make = f"python data.py cache --data DIR --rate HZ --out {folder}"
+    again = f"make it again: rm -r {folder}; {make}"
     if not (folder / "meta.json").exists():
-        raise InputError(f"no cache in {folder}; make it: python data.py cache --data DIR "
-                         f"--rate HZ --out {folder}")
+        raise InputError(f"no cache in {folder}; make it: {make}")
     meta = json.loads((folder / "meta.json").read_text())
     if meta["format"] != FORMAT:
         raise InputError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; {again}")
     shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
     size = (folder / "signals.int16").stat().st_size
     index = pd.read_csv(folder / "index.csv")
-    if size != 2 * np.prod(shape) or len(index) != shape[0]:
+    if size != cache_bytes(shape[0], meta["rate"]) or len(index) != shape[0]:
         raise InputError(f"{folder} is truncated: {size} bytes and {len(index)} rows for {shape} "
                          f"samples; {again}")
     signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
@@ -470,7 +482,8 @@ def synthesize(out, records, seed=0):
     if records < 20:
         raise InputError(f"--records {records}: at least 20, two for each fold")
     rng = np.random.default_rng(seed)
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     (out / SYNTHETIC).write_text(f"Synthetic records, seed {seed}: a model, not patients. "
                                  "Made by: python data.py synth\n")
     share = np.array([p for p, _ in DIAGNOSES])
@@ -494,7 +507,8 @@ def synthesize(out, records, seed=0):
                   for code, name in SCP_CLASS.items()] + [dict(code="SR", rhythm=1.0)]
     pd.DataFrame(statements).set_index("code").to_csv(out / TABLES[1], index_label="")
     files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != "SHA256SUMS.txt")
-    (out / "SHA256SUMS.txt").write_text("".join(f"{sha256(f)} {f.relative_to(out)}\n" for f in files))
+    sums = "".join(f"{sha256(f)} {f.relative_to(out)}\n" for f in files)
+    write_atomic(out / "SHA256SUMS.txt", lambda tmp: tmp.write_text(sums))
     print(f"{out}: {records} synthetic records of {patient} patients, both rates")
 
 
@@ -510,11 +524,11 @@ def info(folder):
     print(f"{folder}{' (synthetic)' if (folder / SYNTHETIC).exists() else ''}\n{folds}")
     print("a record may hold several superclasses; one: exactly one, none: no diagnostic one")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
-    for rate, column in RATES.items():
-        files = [(folder / name).with_suffix(end) for name in table[column] for end in (".hea", ".dat")]
+    for rate in RATES:
+        files = record_files(folder, table, rate)
         there = [file.stat().st_size for file in files if file.exists()]
-        print(f"{rate} Hz: {len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; as a cache "
-              f"{len(table) * SECONDS * rate * len(LEADS) * 2 / 1e6:.1f} MB")
+        print(f"{rate} Hz: {len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; "
+              f"as a cache {cache_bytes(len(table), rate) / 1e6:.1f} MB")
 
 
 def get_args(argv=None):

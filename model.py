@@ -51,7 +51,7 @@ class Config:
     mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
                               "which mix the leads before they become tokens")
     channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
-    gate_channel: bool = setting(False, "paper section 6: gate the channel stream's residual branches")
+    gate_channel: bool = setting(False, "paper section 6: gates on the channel stream's residuals")
     aux_losses: bool = setting(False, "paper section 6: NT-Xent on each pooled stream as well")
     late_masking: bool = setting(False, "paper section 7: mask the lifted time tokens, not the "
                                  "signal; the channel stream still sees masked leads")
@@ -61,7 +61,7 @@ class Config:
         if self.arch not in ARCHITECTURES:
             problems.append(f"--arch {self.arch}: choose from {', '.join(ARCHITECTURES)}")
         if self.width % self.heads or self.width % 2:
-            problems.append(f"--heads {self.heads} does not divide --width {self.width}, or it is odd")
+            problems.append(f"--heads {self.heads} does not divide --width {self.width} (even)")
         if self.late_masking and self.width % C:
             problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
@@ -74,7 +74,7 @@ class Config:
 
 
 class Output(NamedTuple):
-    """z: (B, rep_dim) the representation; time, channel: (B, D) pooled streams, or None (ResNet)."""
+    """z: (B, rep_dim) the representation; time, channel: (B, D) pooled streams, or None."""
 
     z: torch.Tensor
     time: Optional[torch.Tensor] = None
@@ -140,7 +140,8 @@ class CrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D = config.width
-        self.time_to_channel, self.channel_to_time = Attention(D, config.heads), Attention(D, config.heads)
+        self.time_to_channel = Attention(D, config.heads)
+        self.channel_to_time = Attention(D, config.heads)
         self.norm_time, self.norm_channel = nn.LayerNorm(D), nn.LayerNorm(D)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -229,7 +230,8 @@ class DualView(nn.Module):
             c = layer(c)
         t2, c2 = self.cross(t, c)
         time, channel = (t + t2).mean(1), (c + c2).mean(1)
-        z = self.fusion(torch.cat([time, channel], dim=-1)) + self.gate.sigmoid() * self.shortcut(early)
+        fused = self.fusion(torch.cat([time, channel], dim=-1))
+        z = fused + self.gate.sigmoid() * self.shortcut(early)
         return Output(z, time, channel)
 
     def stream_parameters(self, name):
@@ -296,6 +298,12 @@ class Contrastive(nn.Module):
         self.encoder = ARCHITECTURES[config.arch](config)
         widths = [config.rep_dim] + [config.width] * (2 * config.aux_losses)
         self.heads = nn.ModuleList(projector(width, config.proj_dim) for width in widths)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # PyTorch's random biases put all records into one narrow cone (cosine .97), where
+                # the contrastive loss of `contig` then collapses to chance for ten epochs
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x, keep=None):
         output = self.encoder(x, keep)
@@ -328,8 +336,9 @@ def embed(model, x, view):
 def attention_maps(model, x):
     """Softmax weights of each attention for a view x, by the explicit path.
 
-    ->  {"time": [(B, H, N, N)] a layer, "channel": [(B, H, C, C)], "time_to_channel": [(B, H, N, C)],
-         "channel_to_time": [(B, H, C, N)]}, rows (queries) sum to 1. Raises InputError for a ResNet.
+    ->  {"time": [(B, H, N, N) a layer], "channel": [(B, H, C, C) a layer],
+         "time_to_channel": [(B, H, N, C)], "channel_to_time": [(B, H, C, N)]}; rows (queries)
+         sum to 1. Raises InputError for a ResNet.
     """
     encoder = model.encoder
     if not isinstance(encoder, DualView):

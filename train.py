@@ -10,6 +10,7 @@ Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), m
 Everything random is a function of (seed, epoch, step): a resumed run repeats the interrupted one.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -39,10 +40,19 @@ BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
 VAL_KEY = 2 ** 31  # stands where the epoch stands: validation views are the same in every epoch
+STREAM_KEYS = [f"grad_norm_{name}{end}" for name in ("time", "channel", "ratio")
+               for end in ("", "_corrected")]  # None for a ResNet
 NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may differ on a resume
 
 
 # Randomness and schedule: pure functions of the step
+
+def set_seed(seed):
+    """Seed every generator: the weights' initial values depend on it."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
 
 def derive(*key):
     """A 64-bit seed from non-negative integers; other keys give independent streams."""
@@ -126,7 +136,8 @@ def batches(cache, config, seed, order, device, workers):
     """
     if config.view == "stochastic":
         keys = ([(epoch, int(row)) for row in rows] for epoch, rows in order)
-        for x in DataLoader(Augmented(cache, config, seed), batch_sampler=keys, num_workers=workers):
+        records = Augmented(cache, config, seed)
+        for x in DataLoader(records, batch_sampler=keys, num_workers=workers):
             yield lambda part, x=x: x[part].to(device).unbind(1)
     else:
         for _, rows in order:
@@ -143,6 +154,13 @@ def epoch_order(rows, batch, seed, start, total):
             shuffled = rows[torch.randperm(len(rows), generator=generator(seed, epoch)).numpy()]
         at = step % steps * batch
         yield epoch, shuffled[at:at + batch]
+
+
+def draw_keep(config, batch, *key):
+    """Leads that each view of a batch keeps: (2, B, C) bool, or None without masking."""
+    if not config.mask_leads:
+        return None
+    return draw_leads((2, batch, len(LEADS)), config.mask_p, generator(*key))
 
 
 # The loss of one effective batch, and its exact gradient in the memory of a micro-batch
@@ -169,6 +187,12 @@ def project(model, views, keep, part, key, autocast=nullcontext):
     return output, projections.unflatten(1, (2, -1))
 
 
+def return_memory():
+    """Hand freed heap pages back to Linux: glibc keeps them, a third more at the peak."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
              autocast=nullcontext):
     """Add the gradient of one effective batch to .grad; return its loss and the streams' norms.
@@ -188,8 +212,9 @@ def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, neg
             cached = torch.cat([project(model, views, keep, part, key, autocast)[1]
                                 for part in parts], dim=2)
         cached.requires_grad_()
-        loss = total_loss(cached, tau, aux_weight)
-        (grad,) = torch.autograd.grad(loss, cached)
+        whole = total_loss(cached, tau, aux_weight)
+        (grad,) = torch.autograd.grad(whole, cached)
+        loss = float(whole.detach())
     for part in parts:
         output, projections = project(model, views, keep, part, key, autocast)
         streams = [h for h in (output.time, output.channel) if h is not None]
@@ -200,10 +225,12 @@ def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, neg
         else:
             part_loss = total_loss(projections, tau, aux_weight) / len(parts)
             part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss += float(part_loss.detach())
         for i, h in enumerate(streams):
             squares[i] += h.grad.float().square().sum()
-    return float(loss), [math.sqrt(s) for s in squares]
+        del output, projections, streams  # before the next part's graph is made
+        return_memory()
+    return loss, [math.sqrt(s) for s in squares]
 
 
 def stream_norms(norms, n_tokens):
@@ -246,19 +273,18 @@ def clustering(z, labels):
 def validate(model, cache, rows, config, args, plan, device, autocast):
     """val_loss on fixed views of fold 9, and clustering of its single-superclass records."""
     model.eval()
-    B, losses = plan["val_batch"], []
+    B, micro, losses = plan["val_batch"], plan["micro"], []
     order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
     for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
-        keep = draw_leads((2, B, len(LEADS)), config.mask_p, generator(args.seed, VAL_KEY, i)) \
-            if config.mask_leads else None
-        parts = [slice(j, min(j + plan["micro"], B)) for j in range(0, B, plan["micro"])]
+        keep = draw_keep(config, B, args.seed, VAL_KEY, i)
+        parts = [slice(j, min(j + micro, B)) for j in range(0, B, micro)]
         projections = torch.cat([project(model, views, keep, part, (0,), autocast)[1]
                                  for part in parts], dim=2)
         losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
     labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
     z = []
-    for part in np.array_split(rows[single], math.ceil(max(single.sum(), 1) / plan["micro"])):
+    for part in np.array_split(rows[single], math.ceil(max(single.sum(), 1) / micro)):
         x = normalize(torch.from_numpy(cache.signals[part]).to(device))
         with autocast():
             z.append(embed(model, x, config.view).float().cpu())
@@ -320,115 +346,129 @@ def pick_device(name):
 
 
 def pick_autocast(precision, device):
-    """A context manager factory: bf16 autocast over float32 weights, or nothing.
-
-    deviation: the paper held weights in bf16, where a step of lr 3e-5 is mostly lost in rounding
-    """
+    """(precision in effect, a factory of context managers): bf16 autocast, or nothing."""
     if precision == "auto":
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if has_it else "float32"
+    # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
     return precision, nullcontext if precision == "float32" else (
         lambda: torch.autocast(device.type, torch.bfloat16))
 
 
-def show(row, total):
+def announce(config, cache, rows, plan, notes, where, args):
+    """Print what is about to be trained, on what, with which settings in effect."""
+    steps, total, meta = plan["steps"], plan["total"], cache.meta
+    print(f"view       {config.describe()}\n"
+          f"data       {'SYNTHETIC, ' if meta['synthetic'] else ''}{meta['data']} at {meta['rate']}"
+          f" Hz: {len(rows[0])} training records (folds 1-8), {len(rows[1])} validation (fold 9)\n"
+          f"model      {where}\n"
+          f"batch      {plan['batch']} in micro-batches of {plan['micro']}, negatives from the "
+          f"{'whole batch' if args.negatives == 'batch' else 'micro-batch'}\n"
+          f"schedule   {total} steps in {math.ceil(total / steps)} epochs of {steps}, warm-up "
+          f"{plan['warmup']}, learning rate up to {args.max_lr:g}, then down to {args.final_lr:g}\n"
+          f"chance     a loss of {math.log(2 * plan['batch'] - 1):.2f}, in validation "
+          f"{math.log(2 * plan['val_batch'] - 1):.2f}")
+    for note in notes:
+        print(f"note       {note}")
+
+
+def show(row, epochs):
     """One aligned line for an epoch."""
-    parts = [f"epoch {row['epoch']:>3}/{total}"]
-    for key, form in (("loss", ".4f"), ("val_loss", ".4f"), ("lr", ".1e"),
-                      ("grad_norm_ratio", ".2f"), ("grad_norm_ratio_corrected", ".2f"),
-                      ("silhouette", "+.3f"), ("davies_bouldin", ".2f"),
-                      ("calinski_harabasz", ".2f"), ("records_per_second", ".0f")):
-        name = key.replace("grad_norm_", "").replace("records_per_second", "rec/s")
-        parts.append(f"{name} {row[key]:{form}}" if row[key] is not None else f"{name} -")
+    parts = [f"epoch {row['epoch']:>3}/{epochs}"]
+    for key, name, form in (
+            ("loss", "loss", ".4f"), ("val_loss", "val", ".4f"), ("lr", "lr", ".1e"),
+            ("grad_norm_ratio", "channel/time", ".2f"),
+            ("grad_norm_ratio_corrected", "corrected", ".2f"), ("silhouette", "sil", "+.3f"),
+            ("davies_bouldin", "DB", ".2f"), ("calinski_harabasz", "CH", ".2f"),
+            ("records_per_second", "rec/s", ".0f")):
+        parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
     tqdm.write("  ".join(parts))
 
 
+def train_step(model, optimizer, views, step, config, args, plan, n_tokens, autocast):
+    """One optimiser step on one effective batch; return its statistics as floats.
+
+    Raises FloatingPointError, before the weights change, when loss or gradient is not finite.
+    """
+    lr = learning_rate(step, plan["total"], plan["warmup"], args.max_lr, args.final_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    keep = draw_keep(config, plan["batch"], args.seed, step, 1)
+    loss, norms = backward(model, views, keep, plan["batch"], plan["micro"], (args.seed, step),
+                           args.tau, args.aux_weight, args.negatives, autocast)
+    stats = dict(loss=loss)
+    if n_tokens:
+        stats |= {**stream_norms(norms, n_tokens), **parameter_norms(model)}
+    stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
+        model.parameters(), args.clip or math.inf))
+    if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
+        raise FloatingPointError(
+            f"loss {loss}, gradient norm {stats['grad_norm']} at epoch "
+            f"{step // plan['steps'] + 1}, step {step}; last.pt keeps the last good "
+            "state. Try a lower --max-lr, --clip 1 or --precision float32, in another run folder")
+    optimizer.step()
+    return stats | dict(lr=lr)
+
+
 def train(args):
-    """Pretrain; write the run folder. Raises InputError before work starts for what is wrong."""
+    """Pretrain and write the run folder. Raises InputError, before work starts, for bad input."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     config, size = from_args(ViewConfig, args), from_args(Config, args)
     args.view = config.view  # an alias is resolved at once
     cache = open_cache(args.cache)
-    train_rows, val_rows = cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
-    plan, notes = settle(args, len(train_rows), len(val_rows))
+    rows = cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
+    plan, notes = settle(args, len(rows[0]), len(rows[1]))
     device = pick_device(args.device)
     precision, autocast = pick_autocast(args.precision, device)
     if config.view == "stochastic":
         pool(config, cache.meta["rate"])  # checks the band against the rate
-    random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     model = Contrastive(size).to(device)
     run = Path(args.run or f"runs/{config.view}-s{args.seed}")
     check_run(run, describe_run(args, model, cache, plan, device))
     if (run / "model.pt").exists():
         return print(f"{run}: finished, nothing to do; remove the folder to train again")
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
-    start, sums, log = 0, {}, []
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
+    start, sums, log = 0, {}, []  # sums: of the statistics since the last row of the log
     if (run / "last.pt").exists():
         state = torch.load(run / "last.pt", map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, sums, log = state["step"], state["sums"], state["log"]
         notes.append(f"resumed at step {start} of {plan['total']}")
-    B, T = plan["batch"], cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
-    n_tokens = (T // size.time_stride, len(LEADS))
-    epochs = math.ceil(plan["total"] / plan["steps"])
-    print(f"{config.describe()}\n{'SYNTHETIC data, ' if cache.meta['synthetic'] else ''}"
-          f"{cache.meta['data']} at {cache.meta['rate']} Hz: {len(train_rows)} training records "
-          f"(folds 1-8), {len(val_rows)} validation (fold 9)\n"
-          f"{size.arch}, {n_parameters(model):,} parameters, {n_tokens[0]} time tokens a view; "
-          f"{device}, {precision}\neffective batch {B} in micro-batches of {plan['micro']}, "
-          f"negatives from the {args.negatives}; {plan['steps']} steps an epoch, {epochs} epochs; "
-          f"chance is a loss of {math.log(2 * B - 1):.2f}, {math.log(2 * plan['val_batch'] - 1):.2f} "
-          f"in validation\n" + "".join(f"note: {note}\n" for note in notes) + f"-> {run}")
+    samples = cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
+    n_tokens = (samples // size.time_stride, len(LEADS)) if size.arch == "dualview" else None
+    where = (f"{size.arch}, {n_parameters(model):,} parameters, {samples} samples a view, on "
+             f"{device} in {precision}; -> {run}")
+    announce(config, cache, rows, plan, notes, where, args)
 
     writer = SummaryWriter(run / "tensorboard", purge_step=len(log) + 1)
-    order = epoch_order(train_rows, B, args.seed, start, plan["total"])
     bar = tqdm(total=plan["total"], initial=start, desc=run.name, unit="step", disable=None)
-    saved, tick = time.monotonic(), time.monotonic()
+    order = epoch_order(rows[0], plan["batch"], args.seed, start, plan["total"])
+    saved = tick = time.monotonic()
     feed = batches(cache, config, args.seed, order, device, args.workers)
     for step, views in enumerate(feed, start):
-        epoch = step // plan["steps"] + 1
-        lr = learning_rate(step, plan["total"], plan["warmup"], args.max_lr, args.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        model.train()
-        optimizer.zero_grad(set_to_none=True)
-        keep = draw_leads((2, B, len(LEADS)), config.mask_p, generator(args.seed, step, 1)) \
-            if config.mask_leads else None
-        loss, norms = backward(model, views, keep, B, plan["micro"], (args.seed, step), args.tau,
-                               args.aux_weight, args.negatives, autocast)
-        stats = dict(loss=loss)
-        if size.arch == "dualview":
-            stats |= {**stream_norms(norms, n_tokens), **parameter_norms(model)}
-        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
-            model.parameters(), args.clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
-            raise FloatingPointError(
-                f"loss {loss}, gradient norm {stats['grad_norm']} at epoch {epoch}, step {step}; "
-                f"{run / 'last.pt'} keeps the last good state. Try a lower --max-lr, a --clip, or "
-                "--precision float32, in another --run")
-        optimizer.step()
-        stats |= dict(seconds=time.monotonic() - tick, n=1)
+        stats = train_step(model, optimizer, views, step, config, args, plan, n_tokens, autocast)
+        stats |= dict(n=1, seconds=time.monotonic() - tick)
         tick = time.monotonic()
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
+        bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        last = step + 1 == plan["total"]
-        if (step + 1) % plan["steps"] == 0 or last:
-            n, seconds = sums.pop("n"), sums.pop("seconds")
-            mean = {key: value / n for key, value in sums.items()}
-            row = dict(epoch=epoch, step=step + 1, lr=lr, records_per_second=n * B / seconds,
-                       **dict.fromkeys(stream_norms((0, 0), n_tokens)), **{})
-            row |= mean
-            row |= validate(model, cache, val_rows, config, args, plan, device, autocast)
+        if (step + 1) % plan["steps"] == 0 or step + 1 == plan["total"]:
+            n = sums.pop("n")
+            row = dict(epoch=step // plan["steps"] + 1, step=step + 1) | dict.fromkeys(STREAM_KEYS)
+            row |= {key: value / n for key, value in sums.items()}
+            row |= dict(lr=stats["lr"], records_per_second=plan["batch"] / row.pop("seconds"))
+            row |= validate(model, cache, rows[1], config, args, plan, device, autocast)
             log, sums = [*log, row], {}
-            show(row, epochs)
+            show(row, math.ceil(plan["total"] / plan["steps"]))
             for key, value in row.items():
                 if value is not None:
-                    writer.add_scalar(key, value, epoch)
+                    writer.add_scalar(key, value, row["epoch"])
             writer.flush()
         if not sums or time.monotonic() - saved > 60 * args.save_minutes:
             save(run, model, optimizer, step + 1, sums, log)
@@ -444,7 +484,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = parser.add_argument_group("data and run")
-    g.add_argument("--cache", default="cache/ptbxl-500", help="folder made by: python data.py cache")
+    g.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
     g.add_argument("--run", help="run folder; by default runs/VIEW-sSEED")
     g.add_argument("--seed", type=int, default=0, help="of everything: same seed, same run")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -4,7 +4,7 @@ In:  x (B, T, C) float32, z-scored (data.normalize), T = 10 s.
 Out: x1, x2 with the same number of records; full length, or half as many samples.
 
     VIEW         alias         the paper calls it          what a view is
-    stochastic   augment       stochastic augmentations    a random pass through a pool of transforms
+    stochastic   augment       stochastic augmentations    a random pass through a pool
     contig       nonoverlap    non-overlapping segments    one half of the record (CMSC)
     noncontig    interleaved   interleaving segments       the even, or the odd, samples
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 import ecgmentations as E
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from scipy.signal import butter, sosfiltfilt
 
 from data import InputError
@@ -139,9 +140,7 @@ class TimeCropResize(E.EcgOnlyAugmentation):
     def apply(self, ecg, share, start, **params):
         T = len(ecg)
         at = (start + share * np.arange(T) / T) * (T - 1)  # where each new sample lies in the old
-        left = at.astype(int)
-        right, weight = np.minimum(left + 1, T - 1), (at - left)[:, None].astype(ecg.dtype)
-        return ecg[left] * (1 - weight) + ecg[right] * weight
+        return CubicSpline(np.arange(T), ecg)(at).astype(ecg.dtype)
 
     def get_transform_init_args_names(self):
         return ("keep",)
@@ -179,14 +178,15 @@ class ViewConfig:
 
     def describe(self):
         """The strategy in words, for the start of a run."""
-        masked = f"each lead masked with p = {self.mask_p}" if self.mask_leads else "no lead masking"
+        masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
+                  else "no lead masking")
         return f"{self.view}: {WORDS[self.view]}; {masked}"
 
 
 def pool(config, rate):
     """The stochastic transforms in sequence, each with p = augment_p (paper 4.2.1).
 
-    Called as pool(ecg=array (T, C) float32)["ecg"]; draws from numpy's global state, see `numpy_seed`.
+    Call it as transforms(ecg=x)["ecg"] with x (T, C) float32; it draws from numpy's global state.
     """
     if not 0 < config.band_low < config.band_high < rate / 2:
         raise InputError(f"--band-low {config.band_low} --band-high {config.band_high}: must rise "

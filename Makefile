@@ -1,0 +1,71 @@
+# Two commands for a newcomer:   make demo    (synthetic records, no network, minutes on a CPU)
+#                                make test
+# The real thing:                make pretrain VIEW=noncontig
+
+VIEW   ?= noncontig# stochastic, contig, noncontig; or an alias: augment, nonoverlap, interleaved
+SEED   ?= 0# of everything random
+PRESET ?= paper# paper, or small: for CPUs and a few hundred to a few thousand records
+DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
+ARGS   ?=# further flags of train.py, such as --epochs 20
+PYTHON ?= python3
+
+NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst interleaved,noncontig,$(VIEW))))
+ifeq ($(filter stochastic contig noncontig,$(NAME)),)
+$(error unknown VIEW '$(VIEW)'; choose one of stochastic (or augment), contig (or nonoverlap), noncontig (or interleaved))
+endif
+RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the paper by default
+RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
+CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
+PY    := .venv/bin/python
+
+# Only the default folder is downloaded into.
+SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildcard $(DATA)/ptbxl_database.csv))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help download cache pretrain demo test info clean FORCE
+export PYTORCH_ENABLE_MPS_FALLBACK = 1
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@awk -F '[?]= *|#' '/^[A-Z]+ *[?]=/ { printf "%-8s%s\n", $$1, $$3 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "now: VIEW=$(VIEW) SEED=$(SEED) RATE=$(RATE) PRESET=$(PRESET) DATA=$(DATA) RUN=$(RUN) ARGS=$(ARGS)"
+	@echo "Scripts skip what is done and resume what was cut off; a changed *.py retrains nothing."
+
+demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
+	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME) ARGS="--epochs 15"
+
+test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records
+	$(PY) -m pytest -q -rs test_all.py
+
+download: data/ptbxl/.complete-$(RATE) ## PTB-XL 1.0.3 from PhysioNet, only what RATE needs
+
+cache: $(CACHE)/meta.json ## all records of DATA in one int16 array
+
+pretrain: $(RUN)/model.pt ## train an encoder with VIEW; the same command resumes
+
+info: | .venv/.done ## records of DATA by fold and superclass
+	$(PY) data.py info --data "$(DATA)"
+
+clean: ## remove caches and the demo; runs, downloads and .venv stay
+	rm -rf cache data/synth runs/demo-* __pycache__ .pytest_cache
+
+.venv/.done: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data/ptbxl/.complete-%: | .venv/.done
+	$(PY) data.py download --data data/ptbxl --rate $*
+
+data/synth/SHA256SUMS.txt: | .venv/.done
+	$(PY) data.py synth --out data/synth --records 300
+
+# FORCE: the scripts know better than time stamps whether there is something to do.
+$(CACHE)/meta.json: $(SOURCE) FORCE | .venv/.done
+	$(PY) data.py cache --data "$(DATA)" --rate $(RATE) --out $(CACHE)
+
+$(RUN)/model.pt: FORCE | $(CACHE)/meta.json
+	$(PY) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

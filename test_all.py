@@ -1,0 +1,1070 @@
+"""The tests: each compares with an oracle (a double loop, a closed form, another library).
+
+    make test                       # everything, under ten minutes on two cores
+    make test FAST=1                # without the slow ones, under two minutes
+    make test PTBXL=../shared/ptbxl500     # with real records, in PTB-XL's layout
+"""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
+
+import http.server
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ecgmentations as E
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import wfdb
+
+import data
+import model
+import train
+import views
+from data import CLASSES, LEADS, InputError
+
+HERE = Path(__file__).parent
+PTBXL = os.environ.get("PTBXL")
+slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
+real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
+TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
+            fusion_width=32, rep_dim=16, proj_dim=8)
+TINY_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+
+
+def script(*argv, ok=True, **more):
+    """Run a script of the project; return its output. With ok=False it must fail."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, text=True,
+                          capture_output=True, **more)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def synth(tmp_path_factory):
+    """A synthetic PTB-XL of 100 records, at both rates."""
+    folder = tmp_path_factory.mktemp("data") / "synth"
+    data.synthesize(folder, 100, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(synth):
+    """Its cache at 100 Hz."""
+    out = synth.parent / "cache-100"
+    data.build_cache(synth, 100, out, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def twenty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "twenty"
+    data.synthesize(folder, 20, seed=2)
+    return folder
+
+
+@pytest.fixture
+def small(twenty, tmp_path):
+    """A folder of 20 synthetic records that a test may break."""
+    return Path(shutil.copytree(twenty, tmp_path / "small"))
+
+
+def rewrite(folder, ecg_id=3, rate=100, signal=None, **changes):
+    """Write one record of a folder again, with other samples or header fields."""
+    table = pd.read_csv(folder / data.TABLES[0]).set_index("ecg_id")
+    path = folder / table.loc[ecg_id, data.RATES[rate]]
+    old = wfdb.rdrecord(str(path), physical=False)
+    fields = dict(fs=rate, units=old.units, sig_name=old.sig_name, fmt=old.fmt,
+                  adc_gain=old.adc_gain, baseline=old.baseline,
+                  d_signal=old.d_signal if signal is None else signal) | changes
+    wfdb.wrsamp(path.name, write_dir=str(path.parent), **fields)
+    return path
+
+
+def cached(folder, out="cache", **more):
+    data.build_cache(folder, 100, folder.parent / out, workers=1, **more)
+    return data.open_cache(folder.parent / out)
+
+
+class TestData:
+    def test_normalize_is_the_z_score_of_each_lead(self):
+        x = np.random.default_rng(0).integers(-3000, 3000, (4, 100, 12)).astype(np.int16)
+        want = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+        got = data.normalize(torch.from_numpy(x))
+        assert got.dtype == torch.float32
+        np.testing.assert_allclose(got, want, atol=1e-4)
+        np.testing.assert_allclose(data.normalize(torch.from_numpy(x[0])), want[0], atol=1e-4)
+
+    @pytest.mark.parametrize("level", [0, 1, 1234, -32767])
+    def test_a_flat_lead_becomes_zeros(self, level):
+        x = torch.randint(-500, 500, (2, 1000, 12), dtype=torch.int16)
+        x[:, :, 4] = level
+        x[0, 500:, 4] += 1  # one step of the recorder is flat too
+        y = data.normalize(x)
+        assert (y[:, :, 4] == 0).all() and y.isfinite().all()
+        assert y[:, :, 5].std() > 0.9
+
+    @pytest.mark.parametrize("rate", data.RATES)
+    def test_the_cache_holds_what_wfdb_reads(self, synth, tmp_path, rate):
+        data.build_cache(synth, rate, tmp_path / "c", workers=2)
+        c, table = data.open_cache(tmp_path / "c"), data.load_tables(synth)
+        for row in (0, 31, 99):
+            path = synth / table[data.RATES[rate]][row]
+            np.testing.assert_allclose(c.signals[row], wfdb.rdrecord(str(path)).p_signal * 1000,
+                                       atol=1e-6)
+        assert list(c.index.ecg_id) == list(table.ecg_id) and c.meta["synthetic"]
+        assert c.signals.shape == (100, 10 * rate, 12)
+
+    def test_leads_are_found_by_name_in_any_case_and_order(self, small):
+        before = cached(small).signals[2].copy()
+        path = small / pd.read_csv(small / data.TABLES[0]).filename_lr[2]
+        order = np.random.default_rng(0).permutation(12)
+        rewrite(small, signal=wfdb.rdrecord(str(path), physical=False).d_signal[:, order],
+                sig_name=[LEADS[i].lower() for i in order])
+        np.testing.assert_array_equal(cached(small).signals[2], before)
+
+    def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
+        first = cached(small).meta
+        assert cached(small).meta == first and "up to date" in capsys.readouterr().out
+        path = rewrite(small)
+        os.utime(path.with_suffix(".dat"), (1, 1))
+        second = cached(small).meta
+        assert second["source"] != first["source"]
+        assert second["fingerprint"] == first["fingerprint"]  # the samples are the same
+        monkeypatch.setattr(data, "FORMAT", 99)
+        with pytest.raises(InputError, match="format 1, this code reads 99"):
+            data.open_cache(small.parent / "cache")
+        assert cached(small).meta["format"] == 99
+
+    @pytest.mark.parametrize("changes, says", [
+        (dict(sig_name=["I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "X"]),
+         "leads .* X; needs"),
+        (dict(fs=250), "1000 samples at 250 Hz; needs 1000 at 100 Hz"),
+        (dict(units=["uV"] * 12), "units uV; needs mV"),
+        ("short", "500 samples at 100 Hz"), ("11 leads", "leads I .*V5; needs"),
+        ("invalid", "1 time points hold an invalid sample"),
+        ("cut", "header"), ("long", "the header tells of 24000 bytes, the file has 24024"),
+        ("flip", "checksum"), ("garbage", "unreadable")])
+    def test_an_unusable_record_is_named_with_its_fault(self, small, changes, says):
+        path = small / pd.read_csv(small / data.TABLES[0]).filename_lr[2]
+        dat, hea = path.with_suffix(".dat"), path.with_suffix(".hea")
+        old = wfdb.rdrecord(str(path), physical=False).d_signal
+        raw = bytearray(dat.read_bytes())
+        if isinstance(changes, dict):
+            rewrite(small, **changes)
+        elif changes == "short":
+            rewrite(small, signal=old[:500])
+        elif changes == "11 leads":
+            rewrite(small, signal=old[:, :11], units=["mV"] * 11, fmt=["16"] * 11,
+                    sig_name=[n.upper() for n in LEADS[:11]], adc_gain=[1000.] * 11,
+                    baseline=[0] * 11)
+        elif changes == "invalid":
+            old[77, 3] = -32768
+            rewrite(small, signal=old)
+        elif changes == "garbage":
+            hea.write_bytes(os.urandom(300))
+        else:
+            raw = raw[:-24] if changes == "cut" else raw + raw[:24] if changes == "long" else raw
+            raw[100] ^= changes == "flip"
+            dat.write_bytes(raw)
+        with pytest.raises(InputError, match=f"1 of 20 records(.|\n)*00003_lr.*({says})"):
+            cached(small)
+        assert not (small.parent / "cache").exists()
+        assert not list(small.parent.glob("cache.tmp*"))
+        kept = cached(small, skip_bad=True)
+        assert len(kept.signals) == 19 and 3 not in set(kept.index.ecg_id)
+        with pytest.raises(InputError, match="records cannot be used"):
+            cached(small)  # the cache with a gap does not pass for a whole one
+
+    def test_a_flat_lead_is_usable_and_counted(self, small):
+        path = small / pd.read_csv(small / data.TABLES[0]).filename_lr[2]
+        signal = wfdb.rdrecord(str(path), physical=False).d_signal
+        signal[:, 7] = 5
+        rewrite(small, signal=signal)
+        assert cached(small).meta["records_with_a_flat_lead"] == 1
+
+    def test_missing_and_half_downloaded_folders(self, small, tmp_path):
+        with pytest.raises(InputError, match="no ptbxl_database.csv in .*nowhere.*py download"):
+            data.build_cache(tmp_path / "nowhere", 100, tmp_path / "c")
+        for path in list((small / "records100").rglob("*.dat"))[:5]:
+            path.unlink()
+        with pytest.raises(InputError, match="5 of 40 record files are missing.*data.py download"):
+            cached(small)
+
+    def test_damaged_caches(self, small, tmp_path):
+        out = small.parent / "cache"
+        with pytest.raises(InputError, match="no cache in"):
+            data.open_cache(out)
+        cached(small)
+        with open(out / "signals.int16", "r+b") as file:
+            file.truncate(1000)
+        with pytest.raises(InputError, match="truncated: 1000 bytes.*make it again: rm -r"):
+            data.open_cache(out)
+        (tmp_path / "mine").mkdir()
+        with pytest.raises(InputError, match="exists and is no cache"):
+            data.build_cache(small, 100, tmp_path / "mine")
+
+    def test_a_patient_in_two_folds_is_refused(self, small):
+        table = pd.read_csv(small / data.TABLES[0])
+        table.loc[0, "patient_id"] = table.patient_id[11]
+        table.to_csv(small / data.TABLES[0], index=False)
+        with pytest.raises(InputError, match="more than one fold"):
+            data.load_tables(small)
+
+    def test_write_atomic_leaves_the_old_file_when_writing_fails(self, tmp_path):
+        path = tmp_path / "a" / "file"
+        data.write_atomic(path, lambda tmp: tmp.write_text("old"))
+
+        def fail(tmp):
+            tmp.write_text("half")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            data.write_atomic(path, fail)
+        assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+    def test_info_counts_by_fold_and_class(self, synth):
+        out = script("data.py", "info", "--data", synth)
+        table = data.load_tables(synth)
+        assert re.search(r"all +100 +" + " +".join(str(table[c].sum()) for c in CLASSES), out), out
+        assert f"{table.patient_id.nunique()} patients" in out and "(synthetic)" in out
+
+    @real
+    def test_real_superclass_counts_are_table_1(self):
+        folder = Path(PTBXL).parent / "ptbxl_metadata"
+        if not folder.exists():
+            pytest.skip(f"no {folder} with the tables of all records")
+        table = data.load_tables(folder)
+        assert len(table) == 21799 and table.patient_id.nunique() == 18869
+        assert list(table[list(CLASSES)].sum()) == [9514, 5469, 5235, 4898, 2649]
+
+    @real
+    def test_real_records_match_wfdb_and_obey_einthoven(self, tmp_path):
+        data.build_cache(PTBXL, 100, tmp_path / "c")
+        c, table = data.open_cache(tmp_path / "c"), data.load_tables(PTBXL)
+        for row in range(0, len(table), 50):
+            record = wfdb.rdrecord(f"{PTBXL}/{table.filename_lr[row]}")
+            np.testing.assert_array_equal(c.signals[row], np.rint(record.p_signal * 1000))
+        x = c.signals.astype(int)
+        assert np.median(np.abs(x[..., 0] + x[..., 2] - x[..., 1])) <= 2  # I + III = II
+
+
+class TestSynth:
+    def test_limb_leads_obey_einthoven_and_goldberger(self, cache):
+        x = np.asarray(data.open_cache(cache).signals, dtype=int)
+        I, II, III, aVR, aVL, aVF = np.moveaxis(x[..., :6], -1, 0)
+        for left, right in ((III, II - I), (aVR, -(I + II) / 2), (aVL, I - II / 2),
+                            (aVF, II - I / 2)):
+            assert np.abs(left - right).max() <= 2  # microvolt, from rounding
+
+    def test_the_same_seed_gives_the_same_files(self, small, tmp_path):
+        data.synthesize(tmp_path / "again", 20, seed=2)
+        data.synthesize(tmp_path / "other", 20, seed=3)
+        sums = [(f / "SHA256SUMS.txt").read_text() for f in (small, tmp_path / "again",
+                                                             tmp_path / "other")]
+        assert sums[0] == sums[1] != sums[2]
+        assert all(data.sha256(small / name) == s for name, s in
+                   data.read_sums(small / "SHA256SUMS.txt").items())
+
+    def beat(self, codes):
+        """A noiseless beat (T, C) in mV around its R peak at sample 250, at 500 Hz."""
+        rng, t = np.random.default_rng(0), (np.arange(500) - 250) / 500
+        dipole = sum(np.exp(-((t - at) / width) ** 2 / 2)[:, None] * vector
+                     for at, width, vector in data.diseased(data.WAVES, codes, rng))
+        return dict(zip(LEADS, (dipole @ data.lead_matrix()).T))
+
+    def test_each_diagnosis_changes_what_it_changes_in_patients(self):
+        normal, st = self.beat([]), slice(300, 310)  # 100 to 120 ms after R
+        assert normal["V1"].min() < -.5 and normal["V5"].max() > .8  # rS in V1, tall R in V5
+        assert self.beat(["AMI"])["V2"][235:245].min() < normal["V2"][235:245].min() - .3  # Q
+        assert self.beat(["AMI"])["V2"][st].mean() > normal["V2"][st].mean() + .05  # ST elevation
+        assert self.beat(["IMI"])["aVF"][235:245].min() < normal["aVF"][235:245].min() - .2
+        assert self.beat(["ISC_"])["V5"][st].mean() < normal["V5"][st].mean() - .05  # ST depression
+        assert self.beat(["NDT"])["V5"][375:395].mean() < .5 * normal["V5"][375:395].mean()
+        assert self.beat(["CRBBB"])["V1"][270:290].max() > .4 > normal["V1"][270:290].max()  # R'
+        assert self.beat(["CLBBB"])["V6"][270:280].min() > .4  # still up 50 ms after R: wide QRS
+        lvh = self.beat(["LVH"])
+        assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
+
+    def test_it_says_so_and_refuses_a_folder_of_something_else(self, synth, tmp_path):
+        assert "not patients" in (synth / data.SYNTHETIC).read_text()
+        (tmp_path / "thesis.txt").touch()
+        with pytest.raises(InputError, match="holds no synthetic data"):
+            data.synthesize(tmp_path, 20)
+        with pytest.raises(InputError, match="at least 20"):
+            data.synthesize(tmp_path / "few", 3)
+
+    def test_every_fold_and_class_occurs_and_some_patients_return(self, synth):
+        table = data.load_tables(synth)
+        assert set(table.strat_fold) == set(range(1, 11))
+        assert (table[list(CLASSES)].sum() > 0).all()
+        assert 1 < len(table) / table.patient_id.nunique() < 1.6
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder at /ptbxl/, with the faults of real servers: {path: [fault, ...]}."""
+
+    daemon_threads = True
+
+    def __init__(self, folder, faults=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.asked = folder, dict(faults), []
+        self.url = f"http://127.0.0.1:{self.server_port}/ptbxl"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        name = self.path.removeprefix("/ptbxl/")
+        self.server.asked.append(name)
+        faults, path = self.server.faults.get(name, []), self.server.folder / name
+        fault = faults.pop(0) if faults else None
+        if fault == "reset":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        status = fault if isinstance(fault, int) else 200 if path.is_file() else 404
+        body = path.read_bytes() if status == 200 else b"sorry"
+        length = len(body)
+        if fault == "cut":
+            body, self.close_connection = body[:len(body) // 2], True
+        elif fault == "wrong":
+            body = bytes(reversed(body))
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class TestDownload:
+    @pytest.fixture(autouse=True)
+    def no_waiting(self, monkeypatch):
+        monkeypatch.setattr(data, "BACKOFF_S", 0.001)
+
+    @pytest.fixture
+    def serve(self, synth):
+        servers = []
+
+        def start(**faults):
+            servers.append(Server(synth, {k.replace("__", "/"): v for k, v in faults.items()}))
+            return servers[-1]
+
+        yield start
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+    def faulty(self, synth, *faults):
+        names = sorted(n for n in data.read_sums(synth / "SHA256SUMS.txt") if "records100" in n)
+        return {n.replace("/", "__"): list(f) for n, f in zip(names, faults)}
+
+    def test_faults_that_pass_are_overcome(self, synth, serve, tmp_path):
+        server = serve(**self.faulty(synth, ["cut"], ["wrong"], [503, 500], ["reset"], [429],
+                                     ["cut", "wrong", 502]))
+        data.download(tmp_path / "d", 100, server.url)
+        assert not (tmp_path / "d" / "records500").exists()  # only what the rate needs
+        data.build_cache(tmp_path / "d", 100, tmp_path / "c", workers=1)
+        assert data.open_cache(tmp_path / "c").meta["synthetic"]  # the mark comes along
+
+    def test_a_second_run_fetches_what_is_missing_or_broken_and_nothing_else(self, synth, serve,
+                                                                             tmp_path):
+        server, folder = serve(**self.faulty(synth, [404])), tmp_path / "d"
+        with pytest.raises(InputError, match="1 files could not be downloaded(.|\n)*HTTP 404"):
+            data.download(folder, 100, server.url)
+        assert not (folder / ".complete-100").exists()
+        broken = sorted(folder.rglob("*.dat"))[7]
+        broken.write_bytes(b"half")
+        server.asked.clear()
+        data.download(folder, 100, server.url)
+        wanted = {str(broken.relative_to(folder)), "SHA256SUMS.txt", *[
+            name.replace("__", "/") for name in self.faulty(synth, [0])]}
+        assert set(server.asked) == wanted and (folder / ".complete-100").exists()
+        assert not list(folder.rglob("*.tmp*"))
+
+    @pytest.mark.parametrize("sums, says", [
+        ("<html>Sign in</html>", "not 'digest file'"), ("0" * 64 + " ../../etc/x", "not 'digest"),
+        ("0" * 64 + " README", "not a PTB-XL folder")])
+    def test_another_site_is_refused_before_records_come(self, tmp_path, sums, says):
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "SHA256SUMS.txt").write_text(sums)
+        server = Server(site)
+        with pytest.raises(InputError, match=says):
+            data.download(tmp_path / "d", 100, server.url)
+        server.shutdown()
+
+    def test_a_server_that_is_not_there(self, tmp_path):
+        with pytest.raises(InputError, match="127.0.0.1"):
+            data.download(tmp_path / "d", 100, "http://127.0.0.1:9/")
+
+    def test_files_that_stay_wrong_are_named(self, synth, serve, tmp_path):
+        server = serve(**self.faulty(synth, ["wrong"] * 9))
+        with pytest.raises(InputError, match="SHA-256 is .* SHA256SUMS.txt says"):
+            data.download(tmp_path / "d", 100, server.url)
+
+
+def tone(rate, hz=20):
+    """A tone in lead aVR alone: (T, C) float32."""
+    x = np.zeros((10 * rate, 12), np.float32)
+    x[:, 3] = np.sin(2 * np.pi * hz * np.arange(len(x)) / rate)
+    return x
+
+
+class TestViews:
+    def test_segments_glue_back_to_the_record(self):
+        x = torch.randn(3, 10, 12)
+        a, b = views.split(x, "contig")
+        torch.testing.assert_close(torch.cat([a, b], 1), x)
+        a, b = views.split(x, "noncontig")
+        torch.testing.assert_close(torch.stack([a, b], 2).flatten(1, 2), x)
+        assert views.split(x, "stochastic")[0] is x
+
+    def test_an_alias_is_resolved_and_an_unknown_view_lists_them_all(self):
+        assert views.ViewConfig(view="interleaved").view == "noncontig"
+        with pytest.raises(InputError) as error:
+            views.ViewConfig(view="zigzag")
+        assert all(name in str(error.value) for name in [*views.VIEWS, *views.ALIASES])
+
+    def test_masking_is_on_for_segments_and_off_for_stochastic_unless_told(self):
+        assert views.ViewConfig(view="contig").mask_leads
+        assert not views.ViewConfig(view="stochastic").mask_leads
+        assert views.ViewConfig(view="stochastic", mask_leads=True).mask_leads
+        assert not views.ViewConfig(view="contig", mask_leads=False).mask_leads
+
+    @pytest.mark.parametrize("p", [0, 0.5, 0.9])
+    def test_lead_masks_follow_the_distribution_without_the_empty_mask(self, p):
+        keep = views.draw_leads((20000, 3), p, torch.Generator().manual_seed(0))
+        assert keep.any(-1).all()
+        counts = np.bincount(keep.sum(-1), minlength=4) / len(keep)
+        for k in (1, 2, 3):
+            want = math.comb(3, k) * (1 - p) ** k * p ** (3 - k) / (1 - p ** 3)
+            assert abs(counts[k] - want) < 0.015, (k, counts[k], want)
+
+    @pytest.mark.parametrize("rate", data.RATES)
+    def test_a_tone_stays_in_its_lead_and_leaks_through_the_shipped_filter(self, rate):
+        for shipped in (False, True):
+            config = views.ViewConfig("stochastic", augment_p=1, noise=0, shipped_filter=shipped)
+            out = views.augment(tone(rate), views.pool(config, rate), (0, 0, 0))[0]
+            others = np.abs(np.delete(out, 3, axis=1)).max()
+            if shipped:
+                assert others > 0.1, others
+            else:
+                assert others == 0 and 0.6 < out[:, 3].std() < 0.8, (others, out[:, 3].std())
+
+    @pytest.mark.parametrize("rate", data.RATES)
+    @pytest.mark.parametrize("hz, low, high", [(0.05, 0, .1), (10, .99, 1.01), (20, .99, 1.01)])
+    def test_the_filter_passes_its_band_without_delay(self, rate, hz, low, high):
+        x = tone(rate, hz)
+        y = views.BandPassFilter((0.5, 47.), rate).apply(x)
+        inner = slice(2 * rate, 8 * rate)  # away from the edges
+        gain = (x[inner, 3] @ y[inner, 3]) / (x[inner, 3] @ x[inner, 3])
+        assert low <= abs(gain) <= high, gain
+
+    def test_a_crop_is_a_stretched_part_of_the_record(self):
+        x = np.random.default_rng(0).standard_normal((500, 12)).astype(np.float32)
+        y = views.TimeCropResize(0.5).apply(x, share=0.6, start=0.3)
+        at = (0.3 + 0.6 * np.arange(500) / 500) * 499
+        want = scipy.ndimage.map_coordinates(x[:, 3], [at], order=3, mode="mirror")
+        np.testing.assert_allclose(y[5:-5, 3], want[5:-5], atol=1e-2)
+        np.testing.assert_allclose(views.TimeCropResize(1).apply(x, share=1, start=0)[0], x[0])
+
+    def test_augmented_views_repeat_with_the_key_and_leave_numpys_state_alone(self):
+        x = np.random.default_rng(0).standard_normal((1000, 12)).astype(np.float32)
+        transforms = views.pool(views.ViewConfig(view="stochastic"), 100)
+        state = np.random.get_state()[1].copy()
+        a, b, c = (views.augment(x, transforms, key) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+        assert a.shape == (2, 1000, 12) and a.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c) and not np.array_equal(a[0], a[1])
+        np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+    def test_strengths_do_what_they_say(self):
+        x = np.random.default_rng(0).standard_normal((1000, 12)).astype(np.float32)
+        off = dict(view="stochastic", augment_p=1, warp=0., crop=1., band_low=.01, band_high=49.9)
+        scaled = views.pool(views.ViewConfig(**off, noise=0., scale=.5), 100).transformations[-1]
+        ratios = [scaled(ecg=x)["ecg"][0, 0] / x[0, 0] for _ in range(200)]
+        assert .5 <= min(ratios) < .6 and 1.4 < max(ratios) <= 1.5
+        noisy = views.pool(views.ViewConfig(**off, noise=.25, scale=0.), 100).transformations[3]
+        assert abs((noisy(ecg=x)["ecg"] - x).std() - .5) < .02
+
+    @pytest.mark.parametrize("bad", [dict(mask_p=1.), dict(crop=0.), dict(warp=2.), dict(scale=1.)])
+    def test_bad_strengths_are_refused(self, bad):
+        with pytest.raises(InputError, match="--" + next(iter(bad)).replace("_", "-")):
+            views.ViewConfig(**bad)
+
+    def test_a_band_beyond_the_rate_is_refused(self):
+        with pytest.raises(InputError, match="--band-high 60.0.*50.0 Hz at 100 Hz"):
+            views.pool(views.ViewConfig(view="stochastic", band_high=60.), 100)
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    return model.Contrastive(model.Config(**(TINY | more)))
+
+
+def double_loop(z1, z2, tau):
+    """NT-Xent as its definition reads."""
+    z, n = [*z1, *z2], len(z1)
+    total = 0.0
+    for i in range(2 * n):
+        positive = math.exp(float(z[i] @ z[(i + n) % (2 * n)]) / tau)
+        others = sum(math.exp(float(z[i] @ z[j]) / tau) for j in range(2 * n) if j != i)
+        total -= math.log(positive / others)
+    return total / (2 * n)
+
+
+class TestModel:
+    def test_the_default_is_the_papers_size(self):
+        config = model.Config()
+        assert 21.4e6 < model.n_parameters(model.Contrastive(config)) < 21.6e6
+        mixed = model.Contrastive(model.Config(mix_leads=True))
+        assert model.n_parameters(mixed) == 21_477_233  # design page
+        assert model.PRESETS["paper"] == {}
+
+    @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
+    def test_nt_xent_is_the_double_loop(self, tau):
+        z1, z2 = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=-1)
+        torch.testing.assert_close(float(model.nt_xent(z1, z2, tau)), double_loop(z1, z2, tau))
+
+    def test_nt_xent_at_chance_and_at_its_best(self):
+        same = torch.ones(6, 4) / 2
+        assert math.isclose(model.nt_xent(same, same), math.log(11), rel_tol=1e-6)
+        eye = torch.eye(6)
+        assert math.isclose(model.nt_xent(eye, eye), math.log(1 + 10 * math.exp(-10)), rel_tol=1e-3)
+
+    def test_attention_is_torchs(self):
+        ours, theirs = model.Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+        theirs.in_proj_weight, theirs.in_proj_bias = ours.qkv.weight, ours.qkv.bias
+        theirs.out_proj = ours.out
+        x, context = torch.randn(2, 9, 24), torch.randn(2, 5, 24)
+        for args, other in (((x,), x), ((x, context), context)):
+            want, weights = theirs(x, other, other, average_attn_weights=False)
+            torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
+            ours.maps = []
+            torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours.maps[0], weights, atol=1e-5, rtol=1e-5)
+            ours.maps = None
+
+    def test_a_layer_is_torchs_pre_norm_encoder_layer(self):
+        ours = model.Layer(model.Config(**TINY)).eval()
+        theirs = nn.TransformerEncoderLayer(24, 2, 48, activation="gelu", batch_first=True,
+                                            norm_first=True).eval()
+        theirs.load_state_dict({
+            "self_attn.in_proj_weight": ours.attention.qkv.weight,
+            "self_attn.in_proj_bias": ours.attention.qkv.bias,
+            "self_attn.out_proj.weight": ours.attention.out.weight,
+            "self_attn.out_proj.bias": ours.attention.out.bias,
+            **{f"linear{i}.{n}": getattr(ours.ff[2 * i - 2], n) for i in (1, 2)
+               for n in ("weight", "bias")},
+            **{f"norm{i}.{n}": getattr(getattr(ours, f"norm{i}"), n) for i in (1, 2)
+               for n in ("weight", "bias")}})
+        x = torch.randn(2, 7, 24)
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+    def test_positions_are_sines_and_cosines(self):
+        got = model.positions(50, 8, "cpu")
+        for n in (0, 1, 49):
+            for i in range(4):
+                angle = n / 10000 ** (2 * i / 8)
+                assert abs(got[n, 2 * i] - math.sin(angle)) < 1e-4
+                assert abs(got[n, 2 * i + 1] - math.cos(angle)) < 1e-4
+
+    @pytest.mark.parametrize("T, stride", [(2500, 1), (500, 4), (503, 4), (1000, 7)])
+    def test_tokens_and_shapes(self, T, stride):
+        m = tiny(time_stride=stride).eval()
+        x = torch.randn(2, T, 12)
+        assert m.encoder.time_stem(x).shape == (2, T // stride, 24)
+        output, projections = m(x)
+        assert output.z.shape == (2, 16) and projections.shape == (1, 2, 8)
+        torch.testing.assert_close(projections.norm(dim=-1), torch.ones(1, 2))
+
+    def test_a_channel_token_sees_its_lead_alone_unless_leads_are_mixed(self):
+        x = torch.randn(1, 500, 12)
+        other = x.clone()
+        other[:, :, 5] = 0
+        for mix in (False, True):
+            stem = tiny(mix_leads=mix).encoder.channel_stem
+            changed = (stem(x) - stem(other)).abs().amax(-1)[0] > 1e-6
+            assert changed[5] and changed.sum() == (12 if mix else 1)
+
+    def test_masking_zeroes_the_signal_by_default(self):
+        m, x = tiny().eval(), torch.randn(2, 500, 12)
+        keep = torch.rand(2, 12) > .5
+        torch.testing.assert_close(m(x, keep)[0].z, m(x * keep[:, None])[0].z)
+
+    def test_late_masking_zeroes_features_of_lifted_tokens_and_channels_of_the_signal(self):
+        m, x, keep = tiny(late_masking=True).eval(), torch.randn(1, 500, 12), torch.ones(1, 12)
+        seen, keep[0, 3] = {}, 0
+        m.encoder.time_layers[0].register_forward_pre_hook(lambda _, a: seen.update(t=a[0]))
+        m.encoder.channel_stem.register_forward_pre_hook(lambda _, a: seen.update(c=a[0]))
+        m(x, keep.bool())
+        lifted = seen["t"] - model.positions(25, 24, "cpu")
+        assert (lifted[..., 6:8] == 0).all() and (lifted[..., [5, 8]] != 0).all()
+        torch.testing.assert_close(lifted[..., 8:], m.encoder.time_stem(x)[..., 8:])
+        assert (seen["c"][..., 3] == 0).all() and (seen["c"][..., 4] != 0).all()
+
+    def test_channel_dropout_drops_whole_tokens_in_training_only(self):
+        m, x = tiny(channel_dropout=.5), torch.randn(64, 500, 12)
+        seen = {}
+        m.encoder.channel_dropout.register_forward_hook(lambda _, a, out: seen.update(c=out))
+        m(x)
+        dropped = (seen["c"] == 0).all(-1).float()
+        assert .4 < dropped.mean() < .6 and ((seen["c"] == 0).any(-1).float() == dropped).all()
+        m.eval()(x)
+        assert not (seen["c"] == 0).any()
+
+    def test_gates_scale_the_residual_branches_of_the_channel_stream(self):
+        m, x = tiny(gate_channel=True).eval(), torch.randn(2, 12, 24)
+        layer = m.encoder.channel_layers[0]
+        assert m.encoder.time_layers[0].gates is None
+        layer.gates.data.fill_(-100)  # closed
+        torch.testing.assert_close(layer(x), x)
+        layer.gates.data.fill_(100)
+        plain = model.Layer(m.config).eval()
+        plain.load_state_dict(layer.state_dict(), strict=False)
+        torch.testing.assert_close(layer(x), plain(x))
+
+    def test_auxiliary_losses_add_the_streams_nt_xent(self):
+        m = tiny(aux_losses=True).eval()
+        output, p = m(torch.randn(6, 500, 12))
+        assert p.shape == (3, 6, 8)
+        torch.testing.assert_close(p[1], F.normalize(m.heads[1](output.time), dim=-1))
+        p = p.unflatten(1, (2, -1))
+        want = [double_loop(z1.double(), z2.double(), .1) for z1, z2 in p.detach()]
+        got = float(train.total_loss(p.detach(), .1, .5))
+        assert abs(got - (want[0] + .5 * (want[1] + want[2]))) < 1e-5
+
+    def test_the_representation_of_a_record_is_the_mean_over_its_views(self):
+        m, x = tiny().eval(), torch.randn(3, 1000, 12)
+        want = (m.encoder(x[:, ::2]).z + m.encoder(x[:, 1::2]).z) / 2
+        torch.testing.assert_close(model.embed(m, x, "noncontig"), want)
+        torch.testing.assert_close(model.embed(m, x, "stochastic"), m.encoder(x).z)
+
+    def test_attention_maps_are_the_weights_that_the_model_uses(self):
+        m, x = tiny().eval(), torch.randn(2, 500, 12)
+        maps = model.attention_maps(m, x)
+        assert {k: [tuple(w.shape) for w in v] for k, v in maps.items()} == {
+            "time": [(2, 2, 25, 25)], "channel": [(2, 2, 12, 12)],
+            "time_to_channel": [(2, 2, 25, 12)], "channel_to_time": [(2, 2, 12, 25)]}
+        for weights in maps.values():
+            torch.testing.assert_close(weights[0].sum(-1), torch.ones(weights[0].shape[:-1]))
+        first = m.encoder.channel_layers[0]
+        c = first.norm1(m.encoder.channel_stem(x))
+        q, k, _ = (c @ first.attention.qkv.weight.T + first.attention.qkv.bias).chunk(3, -1)
+        want = torch.softmax(q[:, :, :12] @ k[:, :, :12].mT / math.sqrt(12), -1)  # head 0
+        torch.testing.assert_close(maps["channel"][0][:, 0], want, atol=1e-5, rtol=1e-5)
+        assert m.encoder.cross.time_to_channel.maps is None
+
+    def test_resnet_goes_through_the_same_interface(self):
+        m = tiny(arch="resnet18")
+        output, projections = m(torch.randn(4, 500, 12), torch.ones(4, 12).bool())
+        assert output.z.shape == (4, 16) and output.time is None and projections.shape == (1, 4, 8)
+        kernels = [c.kernel_size[0] for c in m.modules() if isinstance(c, nn.Conv1d)]
+        assert sum(k > 1 for k in kernels) + 1 == 18  # and one linear layer
+        with pytest.raises(InputError, match="no attention"):
+            model.attention_maps(m, torch.randn(1, 500, 12))
+
+    @pytest.mark.parametrize("bad, says", [
+        (dict(heads=5), "--heads 5 does not divide --width 24"), (dict(arch="vit"), "--arch vit"),
+        (dict(width=26, late_masking=True), "--late-masking needs a --width that 12 divides"),
+        (dict(arch="resnet18", aux_losses=True), "no streams")])
+    def test_impossible_sizes_are_refused(self, bad, says):
+        with pytest.raises(InputError, match=says):
+            model.Config(**(TINY | bad))
+
+
+def big_batch(n=12, **more):
+    """A tiny model with dropout, views of n random records, and their masks."""
+    m = tiny(dropout=0.3, aux_losses=True, **more)
+    x = torch.randn(2, n, 500, 12, generator=torch.Generator().manual_seed(1))
+    keep = views.draw_leads((2, n, 12), .5, torch.Generator().manual_seed(2))
+    return m, lambda part: (x[0, part], x[1, part]), keep
+
+
+def gradient(m):
+    return torch.cat([p.grad.flatten() for p in m.parameters()])
+
+
+class TestTrain:
+    @pytest.mark.parametrize("micro", [3, 4, 6])
+    def test_the_chunked_gradient_is_that_of_the_whole_batch_with_dropout_on(self, micro):
+        m, pair, keep = big_batch()
+        loss, norms = train.backward(m, pair, keep, 12, micro, (0, 5), aux_weight=.5)
+        got = gradient(m)
+        m.zero_grad()
+        outputs, projections = zip(*[train.project(m, pair, keep, slice(i, i + micro), (0, 5))
+                                     for i in range(0, 12, micro)])  # every graph is kept
+        whole = train.total_loss(torch.cat(projections, dim=2), .1, .5)
+        pooled = [h for output in outputs for h in (output.time, output.channel)]
+        grads = torch.autograd.grad(whole, pooled, retain_graph=True)
+        whole.backward()
+        torch.testing.assert_close(got, gradient(m), atol=1e-5, rtol=1e-5)
+        assert abs(loss - whole.item()) < 1e-5
+        for i, norm in enumerate(norms):
+            want = math.sqrt(sum(float(g.square().sum()) for g in grads[i::2]))
+            assert abs(norm - want) < 1e-4 * want
+
+    def test_plain_accumulation_is_another_gradient(self):
+        m, pair, keep = big_batch()
+        cosine = []
+        for negatives in ("batch", "micro"):
+            m.zero_grad()
+            loss, _ = train.backward(m, pair, keep, 12, 3, (0, 5), negatives=negatives)
+            cosine.append(gradient(m))
+        assert F.cosine_similarity(*cosine, dim=0) < .99
+        parts = [train.project(m, pair, keep, slice(i, i + 3), (0, 5))[1] for i in range(0, 12, 3)]
+        assert abs(loss - np.mean([float(train.total_loss(p, .1, 0)) for p in parts])) < 1e-5
+
+    def test_stream_norms_are_those_at_the_token_tensors(self):
+        tokens = [torch.randn(3, n, 8, requires_grad=True) for n in (50, 12)]
+        pooled = [t.mean(1) for t in tokens]
+        for h in pooled:
+            h.retain_grad()
+        (pooled[0].sin() * pooled[1]).sum().backward()
+        norms = train.stream_norms([float(h.grad.norm()) for h in pooled], (50, 12))
+        for name, t in zip(("time", "channel"), tokens):
+            assert math.isclose(norms[f"grad_norm_{name}"], float(t.grad.norm()), rel_tol=1e-5)
+        assert norms["grad_norm_ratio"] == norms["grad_norm_channel"] / norms["grad_norm_time"]
+
+    def test_equal_streams_have_the_papers_ratio_and_a_corrected_ratio_of_one(self):
+        norms = train.stream_norms([2., 2.], (2500, 12))
+        assert abs(norms["grad_norm_ratio"] - 14.43) < .01  # the paper's logs read 14.6 to 14.8
+        assert norms["grad_norm_ratio_corrected"] == 1
+
+    @pytest.mark.parametrize("total, warmup", [(100, 20), (37, 5), (1000, 20)])
+    def test_the_schedule_is_a_warm_up_and_then_torchs_one_cycle(self, total, warmup):
+        got = [train.learning_rate(s, total, warmup, 3e-4, 3e-5) for s in range(total)]
+        assert got[0] == 0 and math.isclose(got[warmup], 3e-4 / 25) and math.isclose(got[-1], 3e-5)
+        assert math.isclose(max(got), 3e-4, rel_tol=.01)
+        np.testing.assert_allclose(np.diff(got[:warmup], 2), 0, atol=1e-12)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 3e-4, total_steps=total - warmup, final_div_factor=1 / 2.5)
+        for value in got[warmup:]:
+            assert math.isclose(value, optimizer.param_groups[0]["lr"], rel_tol=1e-6)
+            optimizer.step()
+            cycle.step()
+
+    def test_a_run_of_one_step_takes_a_real_one(self):
+        assert train.learning_rate(0, 1, 0, 3e-4, 3e-5) > 0
+
+    def settle(self, n_train, n_val=50, *argv):
+        return train.settle(train.get_args(argv), n_train, n_val)
+
+    def test_settings_fit_the_data(self):
+        plan, notes = self.settle(17418, 2183)
+        assert (plan["batch"], plan["steps"], plan["warmup"], notes) == (1024, 17, 20, [])
+        plan, notes = self.settle(344, 78, "--preset", "small")
+        assert plan["batch"] == 32 and plan["steps"] == 10
+        assert "batch 32 instead of 1024" in notes[0]
+        plan, notes = self.settle(344, 78, "--epochs", "3")
+        assert plan["total"] == 30 and plan["warmup"] == 6 and "warm-up 6 instead" in notes[1]
+        plan, _ = self.settle(344, 78, "--batch-size", "64", "--micro-batch", "16")
+        assert plan["batch"] == 64 and plan["micro"] == 16  # an explicit batch stands
+        plan, notes = self.settle(344, 78, "--batch-size", "512")
+        assert plan["batch"] == 32 and "512" in notes[0]
+        assert self.settle(4, 2)[0]["batch"] == 2
+
+    @pytest.mark.parametrize("argv, n, says", [
+        (["--batch-size", "64", "--micro-batch", "24"], 99, "24 does not divide .*64.*such as 8"),
+        (["--epochs", "0"], 99, "--epochs 0"), (["--batch-size", "1"], 99, "at least 2"),
+        ([], 3, "3 records in folds 1-8"), (["--tau", "0"], 99, "--tau")])
+    def test_impossible_settings_are_refused(self, argv, n, says):
+        with pytest.raises(InputError, match=says):
+            self.settle(n, 50, *argv)
+
+    def test_an_epoch_shows_a_record_once_and_a_resume_goes_on_in_the_same_order(self):
+        rows = np.arange(100, 150)
+        order = list(train.epoch_order(rows, 8, 0, 0, 14))
+        assert [epoch for epoch, _ in order] == [0] * 6 + [1] * 6 + [2] * 2
+        for i in (0, 6):
+            seen = np.concatenate([r for _, r in order[i:i + 6]])
+            assert len(set(seen)) == 48 and set(seen) <= set(rows)
+        assert not np.array_equal(order[0][1], order[6][1])
+        for (a, b), (c, d) in zip(order[9:], train.epoch_order(rows, 8, 0, 9, 14)):
+            assert a == c and np.array_equal(b, d)
+
+    def test_batches_are_normalised_views_of_their_rows(self, cache):
+        c, rows = data.open_cache(cache), np.array([5, 3, 40])
+        x = data.normalize(torch.from_numpy(c.signals[rows]))
+        for view in ("contig", "noncontig"):
+            (pair,) = train.batches(c, views.ViewConfig(view=view), 0, [(0, rows)], "cpu", 0)
+            for got, want in zip(pair(slice(1, 3)), views.split(x, view)):
+                torch.testing.assert_close(got, want[1:3])
+
+    def test_stochastic_batches_do_not_depend_on_the_workers(self, cache):
+        c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
+        order = [(0, np.array([5, 3])), (1, np.array([5, 8]))]
+        runs = [[pair(slice(0, 2)) for pair in train.batches(c, config, 0, order, "cpu", workers)]
+                for workers in (0, 2)]
+        for alone, parallel in zip(*runs):
+            for a, b in zip(alone, parallel):
+                torch.testing.assert_close(a, b, atol=0, rtol=0)
+        assert not torch.equal(runs[0][0][0][0], runs[0][1][0][0])  # record 5, another epoch
+
+    def test_clustering_is_none_where_it_cannot_be_computed(self):
+        z = np.random.default_rng(0).standard_normal((6, 3))
+        assert set(train.clustering(z, np.zeros(6)).values()) == {None}
+        assert set(train.clustering(z * 0, np.arange(6) % 2).values()) == {None}
+        far = z + 100 * (np.arange(6) % 2)[:, None]
+        assert train.clustering(far, np.arange(6) % 2)["silhouette"] > .9
+
+
+def log_of(run):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def argv_of(cache, run, *argv):
+    """The command line of a tiny run."""
+    return [str(a) for a in ("--cache", cache, "--run", run, "--batch-size", 8, "--micro-batch", 4,
+                             *TINY_FLAGS, *argv)]
+
+
+def run_train(cache, run, *argv):
+    """Train in this process."""
+    train.train(train.get_args(argv_of(cache, run, *argv)))
+
+
+LOGGED = {"epoch", "loss", "val_loss", "lr", "grad_norm_time", "grad_norm_channel",
+          "grad_norm_ratio", "silhouette", "davies_bouldin", "calinski_harabasz",
+          "records_per_second"}
+
+
+@pytest.fixture(scope="session")
+def finished(cache, tmp_path_factory):
+    """A finished run of two epochs, and what it printed."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    return run, script("train.py", *argv_of(cache, run, "--view", "interleaved", "--epochs", 2))
+
+
+class TestRun:
+
+    def test_a_run_folder_holds_what_it_should(self, finished, cache):
+        run, out = finished
+        assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
+        assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "last.pt", "model.pt",
+                                                   "tensorboard"}
+        args = json.loads((run / "args.json").read_text())
+        assert args["args"]["view"] == "noncontig" and args["args"]["epochs"] == 2
+        m, same = model.load_run(run)
+        assert args == same and args["n_parameters"] == model.n_parameters(m)
+        assert args["data"]["fingerprint"] == data.open_cache(cache).meta["fingerprint"]
+        rows = log_of(run)
+        assert [row["epoch"] for row in rows] == [1, 2] and LOGGED <= set(rows[0])
+        assert all(row[key] is not None for row in rows for key in LOGGED)
+
+    def test_tensorboards_reader_reads_the_same_numbers(self, finished):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
+        rows = log_of(finished[0])
+        for key in LOGGED:
+            got = [(event.step, event.value) for event in events.Scalars(key)]
+            assert [step for step, _ in got] == [1, 2]
+            np.testing.assert_allclose([v for _, v in got], [row[key] for row in rows], rtol=1e-5)
+
+    def test_the_last_validation_numbers_follow_from_the_saved_model(self, finished, cache):
+        from sklearn.metrics import silhouette_score
+        m, args = model.load_run(finished[0])
+        c = data.open_cache(cache)
+        labels = c.index[list(CLASSES)].to_numpy()
+        rows = np.flatnonzero((c.index.strat_fold == 9) & (labels.sum(1) == 1))
+        with torch.no_grad():
+            z = model.embed(m, data.normalize(torch.from_numpy(c.signals[rows])), "noncontig")
+        last = log_of(finished[0])[-1]
+        assert abs(last["silhouette"] - silhouette_score(z, labels[rows].argmax(1))) < 1e-4
+
+    def test_the_same_command_again_says_finished(self, finished, cache, capsys):
+        capsys.readouterr()
+        run_train(cache, finished[0], "--view", "noncontig", "--epochs", 2, "--workers", 0)
+        assert "finished, nothing to do" in capsys.readouterr().out
+
+    def test_other_arguments_or_data_are_refused_and_named(self, finished, cache, small):
+        before = (finished[0] / "model.pt").read_bytes()
+        out = script("train.py", *argv_of(cache, finished[0], "--epochs", 3, "--tau", .2), ok=False)
+        assert "--epochs: 2 then, 3 now" in out and "--tau: 0.1 then, 0.2 now" in out
+        assert "--seed" not in out and "Traceback" not in out
+        cached(small)
+        with pytest.raises(InputError, match="data: .* then, .* now"):
+            run_train(small.parent / "cache", finished[0], "--epochs", 2)
+        assert (finished[0] / "model.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("argv", [["--view", "contig", "--negatives", "micro", "--aux-losses"],
+                                      ["--view", "stochastic", "--mask-leads", "--workers", 1],
+                                      ["--arch", "resnet18", "--stem-width", 24],
+                                      ["--late-masking", "--precision", "bfloat16"]])
+    def test_each_option_trains(self, cache, tmp_path, argv):
+        run_train(cache, tmp_path / "r", "--max-steps", 2, *argv)
+        (row,) = log_of(tmp_path / "r")
+        assert LOGGED <= set(row) and (tmp_path / "r" / "model.pt").exists()
+        assert (row["grad_norm_time"] is None) == ("resnet18" in argv)
+
+    def test_errors_come_before_work_and_leave_no_folder(self, cache, tmp_path):
+        for argv, says in ((["--view", "zigzag"], "unknown VIEW"), (["--heads", 7], "--heads 7"),
+                           (["--micro-batch", 3], "does not divide"),
+                           (["--device", "cuda:9"], "--device cuda:9"),
+                           (["--view", "stochastic", "--band-high", "80"], "--band-high")):
+            with pytest.raises(InputError, match=says):
+                run_train(cache, tmp_path / "r", *argv)
+        with pytest.raises(InputError, match="no cache in"):
+            run_train(tmp_path / "none", tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+
+    def test_a_fold_without_records_is_named(self, small, tmp_path):
+        table = pd.read_csv(small / data.TABLES[0])
+        table.loc[table.strat_fold == 9, "strat_fold"] = 10
+        table.to_csv(small / data.TABLES[0], index=False)
+        cached(small)
+        with pytest.raises(InputError, match="0 in fold 9"):
+            run_train(small.parent / "cache", tmp_path / "r")
+
+    def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(self, cache, tmp_path):
+        run = tmp_path / "r"
+        with pytest.raises(FloatingPointError, match=r"loss \S+, .* at epoch \d, step \d+"):
+            run_train(cache, run, "--epochs", 4, "--max-lr", "1e30", "--clip", 0,
+                      "--save-minutes", 0)
+        state = torch.load(run / "last.pt")
+        assert state["step"] >= 1 and not (run / "model.pt").exists()
+
+    @pytest.mark.parametrize("save", ["10", "0"], ids=["epoch", "step"])
+    @pytest.mark.parametrize("view", ["contig", pytest.param("stochastic", marks=slow)])
+    def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(self, cache, tmp_path, view,
+                                                                        save, capsys):
+        flags = ["--view", view, "--epochs", 6, "--save-minutes", save]
+        run_train(cache, tmp_path / "whole", *flags)
+        argv = argv_of(cache, tmp_path / "cut", *flags)
+        process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=HERE,
+                                   stdout=subprocess.DEVNULL)
+        while not (tmp_path / "cut" / "last.pt").exists():
+            time.sleep(.02)
+            assert process.poll() is None
+        time.sleep(random.uniform(0, .2))  # somewhere within an epoch
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "cut" / "model.pt").exists(), "it was too quick to be killed"
+        capsys.readouterr()
+        run_train(cache, tmp_path / "cut", *flags)
+        assert "resumed at step" in capsys.readouterr().out
+        whole, cut = (torch.load(tmp_path / n / "model.pt")["model"] for n in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+        logs = [[row["val_loss"] for row in log_of(tmp_path / n)] for n in ("whole", "cut")]
+        assert logs[0] == logs[1] and len(logs[0]) == 6
+
+    def test_an_unfinished_run_cannot_be_loaded(self, finished, tmp_path):
+        with pytest.raises(InputError, match="make pretrain"):
+            model.load_run(tmp_path)
+        shutil.copy(finished[0] / "last.pt", tmp_path)
+        with pytest.raises(InputError, match="not finished"):
+            model.load_run(tmp_path)
+
+    def test_one_batch_is_overfitted(self):
+        m, pair, keep = big_batch(8)
+        m.train()
+        optimizer = torch.optim.Adam(m.parameters(), lr=2e-3)
+        for step in range(100):
+            optimizer.zero_grad()
+            loss, _ = train.backward(m, pair, None, 8, 4, (0, step))
+            optimizer.step()
+        assert loss < .3 < math.log(15), loss
+
+    @slow
+    def test_the_first_loss_is_near_chance_with_1024_records(self, cache):
+        torch.manual_seed(0)
+        m = model.Contrastive(model.Config(time_stride=25))  # fewer tokens, to be quick
+        x = data.normalize(torch.from_numpy(data.open_cache(cache).signals[:]))
+        x = torch.cat([x + .5 * torch.randn_like(x) for _ in range(11)])[:1024]
+        keep = views.draw_leads((2, 1024, 12), .5, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            p = torch.cat([train.project(m, lambda part: views.split(x[part], "contig"), keep,
+                                         slice(i, i + 64), (0,))[1] for i in range(0, 1024, 64)], 2)
+        assert abs(float(train.total_loss(p, .1, 0)) - math.log(2047)) < .35
+
+    @slow
+    def test_a_batch_of_1024_takes_the_memory_of_a_micro_batch(self, tmp_path):
+        code = ("import sys, resource, torch, model, train\n"
+                "n = int(sys.argv[1])\n"
+                "m = model.Contrastive(model.Config(width=96, heads=4, depth=2))\n"
+                "x = torch.randn(16, 1000, 12)\n"
+                "pair = lambda part: (x[:, :500], x[:, 500:])\n"
+                "train.backward(m, pair, None, n, 16, (0, 0))\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        small, large = (int(script("-c", code, n)) for n in (16, 1024))
+        assert large < 1.15 * small, (small, large)
+
+    @real
+    @slow
+    def test_real_records_are_learned_from_within_three_epochs(self, tmp_path):
+        data.build_cache(PTBXL, 100, tmp_path / "c")
+        for view in views.VIEWS:
+            script("train.py", "--cache", tmp_path / "c", "--preset", "small", "--view", view,
+                   "--epochs", 3, "--run", tmp_path / view)
+            rows = log_of(tmp_path / view)
+            assert rows[-1]["loss"] < rows[0]["loss"], (view, rows)
+
+
+class TestMake:
+    def make(self, *argv, ok=True):
+        done = subprocess.run(["make", *argv], cwd=HERE, capture_output=True, text=True)
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def test_make_alone_lists_every_public_target_and_variable(self):
+        out = self.make()
+        for word in ("demo", "test", "download", "cache", "pretrain", "clean", "VIEW", "SEED",
+                     "RATE", "PRESET", "DATA", "RUN", "ARGS"):
+            assert re.search(rf"\b{word}\b", out), word
+
+    def test_targets_chain_and_names_carry_the_canonical_view(self):
+        for alias, view in views.ALIASES.items():
+            out = self.make("-n", "pretrain", f"VIEW={alias}")
+            rate = 100 if view == "stochastic" else 500
+            steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
+            assert [s for s in steps if s not in out] == []
+        out = self.make("-n", "pretrain", "DATA=../elsewhere", "RATE=100")
+        assert "data.py download" not in out and "cache/elsewhere-100" in out
+
+    def test_an_unknown_view_stops_make_at_once(self):
+        out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
+        assert all(name in out for name in ["zigzag", *views.VIEWS, *views.ALIASES])
+
+    @pytest.mark.parametrize("name", ["data", "train"])
+    def test_every_flag_that_is_parsed_is_used(self, name):
+        source = (HERE / f"{name}.py").read_text()
+        for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
+            assert re.search(rf'args\.{flag.replace("-", "_")}\b', source) or flag == "preset", flag
+        fields = {**views.ViewConfig.__dataclass_fields__, **model.Config.__dataclass_fields__}
+        sources = "".join((HERE / f"{n}.py").read_text() for n in ("views", "model", "train"))
+        for field in fields:
+            assert re.search(rf"(config|size|self|layer)\.{field}\b", sources), field
+
+    @pytest.mark.parametrize("argv", [["train.py"], ["model.py"], ["data.py", "cache"]])
+    def test_help(self, argv):
+        assert "show this help" in script(*argv, "--help")
+
+    def test_importing_a_script_does_nothing(self, tmp_path):
+        code = ("import sys, torch, numpy as np\n"
+                "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
+                f"sys.path.insert(0, {str(HERE)!r}); import data, views, model, train\n"
+                "assert (torch.get_rng_state() == a).all()\n"
+                "assert (np.random.get_state()[1] == b).all()")
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        assert not list(tmp_path.iterdir())
