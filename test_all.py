@@ -1002,7 +1002,7 @@ class TestRun:
     def test_a_batch_of_1024_takes_the_memory_of_a_micro_batch(self, tmp_path):
         code = ("import sys, resource, torch, model, train\n"
                 "n = int(sys.argv[1])\n"
-                "m = model.Contrastive(model.Config(width=96, heads=4, depth=2))\n"
+                "m = model.Contrastive(model.Config(width=96, heads=4, depth=1))\n"
                 "x = torch.randn(16, 1000, 12)\n"
                 "pair = lambda part: (x[:, :500], x[:, 500:])\n"
                 "train.backward(m, pair, None, n, 16, (0, 0))\n"
