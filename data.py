@@ -233,11 +233,15 @@ def try_record(path, rate):
 
 @dataclass
 class Cache:
-    """signals: (records, T, C) int16 microvolt, memory-mapped; index: DataFrame; meta: dict."""
+    """An open cache: signals (records, T, C) int16 microvolt, memory-mapped; index; meta.json."""
 
+    folder: Path
     signals: np.ndarray
     index: pd.DataFrame
     meta: dict
+
+    def __reduce__(self):  # a spawned worker maps the file again, and gets no copy of it
+        return open_cache, (self.folder,)
 
     def rows(self, folds):
         """Row numbers of the records in the given folds."""
@@ -347,12 +351,12 @@ def open_cache(folder):
         raise InputError(f"{folder} is truncated: {size} bytes and {len(index)} rows for {shape} "
                          f"samples; {again}")
     signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
-    return Cache(signals, index, meta)
+    return Cache(folder, signals, index, meta)
 
 
 # Synthetic PTB-XL. A heart dipole (x left, y foot, z back; mV) is a sum of Gaussian waves (after
 # McSharry et al. 2003, doi 10.1109/TBME.2003.808805), projected on the leads by Dower's matrix
-# (Dower et al. 1980, doi 10.1002/clc.4960030308); limb leads follow from I and II.
+# (Dower, Machado, Osborne 1980, Clin. Cardiol. 3:87); limb leads follow from I and II.
 
 DOWER = {"I": (.632, -.235, .059), "II": (.235, 1.066, -.132), "V1": (-.515, .157, -.917),
          "V2": (.044, .164, -1.387), "V3": (.882, .098, -1.277), "V4": (1.213, .127, -.601),

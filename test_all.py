@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import http.server
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -218,6 +219,12 @@ class TestData:
         (tmp_path / "mine").mkdir()
         with pytest.raises(InputError, match="exists and is no cache"):
             data.build_cache(small, 100, tmp_path / "mine")
+
+    def test_a_cache_travels_to_a_worker_as_a_path(self, cache):
+        c = data.open_cache(cache)
+        sent = pickle.dumps(c)
+        assert len(sent) < 1000
+        np.testing.assert_array_equal(pickle.loads(sent).signals[7], c.signals[7])
 
     def test_a_patient_in_two_folds_is_refused(self, small):
         table = pd.read_csv(small / data.TABLES[0])
@@ -787,10 +794,16 @@ class TestTrain:
     @pytest.mark.parametrize("argv, n, says", [
         (["--batch-size", "64", "--micro-batch", "24"], 99, "24 does not divide .*64.*such as 8"),
         (["--epochs", "0"], 99, "--epochs 0"), (["--batch-size", "1"], 99, "at least 2"),
-        ([], 3, "3 records in folds 1-8"), (["--tau", "0"], 99, "--tau")])
+        ([], 3, "3 records in folds 1-8"), (["--tau", "nan"], 99, "--tau"),
+        (["--seed", "-1"], 99, "--seed"), (["--max-lr", "-1"], 99, "--max-lr")])
     def test_impossible_settings_are_refused(self, argv, n, says):
         with pytest.raises(InputError, match=says):
             self.settle(n, 50, *argv)
+
+    def test_keys_of_any_length_give_different_seeds(self):
+        keys = [(0,), (0, 0), (0, 5), (0, 5, 0), (5, 0), (0, 5, 3), (0, 5, 1), (train.VAL_KEY, 5)]
+        assert len({train.derive(*key) for key in keys}) == len(keys)
+        assert train.derive(1, 2) == train.derive(1, 2)
 
     def test_an_epoch_shows_a_record_once_and_a_resume_goes_on_in_the_same_order(self):
         rows = np.arange(100, 150)
@@ -968,6 +981,13 @@ class TestRun:
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
         logs = [[row["val_loss"] for row in log_of(tmp_path / n)] for n in ("whole", "cut")]
         assert logs[0] == logs[1] and len(logs[0]) == 6
+
+    def test_a_second_process_is_kept_out_of_a_run_in_progress(self, finished, cache):
+        lock = train.lock_run(finished[0])
+        argv = argv_of(cache, finished[0], "--view", "noncontig", "--epochs", 2)
+        assert "another process trains there" in script("train.py", *argv, ok=False)
+        lock.close()
+        assert "finished" in script("train.py", *argv)
 
     def test_an_unfinished_run_cannot_be_loaded(self, finished, tmp_path):
         with pytest.raises(InputError, match="make pretrain"):

@@ -11,6 +11,7 @@ Everything random is a function of (seed, epoch, step): a resumed run repeats th
 """
 import argparse
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -56,6 +57,7 @@ def set_seed(seed):
 
 def derive(*key):
     """A 64-bit seed from non-negative integers; other keys give independent streams."""
+    key = (*key, 1 + len(key))  # SeedSequence takes (0, 5) and (0, 5, 0) for the same
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -90,8 +92,10 @@ def settle(args, n_train, n_val):
     for name in ("batch_size", "micro_batch", "epochs", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if args.batch_size == 1 or args.tau <= 0 or not args.max_lr > 0:
-        raise InputError("--batch-size must be at least 2, --tau and --max-lr above 0")
+    if args.batch_size == 1 or not (args.tau > 0 and args.max_lr > 0 and args.final_lr > 0):
+        raise InputError("--batch-size must be at least 2; --tau, --max-lr, --final-lr above 0")
+    if not (args.seed >= 0 and args.warmup >= 0 and args.clip >= 0 and args.weight_decay >= 0):
+        raise InputError("--seed, --warmup, --clip and --weight-decay cannot be negative")
     if args.batch_size and micro < args.batch_size and args.batch_size % micro:
         raise InputError(f"--micro-batch {micro} does not divide --batch-size {args.batch_size}; "
                          f"give one that does, such as {math.gcd(micro, args.batch_size)}")
@@ -119,12 +123,12 @@ class Augmented(Dataset):
     """Two stochastic views (2, T, C) of a record; an item is a key (epoch, row)."""
 
     def __init__(self, cache, config, seed):
-        self.signals, self.seed = cache.signals, seed
+        self.cache, self.seed = cache, seed
         self.transforms = pool(config, cache.meta["rate"])
 
     def __getitem__(self, key):
         epoch, row = key
-        x = normalize(torch.from_numpy(self.signals[row].copy())).numpy()
+        x = normalize(torch.from_numpy(self.cache.signals[row].copy())).numpy()
         return torch.from_numpy(augment(x, self.transforms, (self.seed, epoch, row)))
 
 
@@ -324,6 +328,17 @@ def check_run(run, record):
         print(f"note: the code was at {old['git_commit']} when this run began")
 
 
+def lock_run(run):
+    """Hold args.json locked while the returned file is open, against a second process."""
+    file = open(run / "args.json", "r+")
+    try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{run}: another process trains there; wait for it, or give another RUN="
+                         " (--run)") from error
+    return file
+
+
 def save(run, model, optimizer, step, sums, log):
     """Write last.pt, then log.jsonl from the same rows: after a kill the two agree."""
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, sums=sums,
@@ -429,6 +444,7 @@ def train(args):
     model = Contrastive(size).to(device)
     run = Path(args.run or f"runs/{config.view}-s{args.seed}")
     check_run(run, describe_run(args, model, cache, plan, device))
+    lock = lock_run(run)
     if (run / "model.pt").exists():
         return print(f"{run}: finished, nothing to do; remove the folder to train again")
 
@@ -477,6 +493,7 @@ def train(args):
     writer.close()
     final = dict(model=model.state_dict(), config=asdict(size))
     write_atomic(run / "model.pt", lambda tmp: torch.save(final, tmp))
+    lock.close()
     print(f"{run / 'model.pt'}: finished, {plan['total']} steps")
 
 
