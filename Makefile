@@ -7,7 +7,7 @@ SEED   ?= 0# of everything random
 PRESET ?= paper# paper, or small: for CPUs and a few hundred to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
 ARGS   ?=# further flags of train.py, such as --epochs 20
-PYTHON ?= python3
+PYTHON ?= python3# makes .venv; 3.11 or later
 
 NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst interleaved,noncontig,$(VIEW))))
 ifeq ($(filter stochastic contig noncontig,$(NAME)),)
@@ -17,6 +17,9 @@ RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the p
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
 PY    := .venv/bin/python
+ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
+$(error VIEW, DATA and RUN are one word each, without spaces)
+endif
 
 # Only the default folder is downloaded into.
 SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildcard $(DATA)/ptbxl_database.csv))
@@ -35,7 +38,7 @@ help: ## this text
 	@echo "Scripts skip what is done and resume what was cut off; a changed *.py retrains nothing."
 
 demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
-	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME) ARGS="--epochs 15"
+	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--epochs 15 $(ARGS)"
 
 test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records
 	$(PY) -m pytest -q -rs test_all.py

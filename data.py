@@ -48,6 +48,16 @@ class InputError(ValueError):
     """What a user can get wrong; the message says what was given, what is valid, what to do."""
 
 
+def run_script(main):
+    """Call main(); errors of the user and Ctrl-C end in one line, not in a traceback."""
+    try:
+        main()
+    except (InputError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
 # Normalisation: the one place, for training, evaluation and figures alike.
 
 def normalize(signals):
@@ -166,8 +176,11 @@ def load_tables(folder):
         if not (folder / name).exists():
             raise InputError(f"no {name} in {folder}: give a folder in PTB-XL's layout with --data,"
                              f" or get it: python data.py download --data {folder} --rate 500")
-    table = pd.read_csv(folder / TABLES[0])
-    statements = pd.read_csv(folder / TABLES[1], index_col=0)
+    try:
+        table = pd.read_csv(folder / TABLES[0])
+        statements = pd.read_csv(folder / TABLES[1], index_col=0)
+    except ValueError as error:
+        raise InputError(f"the tables in {folder} are damaged ({error}); get them again") from error
     columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", "scp_codes", *RATES.values()]
     lacking = [c for c in columns if c not in table] + [
         c for c in ("diagnostic", "diagnostic_class") if c not in statements]
@@ -175,7 +188,12 @@ def load_tables(folder):
         raise InputError(f"{folder}: the tables lack {', '.join(lacking) or 'any record'}; "
                          "download them again")
     superclass = statements[statements.diagnostic == 1].diagnostic_class
-    codes = table.scp_codes.map(ast.literal_eval)
+    try:
+        if table[[c for c in columns if c not in ("age", "sex")]].isna().any(axis=None):
+            raise ValueError("a cell is empty")
+        codes = table.scp_codes.map(ast.literal_eval)
+    except (ValueError, SyntaxError) as error:
+        raise InputError(f"{folder / TABLES[0]} is damaged ({error}); get it again") from error
     for name in CLASSES:
         table[name] = codes.map(lambda c: int(any(superclass.get(code) == name for code in c)))
     table["patient_id"] = table.patient_id.astype(int)
@@ -198,10 +216,9 @@ def read_record(path, rate):
         raise InputError(
             f"{path.name}: unreadable, header and data may disagree: {error}") from error
     T, C = SECONDS * rate, len(LEADS)
-    names = [name.strip().upper() for name in record.sig_name]
-    lacking = [lead for lead in LEADS if lead.upper() not in names]
-    if lacking or len(names) != C:
-        raise InputError(f"{path.name}: leads {' '.join(record.sig_name)}; needs {' '.join(LEADS)}")
+    names = [(name or "?").strip().upper() for name in record.sig_name or ()]
+    if sorted(names) != sorted(lead.upper() for lead in LEADS):
+        raise InputError(f"{path.name}: leads {' '.join(names)}; needs {' '.join(LEADS)}")
     if record.fs != rate or record.sig_len != T:
         raise InputError(f"{path.name}: {record.sig_len} samples at {record.fs:g} Hz; needs {T} "
                          f"at {rate} Hz")
@@ -210,13 +227,13 @@ def read_record(path, rate):
     size = path.with_suffix(".dat").stat().st_size
     if set(record.fmt) == {"16"} and size != 2 * T * C:
         raise InputError(f"{path.name}: the header tells of {2 * T * C} bytes, the file has {size}")
-    sums = record.d_signal.sum(0)
-    if record.checksum[0] is not None and ((sums - record.checksum) % 65536).any():
+    sums, said = record.d_signal.sum(0), record.checksum
+    if said and None not in said and ((sums - said) % 65536).any():
         raise InputError(f"{path.name}: the samples do not add up to the header's checksum")
     signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
     if not (np.abs(signal) <= np.iinfo(np.int16).max).all():
         raise InputError(f"{path.name}: {int(np.isnan(signal).any(1).sum())} time points hold an "
-                         f"invalid sample, the largest value is {np.nanmax(np.abs(signal)):g} µV")
+                         "invalid sample, or a value exceeds 32.767 mV")
     order = [names.index(lead.upper()) for lead in LEADS]
     return np.rint(signal[:, order]).astype("<i2", order="C")
 
@@ -281,23 +298,28 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     files = record_files(folder, table, rate)
     missing = [file for file in files if not file.exists()]
     if missing:
+        remedy = "make it again: python data.py synth" if (folder / SYNTHETIC).exists() else (
+            f"complete it: python data.py download --data {folder} --rate {rate}")
         raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
-                         f"(first: {missing[0].name}); complete it: python data.py download "
-                         f"--data {folder} --rate {rate}")
+                         f"(first: {missing[0].name}); {remedy}")
     source = source_digest(folder, files)
     meta_path = out / "meta.json"
     if meta_path.exists():
-        meta = json.loads(meta_path.read_text())
-        if meta["source"] == source and (skip_bad or not meta["left_out"]):
-            open_cache(out)
-            return print(f"{out}: up to date, {meta['records']} records at {rate} Hz")
+        if f'"{source}"' in meta_path.read_text():
+            meta = open_cache(out).meta
+            return print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
+                         f"{len(meta['left_out'])} left out")
     elif out.exists():
-        raise InputError(f"{out} exists and is no cache; give another folder with --out")
+        raise InputError(f"{out} exists and is no cache; remove it (rm -r {out}) or give another "
+                         "folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     size = cache_bytes(len(paths), rate)
     if shutil.disk_usage(out.parent).free < size:
         raise InputError(f"{out.parent} has no room for {size / 1e9:.1f} GB")
 
+    for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a builder that was killed
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     tmp.mkdir()
     try:
@@ -321,7 +343,8 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
         digest.update((tmp / "index.csv").read_bytes())
         meta = dict(rate=rate, records=len(kept), data=str(folder.resolve()), format=FORMAT,
                     synthetic=(folder / SYNTHETIC).exists(), records_with_a_flat_lead=flat,
-                    left_out=left_out, source=source, fingerprint=digest.hexdigest())
+                    left_out=left_out, source=source, fingerprint=digest.hexdigest(),
+                    index=sha256(tmp / "index.csv"))
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
         if out.exists():
             shutil.rmtree(out)
@@ -341,15 +364,19 @@ def open_cache(folder):
     again = f"make it again: rm -r {folder}; {make}"
     if not (folder / "meta.json").exists():
         raise InputError(f"no cache in {folder}; make it: {make}")
-    meta = json.loads((folder / "meta.json").read_text())
-    if meta["format"] != FORMAT:
-        raise InputError(f"{folder} has format {meta['format']}, this code reads {FORMAT}; {again}")
-    shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
-    size = (folder / "signals.int16").stat().st_size
-    index = pd.read_csv(folder / "index.csv")
-    if size != cache_bytes(shape[0], meta["rate"]) or len(index) != shape[0]:
-        raise InputError(f"{folder} is truncated: {size} bytes and {len(index)} rows for {shape} "
-                         f"samples; {again}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
+        shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
+        size = (folder / "signals.int16").stat().st_size
+        if size != cache_bytes(shape[0], meta["rate"]):
+            raise ValueError(f"{size} bytes for {shape} samples")
+        if sha256(folder / "index.csv") != meta["index"]:
+            raise ValueError("index.csv is not the one that was written")
+        index = pd.read_csv(folder / "index.csv")
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{folder} is truncated, damaged or old: {error}; {again}") from error
     signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
     return Cache(folder, signals, index, meta)
 
@@ -384,7 +411,7 @@ def lead_matrix():
 
 
 def diseased(waves, codes, rng):
-    """The waves [(time, width, dipole)] of a beat, changed as each SCP code changes them."""
+    """The waves {name: [time, width, dipole]} of a beat, changed as each SCP code changes them."""
     w = {name: [t, s, np.array(d)] for name, (t, s, d) in waves.items()}
     if "CRBBB" in codes:  # late activation of the right ventricle: rSR' in V1, wide S in I and V6
         w["R'"] = [.062, .018, rng.uniform(.7, 1.1) * np.array([-.55, .1, -.75])]
@@ -413,7 +440,14 @@ def diseased(waves, codes, rng):
         w["T"][2] = w["T"][2] * rng.uniform(-.5, .3)
     if "NDT" in codes:  # flat or inverted T without much ST change
         w["T"][2] = w["T"][2] * rng.uniform(-.8, .15)
-    return list(w.values())
+    return w
+
+
+def mild(waves, severity):
+    """[(time, width, dipole)] between the normal beat (severity 0) and the diseased one (1)."""
+    normal = {"R'": (*waves.get("R'", (0, 1))[:2], 0)} | WAVES  # a wave that only disease has
+    return [[n + severity * (np.array(d) - n) for n, d in zip(map(np.array, normal[name]), wave)]
+            for name, wave in waves.items()]
 
 
 def synth_record(codes, heart, rng):
@@ -430,7 +464,7 @@ def synth_record(codes, heart, rng):
                     + .015 * rng.standard_normal(n))  # respiratory and random variability
     beats = np.cumsum(rr) - rng.uniform(1, 2) * mean_rr  # some before 0, some after the end
     dipole = np.zeros((T, 3))
-    for start, width, vector in diseased(WAVES, codes, rng):
+    for start, width, vector in mild(diseased(WAVES, codes, rng), rng.uniform(.25, 1)):
         late = start > .08  # ST and T follow the rate (Bazett), the QRS does not
         at = beats + start * (np.sqrt(rr) if late else heart["width"])
         width = width * (np.sqrt(mean_rr) if late else heart["width"])
@@ -439,7 +473,7 @@ def synth_record(codes, heart, rng):
         dipole += (np.exp(-z * z / 2) @ beat_gain)[:, None] * (heart["rotation"] @ vector)
     x = heart["voltage"] * dipole @ lead_matrix()
 
-    # Noise is made on the nine electrodes' leads (I, II, V1-V6), so that it obeys Einthoven too.
+    # Noise is made on the eight independent leads (I, II, V1-V6), so that it obeys Einthoven too.
     free = rng.standard_normal((T, 8)) * rng.lognormal(np.log(.012), .5)  # muscle
     free = sosfilt(butter(2, 20, "high", fs=fs, output="sos"), free, axis=0)
     free += rng.lognormal(np.log(.004), .8) * np.sin(2 * np.pi * 50 * t + phase)[:, None] \
@@ -454,11 +488,11 @@ def synth_record(codes, heart, rng):
 
 def random_heart(rng):
     """A patient's anatomy: the heart's turn in the chest, voltage, conduction width, heart rate."""
-    a, b, c = rng.normal(0, (.35, .2, .25))
+    a, b, c = rng.normal(0, (.45, .3, .35))
     rotation = (np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
                 @ np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
                 @ np.array([[1, 0, 0], [0, np.cos(c), -np.sin(c)], [0, np.sin(c), np.cos(c)]]))
-    return dict(rotation=rotation, voltage=rng.lognormal(0, .2), width=rng.normal(1, .06),
+    return dict(rotation=rotation, voltage=rng.lognormal(0, .3), width=rng.normal(1, .06),
                 rate=np.clip(rng.normal(72, 12), 48, 115) / 60)
 
 
@@ -481,10 +515,10 @@ def synthesize(out, records, seed=0):
     About one patient in six has two records. Raises InputError when `out` holds something else.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
+    if out.is_file() or out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
         raise InputError(f"{out} is not empty and holds no synthetic data; give another --out")
-    if records < 20:
-        raise InputError(f"--records {records}: at least 20, two for each fold")
+    if records < 20 or seed < 0:
+        raise InputError(f"--records {records} --seed {seed}: at least 20 (two a fold) and 0")
     rng = np.random.default_rng(seed)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -572,7 +606,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(lambda: main(get_args()))

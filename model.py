@@ -13,7 +13,8 @@ tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -21,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import LEADS, InputError
-from views import add_flags, from_args, resolve_view, setting, split
+from data import LEADS, InputError, run_script
+from views import add_flags, from_args, setting, split
 
 C = len(LEADS)
 # Sizes for CPUs and for a few hundred to a few thousand records; the fields' defaults are `paper`.
@@ -60,8 +61,13 @@ class Config:
         problems = []
         if self.arch not in ARCHITECTURES:
             problems.append(f"--arch {self.arch}: choose from {', '.join(ARCHITECTURES)}")
-        if self.width % self.heads or self.width % 2:
+        sizes = [f.name for f in fields(self) if f.type is int]
+        if small := [name for name in sizes if getattr(self, name) < 1]:
+            problems.append(f"{', '.join(small)}: at least 1")
+        elif self.width % self.heads or self.width % 2:
             problems.append(f"--heads {self.heads} does not divide --width {self.width} (even)")
+        if self.arch == "resnet18" and self.stem_width < 3:
+            problems.append(f"--stem-width {self.stem_width}: at least 3 for resnet18")
         if self.late_masking and self.width % C:
             problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
@@ -166,6 +172,16 @@ class TimeStem(nn.Module):
         return self.norm(self.out(F.gelu(self.mix(h))))
 
 
+@lru_cache
+def pooling(n, bins, device):
+    """Adaptive average pooling as a matrix (n, bins); MPS lacks it where bins does not divide n."""
+    edges = torch.arange(bins)
+    first, end = edges * n // bins, -(-(edges + 1) * n // bins)
+    at = torch.arange(n)[:, None]
+    inside = (first <= at) & (at < end)
+    return (inside / (end - first)).to(device)
+
+
 class ChannelStem(nn.Module):
     """Turn each lead into one channel token: (B, T, C) -> (B, C, D)."""
 
@@ -178,12 +194,13 @@ class ChannelStem(nn.Module):
             # leads: token i is then not lead i, and a masked lead leaks into every token
             if config.mix_leads:
                 layers += [nn.Conv1d(C, C, 1), nn.GELU()]
-        self.down = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(config.channel_bins))
+        self.bins, self.down = config.channel_bins, nn.Sequential(*layers)
         self.out = nn.Linear(config.channel_bins, config.width)
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x):
-        return self.norm(self.out(self.down(x.transpose(1, 2))))
+        h = self.down(x.transpose(1, 2))  # (B, C, T // 4)
+        return self.norm(self.out(h @ pooling(h.shape[2], self.bins, h.device).to(h.dtype)))
 
 
 def positions(n, width, device):
@@ -258,12 +275,12 @@ class ResNet18(nn.Module):
     """ResNet-18 (He et al. 2016, arXiv 1512.03385) with 1-D kernels of 7, for 12-lead signals.
 
     x: (B, T, C), keep: (B, C) bool or None  ->  Output with z (B, rep_dim) only. Its BatchNorm
-    sees one micro-batch at a time, so that the exact gradient holds per micro-batch statistics.
+    sees one micro-batch at a time, so that the gradient is exact for the statistics of those.
     """
 
     def __init__(self, config):
         super().__init__()
-        W = config.stem_width // 3  # 64, as in the original, at the paper preset
+        W = config.stem_width // 3  # 64 at the paper preset, as in the original
         stages = [(W, W, 1), (W, 2 * W, 2), (2 * W, 4 * W, 2), (4 * W, 8 * W, 2)]
         self.body = nn.Sequential(
             nn.Conv1d(C, W, 15, 2, 7, bias=False), nn.BatchNorm1d(W), nn.ReLU(),
@@ -300,10 +317,9 @@ class Contrastive(nn.Module):
         self.heads = nn.ModuleList(projector(width, config.proj_dim) for width in widths)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # PyTorch's random biases put all records into one narrow cone (cosine .97), where
-                # the contrastive loss of `contig` then collapses to chance for ten epochs
+                # PyTorch's own weights put all records into one narrow cone, where the loss of
+                # `contig` first collapses; without its biases the first loss is far from chance
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
 
     def forward(self, x, keep=None):
         output = self.encoder(x, keep)
@@ -376,7 +392,10 @@ def load_run(folder, device="cpu"):
         raise InputError(f"no model.pt in {folder}: " + (
             "the run is not finished; go on with the command that began it" if unfinished
             else "train one: make pretrain VIEW=noncontig"))
-    saved = torch.load(folder / "model.pt", map_location=device)
+    try:
+        saved = torch.load(folder / "model.pt", map_location=device)
+    except (RuntimeError, EOFError) as error:
+        raise InputError(f"{folder / 'model.pt'} is damaged ({error}); train again") from error
     model = Contrastive(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), json.loads((folder / "args.json").read_text())
@@ -412,4 +431,4 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_script(lambda: main(get_args()))

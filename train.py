@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -32,17 +32,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
-                  write_atomic)
-from model import (Config, Contrastive, add_model_flags, embed, from_args, n_parameters, nt_xent,
-                   parse)
-from views import ViewConfig, add_flags, augment, draw_leads, pool, split
+                  run_script, write_atomic)
+from model import Config, Contrastive, add_model_flags, embed, n_parameters, nt_xent, parse
+from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, split
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
 VAL_KEY = 2 ** 31  # stands where the epoch stands: validation views are the same in every epoch
-STREAM_KEYS = [f"grad_norm_{name}{end}" for name in ("time", "channel", "ratio")
-               for end in ("", "_corrected")]  # None for a ResNet
+STREAMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
 NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may differ on a resume
 
 
@@ -92,17 +90,21 @@ def settle(args, n_train, n_val):
     for name in ("batch_size", "micro_batch", "epochs", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if args.batch_size == 1 or not (args.tau > 0 and args.max_lr > 0 and args.final_lr > 0):
-        raise InputError("--batch-size must be at least 2; --tau, --max-lr, --final-lr above 0")
-    if not (args.seed >= 0 and args.warmup >= 0 and args.clip >= 0 and args.weight_decay >= 0):
-        raise InputError("--seed, --warmup, --clip and --weight-decay cannot be negative")
-    if args.batch_size and micro < args.batch_size and args.batch_size % micro:
-        raise InputError(f"--micro-batch {micro} does not divide --batch-size {args.batch_size}; "
-                         f"give one that does, such as {math.gcd(micro, args.batch_size)}")
+    for name in ("seed", "workers", "save_minutes", "warmup", "clip", "weight_decay", "aux_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more")
+    if args.batch_size == 1 or not (args.tau > 0 and args.max_lr >= args.final_lr > 0):
+        raise InputError("--batch-size must be at least 2, --tau above 0, and --max-lr at least "
+                         "--final-lr, which is above 0")
+    batch = args.batch_size or BATCH
+    if micro < batch and batch % micro:
+        raise InputError(f"--micro-batch {micro} does not divide the batch of {batch}; give one "
+                         f"that does, such as {math.gcd(micro, batch)}")
+    if args.negatives == "micro" and micro == 1:
+        raise InputError("--micro-batch 1 leaves no negatives with --negatives micro: at least 2")
     if n_train < 4 or n_val < 2:
         raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
                          "are needed; see: python data.py info")
-    batch = args.batch_size or BATCH
     if batch > n_train or (args.batch_size is None and batch * MIN_STEPS > n_train):
         batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
         notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
@@ -136,12 +138,17 @@ def batches(cache, config, seed, order, device, workers):
     """Yield for each (epoch, rows) of order a function: slice -> views x1, x2 (b, T', C).
 
     Segment views are cut from the memory-mapped array when asked for, so that a large batch costs
-    the memory of a slice; stochastic ones come from worker processes, ahead of time.
+    the memory of a slice; stochastic ones come from worker processes ahead of time, in pieces of
+    16 records (shared memory can be small), and a whole batch of them is held.
     """
     if config.view == "stochastic":
-        keys = ([(epoch, int(row)) for row in rows] for epoch, rows in order)
-        records = Augmented(cache, config, seed)
-        for x in DataLoader(records, batch_sampler=keys, num_workers=workers):
+        order = list(order)
+        pieces = [[(epoch, int(row)) for row in rows[i:i + 16]]
+                  for epoch, rows in order for i in range(0, len(rows), 16)]
+        made = iter(DataLoader(Augmented(cache, config, seed), batch_sampler=pieces,
+                               num_workers=workers))
+        for _, rows in order:
+            x = torch.cat([next(made) for _ in range(0, len(rows), 16)])  # (B, 2, T, C)
             yield lambda part, x=x: x[part].to(device).unbind(1)
     else:
         for _, rows in order:
@@ -193,8 +200,24 @@ def project(model, views, keep, part, key, autocast=nullcontext):
 
 def return_memory():
     """Hand freed heap pages back to Linux: glibc keeps them, a third more at the peak."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if sys.platform == "linux" and not torch.cuda.is_initialized():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+@contextmanager
+def frozen_statistics(model):
+    """BatchNorm normalises as in training, but its running averages stand still."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
 
 
 def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
@@ -212,7 +235,7 @@ def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, neg
     loss, squares = 0.0, [0.0, 0.0]
     if exact:
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        with torch.no_grad():
+        with torch.no_grad(), frozen_statistics(model):
             cached = torch.cat([project(model, views, keep, part, key, autocast)[1]
                                 for part in parts], dim=2)
         cached.requires_grad_()
@@ -233,7 +256,8 @@ def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, neg
         for i, h in enumerate(streams):
             squares[i] += h.grad.float().square().sum()
         del output, projections, streams  # before the next part's graph is made
-        return_memory()
+        if exact and part.start // micro % 4 == 0:
+            return_memory()
     return loss, [math.sqrt(s) for s in squares]
 
 
@@ -247,7 +271,7 @@ def stream_norms(norms, n_tokens):
     paper = [time_norm / math.sqrt(n_time), channel_norm / math.sqrt(n_channel)]
     return dict(grad_norm_time=paper[0], grad_norm_channel=paper[1],
                 grad_norm_ratio=paper[1] / max(paper[0], 1e-12),
-                grad_norm_time_corrected=time_norm, grad_norm_channel_corrected=channel_norm,
+                **dict(zip(STREAMS, norms)),
                 grad_norm_ratio_corrected=channel_norm / max(time_norm, 1e-12))
 
 
@@ -292,6 +316,8 @@ def validate(model, cache, rows, config, args, plan, device, autocast):
         x = normalize(torch.from_numpy(cache.signals[part]).to(device))
         with autocast():
             z.append(embed(model, x, config.view).float().cpu())
+    if not (np.isfinite(losses).all() and torch.cat(z).isfinite().all()):
+        raise FloatingPointError(f"validation losses {losses}: the last step went too far")
     return dict(val_loss=float(np.mean(losses)),
                 **clustering(torch.cat(z).numpy(), labels[single].argmax(1)))
 
@@ -300,11 +326,14 @@ def validate(model, cache, rows, config, args, plan, device, autocast):
 
 def describe_run(args, model, cache, plan, device):
     """What args.json holds: arguments, settings in effect, sizes, versions, data."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                                capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    except OSError:  # no git here
+        commit = ""
     packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
     return dict(args=vars(args), argv=sys.argv[1:], in_effect=plan, config=asdict(model.config),
-                n_parameters=n_parameters(model), git_commit=git.stdout.strip() or None,
+                n_parameters=n_parameters(model), git_commit=commit.strip() or None,
                 versions={"python": platform.python_version(), **{p: version(p) for p in packages}},
                 device=str(device), threads=torch.get_num_threads(), data=cache.meta)
 
@@ -312,12 +341,15 @@ def describe_run(args, model, cache, plan, device):
 def check_run(run, record):
     """Refuse a run folder that was begun with other arguments or data; say which differ."""
     path = run / "args.json"
-    if not path.exists():
+    if not (run / "last.pt").exists() and not (run / "model.pt").exists():  # nothing to lose
         return write_atomic(path, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
-    old = json.loads(path.read_text())
-    differ = [f"--{k.replace('_', '-')}: {old['args'].get(k)} then, {v} now"
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove {run}") from error
+    differ = [f"--{k.replace('_', '-')}: {old['args'][k]} then, {v} now"
               for k, v in record["args"].items()
-              if k not in NOT_A_RESULT and old["args"].get(k) != v]
+              if k not in NOT_A_RESULT and old["args"].get(k, v) != v]
     if old["data"]["fingerprint"] != record["data"]["fingerprint"]:
         differ.append(f"data: {old['data']['data']} at {old['data']['rate']} Hz then, "
                       f"{record['data']['data']} at {record['data']['rate']} Hz now")
@@ -354,6 +386,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else (
             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {error}; --device cpu always works") from error
@@ -373,16 +407,20 @@ def pick_autocast(precision, device):
 def announce(config, cache, rows, plan, notes, where, args):
     """Print what is about to be trained, on what, with which settings in effect."""
     steps, total, meta = plan["steps"], plan["total"], cache.meta
+    terms = 1 + 2 * args.aux_weight * args.aux_losses
+    seen = plan["batch"] if args.negatives == "batch" else plan["micro"]
+    val = plan["val_batch"]
     print(f"view       {config.describe()}\n"
           f"data       {'SYNTHETIC, ' if meta['synthetic'] else ''}{meta['data']} at {meta['rate']}"
-          f" Hz: {len(rows[0])} training records (folds 1-8), {len(rows[1])} validation (fold 9)\n"
+          f" Hz: {len(rows[0])} training records (folds 1-8), {len(rows[1])} validation (fold 9, "
+          f"the loss on {len(rows[1]) // val * val} of them)\n"
           f"model      {where}\n"
           f"batch      {plan['batch']} in micro-batches of {plan['micro']}, negatives from the "
           f"{'whole batch' if args.negatives == 'batch' else 'micro-batch'}\n"
           f"schedule   {total} steps in {math.ceil(total / steps)} epochs of {steps}, warm-up "
           f"{plan['warmup']}, learning rate up to {args.max_lr:g}, then down to {args.final_lr:g}\n"
-          f"chance     a loss of {math.log(2 * plan['batch'] - 1):.2f}, in validation "
-          f"{math.log(2 * plan['val_batch'] - 1):.2f}")
+          f"chance     a loss of {terms * math.log(2 * seen - 1):.2f}, in validation "
+          f"{terms * math.log(2 * val - 1):.2f}")
     for note in notes:
         print(f"note       {note}")
 
@@ -400,8 +438,8 @@ def show(row, epochs):
     tqdm.write("  ".join(parts))
 
 
-def train_step(model, optimizer, views, step, config, args, plan, n_tokens, autocast):
-    """One optimiser step on one effective batch; return its statistics as floats.
+def compute_gradient(model, optimizer, views, step, config, args, plan, autocast):
+    """Gradient and learning rate of one effective batch, ready to step; return its statistics.
 
     Raises FloatingPointError, before the weights change, when loss or gradient is not finite.
     """
@@ -414,16 +452,15 @@ def train_step(model, optimizer, views, step, config, args, plan, n_tokens, auto
     loss, norms = backward(model, views, keep, plan["batch"], plan["micro"], (args.seed, step),
                            args.tau, args.aux_weight, args.negatives, autocast)
     stats = dict(loss=loss)
-    if n_tokens:
-        stats |= {**stream_norms(norms, n_tokens), **parameter_norms(model)}
+    if hasattr(model.encoder, "stream_parameters"):
+        stats |= {**dict(zip(STREAMS, norms)), **parameter_norms(model)}
     stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
         model.parameters(), args.clip or math.inf))
     if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
         raise FloatingPointError(
             f"loss {loss}, gradient norm {stats['grad_norm']} at epoch "
-            f"{step // plan['steps'] + 1}, step {step}; last.pt keeps the last good "
+            f"{step // plan['steps'] + 1}, step {step}; last.pt, if there, keeps the last good "
             "state. Try a lower --max-lr, --clip 1 or --precision float32, in another run folder")
-    optimizer.step()
     return stats | dict(lr=lr)
 
 
@@ -432,17 +469,27 @@ def train(args):
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     config, size = from_args(ViewConfig, args), from_args(Config, args)
-    args.view = config.view  # an alias is resolved at once
+    vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
     rows = cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
+    empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
+    if empty:
+        raise InputError(f"{args.cache} has no records in fold {', '.join(map(str, empty))}; folds "
+                         "1-8 train and 9 validates: see python data.py info")
     plan, notes = settle(args, len(rows[0]), len(rows[1]))
     device = pick_device(args.device)
     precision, autocast = pick_autocast(args.precision, device)
     if config.view == "stochastic":
         pool(config, cache.meta["rate"])  # checks the band against the rate
+    samples = cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
+    if samples < size.time_stride:
+        raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
+    n_tokens = samples // size.time_stride, len(LEADS)
     set_seed(args.seed)
     model = Contrastive(size).to(device)
     run = Path(args.run or f"runs/{config.view}-s{args.seed}")
+    if any(path.is_file() for path in (run, *run.parents)):
+        raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
     check_run(run, describe_run(args, model, cache, plan, device))
     lock = lock_run(run)
     if (run / "model.pt").exists():
@@ -451,13 +498,14 @@ def train(args):
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
     start, sums, log = 0, {}, []  # sums: of the statistics since the last row of the log
     if (run / "last.pt").exists():
-        state = torch.load(run / "last.pt", map_location=device)
+        try:
+            state = torch.load(run / "last.pt", map_location="cpu")
+        except (RuntimeError, EOFError) as error:
+            raise InputError(f"{run / 'last.pt'} is damaged ({error}); remove {run}") from error
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, sums, log = state["step"], state["sums"], state["log"]
         notes.append(f"resumed at step {start} of {plan['total']}")
-    samples = cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
-    n_tokens = (samples // size.time_stride, len(LEADS)) if size.arch == "dualview" else None
     where = (f"{size.arch}, {n_parameters(model):,} parameters, {samples} samples a view, on "
              f"{device} in {precision}; -> {run}")
     announce(config, cache, rows, plan, notes, where, args)
@@ -468,7 +516,11 @@ def train(args):
     saved = tick = time.monotonic()
     feed = batches(cache, config, args.seed, order, device, args.workers)
     for step, views in enumerate(feed, start):
-        stats = train_step(model, optimizer, views, step, config, args, plan, n_tokens, autocast)
+        stats = compute_gradient(model, optimizer, views, step, config, args, plan, autocast)
+        if time.monotonic() - saved > 60 * args.save_minutes:  # these weights gave a finite loss
+            save(run, model, optimizer, step, sums, log)
+            saved = time.monotonic()
+        optimizer.step()
         stats |= dict(n=1, seconds=time.monotonic() - tick)
         tick = time.monotonic()
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
@@ -476,8 +528,10 @@ def train(args):
         bar.update()
         if (step + 1) % plan["steps"] == 0 or step + 1 == plan["total"]:
             n = sums.pop("n")
-            row = dict(epoch=step // plan["steps"] + 1, step=step + 1) | dict.fromkeys(STREAM_KEYS)
-            row |= {key: value / n for key, value in sums.items()}
+            mean = {key: value / n for key, value in sums.items()}
+            row = dict(epoch=step // plan["steps"] + 1, step=step + 1) | mean | (
+                stream_norms([mean[key] for key in STREAMS], n_tokens) if STREAMS[0] in mean
+                else dict.fromkeys(stream_norms((1, 1), n_tokens)))  # None for a ResNet
             row |= dict(lr=stats["lr"], records_per_second=plan["batch"] / row.pop("seconds"))
             row |= validate(model, cache, rows[1], config, args, plan, device, autocast)
             log, sums = [*log, row], {}
@@ -486,7 +540,6 @@ def train(args):
                 if value is not None:
                     writer.add_scalar(key, value, row["epoch"])
             writer.flush()
-        if not sums or time.monotonic() - saved > 60 * args.save_minutes:
             save(run, model, optimizer, step + 1, sums, log)
             saved = tick = time.monotonic()
     bar.close()
@@ -536,7 +589,4 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        train(get_args())
-    except (InputError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_script(lambda: train(get_args()))

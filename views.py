@@ -42,9 +42,8 @@ def add_flags(parser, title, cls):
 
 
 def from_args(cls, args):
-    """The dataclass, filled from parsed arguments (a namespace or a dict)."""
-    values = args if isinstance(args, dict) else vars(args)
-    return cls(**{f.name: values[f.name] for f in fields(cls)})
+    """The dataclass, filled from parsed arguments."""
+    return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
 
 # Segment views: batch operations on whatever device x is on.
