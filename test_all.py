@@ -915,8 +915,8 @@ class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
-        assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "last.pt", "model.pt",
-                                                   "tensorboard"}
+        assert {p.name for p in run.iterdir()} == {".lock", "args.json", "log.jsonl", "last.pt",
+                                                   "model.pt", "tensorboard"}
         args = json.loads((run / "args.json").read_text())
         assert args["args"]["view"] == "noncontig" and args["args"]["epochs"] == 2
         m, same = model.load_run(run)

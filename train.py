@@ -361,8 +361,9 @@ def check_run(run, record):
 
 
 def lock_run(run):
-    """Hold args.json locked while the returned file is open, against a second process."""
-    file = open(run / "args.json", "r+")
+    """Make the folder and hold it while the returned file is open, against a second process."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "a")
     try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -378,6 +379,29 @@ def save(run, model, optimizer, step, sums, log):
     write_atomic(run / "last.pt", lambda tmp: torch.save(state, tmp))
     lines = "".join(json.dumps(row) + "\n" for row in log)
     write_atomic(run / "log.jsonl", lambda tmp: tmp.write_text(lines))
+
+
+def restore(run, model, optimizer):
+    """Load last.pt, if there: (steps done, sums since the last row of the log, log)."""
+    if not (run / "last.pt").exists():
+        return 0, {}, []
+    try:
+        state = torch.load(run / "last.pt", map_location="cpu")
+    except (RuntimeError, EOFError) as error:
+        raise InputError(f"{run / 'last.pt'} is damaged ({error}); remove {run}") from error
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["sums"], state["log"]
+
+
+def summary(sums, batch, n_tokens):
+    """Means over the n steps of an epoch, from the sums of their statistics."""
+    mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
+    if STREAMS[0] in mean:
+        mean |= stream_norms([mean[key] for key in STREAMS], n_tokens)
+    else:  # a ResNet has no streams
+        mean |= dict.fromkeys(stream_norms((1, 1), n_tokens))
+    return mean | dict(records_per_second=batch / mean.pop("seconds"))
 
 
 def pick_device(name):
@@ -490,21 +514,14 @@ def train(args):
     run = Path(args.run or f"runs/{config.view}-s{args.seed}")
     if any(path.is_file() for path in (run, *run.parents)):
         raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
-    check_run(run, describe_run(args, model, cache, plan, device))
     lock = lock_run(run)
+    check_run(run, describe_run(args, model, cache, plan, device))
     if (run / "model.pt").exists():
         return print(f"{run}: finished, nothing to do; remove the folder to train again")
 
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
-    start, sums, log = 0, {}, []  # sums: of the statistics since the last row of the log
-    if (run / "last.pt").exists():
-        try:
-            state = torch.load(run / "last.pt", map_location="cpu")
-        except (RuntimeError, EOFError) as error:
-            raise InputError(f"{run / 'last.pt'} is damaged ({error}); remove {run}") from error
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, sums, log = state["step"], state["sums"], state["log"]
+    start, sums, log = restore(run, model, optimizer)
+    if start:
         notes.append(f"resumed at step {start} of {plan['total']}")
     where = (f"{size.arch}, {n_parameters(model):,} parameters, {samples} samples a view, on "
              f"{device} in {precision}; -> {run}")
@@ -527,12 +544,8 @@ def train(args):
         bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
         bar.update()
         if (step + 1) % plan["steps"] == 0 or step + 1 == plan["total"]:
-            n = sums.pop("n")
-            mean = {key: value / n for key, value in sums.items()}
-            row = dict(epoch=step // plan["steps"] + 1, step=step + 1) | mean | (
-                stream_norms([mean[key] for key in STREAMS], n_tokens) if STREAMS[0] in mean
-                else dict.fromkeys(stream_norms((1, 1), n_tokens)))  # None for a ResNet
-            row |= dict(lr=stats["lr"], records_per_second=plan["batch"] / row.pop("seconds"))
+            row = dict(epoch=step // plan["steps"] + 1, step=step + 1)
+            row |= summary(sums, plan["batch"], n_tokens) | dict(lr=stats["lr"])
             row |= validate(model, cache, rows[1], config, args, plan, device, autocast)
             log, sums = [*log, row], {}
             show(row, math.ceil(plan["total"] / plan["steps"]))
