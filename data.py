@@ -393,9 +393,9 @@ WAVES = {"P": (-.16, .022, (.05, .11, -.02)), "Q": (-.022, .009, (-.13, -.05, -.
          "R": (.0, .012, (1., .7, .25)), "S": (.028, .010, (-.15, -.1, .40)),
          "ST": (.11, .035, (.0, .0, .0)), "T": (.27, .05, (.26, .24, -.14))}
 TERRITORIES = {"AMI": (.25, .0, -1.), "IMI": (-.1, 1., .1), "LMI": (1., -.2, .0)}  # infarct faces
-# share, codes: what a record may hold; a code maps to its superclass in SCP_CLASS
 SCP_CLASS = {"NORM": "NORM", "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISC_": "STTC", "NDT": "STTC",
              "CRBBB": "CD", "CLBBB": "CD", "LVH": "HYP"}
+# (share, SCP codes) of what a record may hold
 DIAGNOSES = ((.40, "NORM"), (.04, "AMI"), (.05, "IMI"), (.02, "LMI"), (.08, "ISC_"), (.05, "NDT"),
              (.07, "CRBBB"), (.05, "CLBBB"), (.04, "LVH"), (.03, "AMI ISC_"), (.02, "IMI NDT"),
              (.03, "IMI CRBBB"), (.02, "AMI CRBBB"), (.04, "LVH ISC_"), (.02, "LVH CLBBB"),
