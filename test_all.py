@@ -767,6 +767,24 @@ class TestTrain:
             want = math.sqrt(sum(float(g.square().sum()) for g in grads[i::2]))
             assert abs(norm - want) < 1e-4 * want
 
+    def test_the_second_pass_repeats_the_first_under_autocast(self):
+        m, pair, keep = big_batch()
+        bf16 = train.pick_autocast("bfloat16", torch.device("cpu"))[1]
+        first, second = (train.project(m, pair, keep, slice(3, 6), (0, 5), bf16)[1] for _ in "12")
+        assert torch.equal(first, second) and first.dtype == torch.float32
+        assert not torch.equal(first, train.project(m, pair, keep, slice(3, 6), (0, 6), bf16)[1])
+
+    def test_batch_norm_counts_a_batch_once(self):
+        means = []
+        for negatives in ("batch", "micro"):
+            m = tiny(arch="resnet18")
+            x = torch.randn(2, 8, 500, 12, generator=torch.Generator().manual_seed(1))
+            train.backward(m, lambda part: (x[0, part], x[1, part]), None, 8, 4, (0, 0),
+                           negatives=negatives)
+            means.append(m.encoder.body[1].running_mean.clone())
+        torch.testing.assert_close(*means)
+        assert means[0].abs().max() > 0
+
     def test_plain_accumulation_is_another_gradient(self):
         m, pair, keep = big_batch()
         cosine = []
@@ -960,6 +978,12 @@ class TestRun:
         with pytest.raises(InputError, match="data: .* then, .* now"):
             run_train(small.parent / "cache", finished[0], "--epochs", 2)
         assert (finished[0] / "model.pt").read_bytes() == before
+
+    def test_the_chance_line_counts_the_negatives_and_losses_that_there_are(self, cache, tmp_path,
+                                                                           capsys):
+        run_train(cache, tmp_path / "r", "--max-steps", 1, "--negatives", "micro", "--aux-losses")
+        want = 2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)  # two auxiliary losses of 0.5
+        assert "a loss of {:.2f}, in validation {:.2f}".format(*want) in capsys.readouterr().out
 
     @pytest.mark.parametrize("argv", [["--view", "contig", "--negatives", "micro", "--aux-losses"],
                                       ["--view", "stochastic", "--mask-leads", "--workers", 1],
