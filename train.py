@@ -297,9 +297,20 @@ def clustering(z, labels):
         names, (silhouette_score, davies_bouldin_score, calinski_harabasz_score))}
 
 
+def diverged(what, step, plan):
+    """The error of a run whose numbers are no longer finite."""
+    return FloatingPointError(
+        f"{what} at epoch {step // plan['steps'] + 1}, step {step}; last.pt, if there, keeps the "
+        "last good state. Try a lower --max-lr, --clip 1 or --precision float32, in another run "
+        "folder")
+
+
 @torch.no_grad()
-def validate(model, cache, rows, config, args, plan, device, autocast):
-    """val_loss on fixed views of fold 9, and clustering of its single-superclass records."""
+def validate(model, cache, rows, step, config, args, plan, device, autocast):
+    """val_loss on fixed views of fold 9, and clustering of its single-superclass records.
+
+    Raises FloatingPointError, before anything is saved, when one of them is not finite.
+    """
     model.eval()
     B, micro, losses = plan["val_batch"], plan["micro"], []
     order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
@@ -317,7 +328,7 @@ def validate(model, cache, rows, config, args, plan, device, autocast):
         with autocast():
             z.append(embed(model, x, config.view).float().cpu())
     if not (np.isfinite(losses).all() and torch.cat(z).isfinite().all()):
-        raise FloatingPointError(f"validation losses {losses}: the last step went too far")
+        raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
     return dict(val_loss=float(np.mean(losses)),
                 **clustering(torch.cat(z).numpy(), labels[single].argmax(1)))
 
@@ -481,10 +492,7 @@ def compute_gradient(model, optimizer, views, step, config, args, plan, autocast
     stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
         model.parameters(), args.clip or math.inf))
     if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
-        raise FloatingPointError(
-            f"loss {loss}, gradient norm {stats['grad_norm']} at epoch "
-            f"{step // plan['steps'] + 1}, step {step}; last.pt, if there, keeps the last good "
-            "state. Try a lower --max-lr, --clip 1 or --precision float32, in another run folder")
+        raise diverged(f"loss {loss}, gradient norm {stats['grad_norm']}", step, plan)
     return stats | dict(lr=lr)
 
 
@@ -546,7 +554,7 @@ def train(args):
         if (step + 1) % plan["steps"] == 0 or step + 1 == plan["total"]:
             row = dict(epoch=step // plan["steps"] + 1, step=step + 1)
             row |= summary(sums, plan["batch"], n_tokens) | dict(lr=stats["lr"])
-            row |= validate(model, cache, rows[1], config, args, plan, device, autocast)
+            row |= validate(model, cache, rows[1], step, config, args, plan, device, autocast)
             log, sums = [*log, row], {}
             show(row, math.ceil(plan["total"] / plan["steps"]))
             for key, value in row.items():
