@@ -6,7 +6,7 @@ VIEW   ?= noncontig# stochastic, contig, noncontig; or an alias: augment, nonove
 SEED   ?= 0# of everything random
 PRESET ?= paper# paper, or small: for CPUs and a few hundred to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
-ARGS   ?=# further flags of train.py, such as --epochs 20
+ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
 PYTHON ?= python3# makes .venv; 3.11 or later
 
 NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst interleaved,noncontig,$(VIEW))))
@@ -15,6 +15,7 @@ $(error unknown VIEW '$(VIEW)'; choose one of stochastic (or augment), contig (o
 endif
 RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the paper by default
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
+RUNS  ?= $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))# what compare reads; not the demo
 CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
 PY    := .venv/bin/python
 ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
@@ -26,7 +27,7 @@ SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help download cache pretrain demo test info clean FORCE
+.PHONY: help download cache pretrain eval compare demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
 help: ## this text
@@ -39,6 +40,7 @@ help: ## this text
 
 demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
 	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--epochs 15 $(ARGS)"
+	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS=--fast
 
 test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records
 	$(PY) -m pytest -q -rs test_all.py
@@ -48,6 +50,13 @@ download: data/ptbxl/.complete-$(RATE) ## PTB-XL 1.0.3 from PhysioNet, only what
 cache: $(CACHE)/meta.json ## all records of DATA in one int16 array
 
 pretrain: $(RUN)/model.pt ## train an encoder with VIEW; the same command resumes
+
+# Not made from model.pt by rule: that would train, with the wrong flags, what is not there.
+eval: | .venv/.done ## tables and figures of the finished run RUN, beside baselines
+	$(PY) evaluate.py run --run $(RUN) $(ARGS)
+
+compare: | .venv/.done ## tables over all evaluated RUNS, the paper's numbers beside ours
+	$(PY) evaluate.py compare $(RUNS) $(ARGS)
 
 info: | .venv/.done ## records of DATA by fold and superclass
 	$(PY) data.py info --data "$(DATA)"

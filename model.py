@@ -340,13 +340,14 @@ def nt_xent(z1, z2, tau=0.1):
     return F.cross_entropy(similarity, positive)
 
 
-def embed(model, x, view):
-    """The representation of whole records, as evaluation sees them: never masked or augmented.
+def embed(model, x, view, keep=None, n_views=None):
+    """Representations of the views of whole records: never augmented, nor masked unless asked.
 
-    x: (B, T, C) z-scored 10 s records; a segment model sees its two views, averaged.
-    ->  (B, rep_dim)
+    x: (B, T, C) z-scored 10 s records; keep: (B, C) bool or None, leads that are there; n_views:
+    the first so many views, by default all  ->  (B, S, rep_dim), S = 1 for stochastic, else 2
     """
-    return torch.stack([model.encoder(v).z for v in split(x, view)]).mean(0)
+    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
+    return torch.stack([model.encoder(v, keep).z for v in split(x, view)[:n_views]], dim=1)
 
 
 def attention_maps(model, x):

@@ -8,6 +8,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
 
+import contextlib
+import copy
 import http.server
 import json
 import math
@@ -31,8 +33,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import wfdb
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
 
 import data
+import evaluate
 import model
 import train
 import views
@@ -698,8 +703,8 @@ class TestModel:
     def test_the_representation_of_a_record_is_the_mean_over_its_views(self):
         m, x = tiny().eval(), torch.randn(3, 1000, 12)
         want = (m.encoder(x[:, ::2]).z + m.encoder(x[:, 1::2]).z) / 2
-        torch.testing.assert_close(model.embed(m, x, "noncontig"), want)
-        torch.testing.assert_close(model.embed(m, x, "stochastic"), m.encoder(x).z)
+        torch.testing.assert_close(model.embed(m, x, "noncontig").mean(1), want)
+        torch.testing.assert_close(model.embed(m, x, "stochastic")[:, 0], m.encoder(x).z)
 
     def test_attention_maps_are_the_weights_that_the_model_uses(self):
         m, x = tiny().eval(), torch.randn(2, 500, 12)
@@ -959,7 +964,8 @@ class TestRun:
         labels = c.index[list(CLASSES)].to_numpy()
         rows = np.flatnonzero((c.index.strat_fold == 9) & (labels.sum(1) == 1))
         with torch.no_grad():
-            z = model.embed(m, data.normalize(torch.from_numpy(c.signals[rows])), "noncontig")
+            x = data.normalize(torch.from_numpy(c.signals[rows]))
+            z = model.embed(m, x, "noncontig").mean(1)
         last = log_of(finished[0])[-1]
         assert abs(last["silhouette"] - silhouette_score(z, labels[rows].argmax(1))) < 1e-4
 
@@ -1128,6 +1134,363 @@ class TestRun:
             assert rows[-1]["loss"] < rows[0]["loss"], (view, rows)
 
 
+@pytest.fixture(scope="session")
+def evaluated(finished, cache):
+    """The finished run, evaluated without the slow rows; its encoder's bytes before."""
+    before = (finished[0] / "model.pt").read_bytes()
+    return finished[0], before, script("evaluate.py", *quick(finished[0]))
+
+
+def quick(run, *more):
+    """The command line of a quick evaluation."""
+    return "run", "--run", run, "--fast", "--labels", "3shot", "--seeds", 1, *more
+
+
+def run_evaluate(*argv):
+    """Evaluate, or compare, in this process."""
+    evaluate.main(evaluate.get_args([str(a) for a in argv]))
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def random_scores(n=200, seed=0):
+    """Labels, scores with ties, predictions, patients with several records."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, 5)) < [.5, .3, .2, .2, .1]).astype(int)
+    p = np.round(.3 * y + rng.random((n, 5)), 1)
+    return y, p, (p > .6).astype(int), rng.integers(0, n // 3, n)
+
+
+class TestScores:
+    def test_scores_are_scikit_learns(self):
+        y, p, predicted, _ = random_scores()
+        got = evaluate.score(y, p, predicted)
+        assert got["macro_auroc"] == pytest.approx(metrics.roc_auc_score(y, p))
+        assert got["macro_f1"] == pytest.approx(metrics.f1_score(y, predicted, average="macro"))
+        assert got["accuracy"] == pytest.approx((y == predicted).all(1).mean())
+
+    def test_a_class_without_positives_is_left_out_of_the_means(self):
+        y, p, predicted, _ = random_scores()
+        y[:, 3] = 0
+        got, rest = evaluate.score(y, p, predicted), [0, 1, 2, 4]
+        assert math.isnan(got["auroc"]["CD"]) and math.isnan(got["f1"]["CD"])
+        assert got["macro_auroc"] == pytest.approx(metrics.roc_auc_score(y[:, rest], p[:, rest]))
+        assert got["macro_f1"] == pytest.approx(metrics.f1_score(
+            y[:, rest], predicted[:, rest], average="macro"))
+
+    def test_each_bootstrap_draw_is_the_score_of_the_repeated_records_of_patients(self):
+        y, p, predicted, patients = random_scores(60)
+        draws = evaluate.bootstrap(y, p, predicted, patients, 50, seed=3)
+        who = np.unique(patients)
+        counts = np.random.default_rng(3).multinomial(len(who), np.full(len(who), 1 / len(who)), 50)
+        for draw, count in zip(draws, counts):
+            at = np.concatenate([np.flatnonzero(patients == w) for w, n in zip(who, count)
+                                 for _ in range(n)])
+            want = evaluate.score(y[at], p[at], predicted[at])
+            np.testing.assert_allclose(draw, [want[m] for m in evaluate.MEASURES])
+
+    def test_the_interval_has_the_width_of_the_binomial(self):
+        rng = np.random.default_rng(0)
+        y = np.eye(5, dtype=int)[rng.integers(0, 5, 1000)]
+        predicted = np.where(rng.random((1000, 1)) < .8, y, 1 - y)
+        low, high = evaluate.interval(evaluate.bootstrap(y, predicted + 0., predicted,
+                                                         np.arange(1000), 2000)[:, 2])
+        right = (y == predicted).all(1).mean()
+        assert abs((high - low) - 2 * 1.96 * math.sqrt(right * (1 - right) / 1000)) < .004
+        assert low < right < high
+
+    def test_thresholds_have_the_best_f1(self):
+        y, p, _, _ = random_scores(80)
+        y[:, 2] = 0
+        got = evaluate.best_thresholds(y, p)
+        for k in (0, 1, 3, 4):
+            f1 = [metrics.f1_score(y[:, k], p[:, k] >= t) for t in np.unique(p[:, k])]
+            assert metrics.f1_score(y[:, k], p[:, k] >= got[k]) == pytest.approx(max(f1))
+        assert got[2] == 0.5
+
+    def test_alignment_and_uniformity_are_their_double_loops(self):
+        z1, z2 = np.random.default_rng(0).standard_normal((2, 9, 4))
+        a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z1, z2))
+        want = np.mean([sum((u - v) ** 2) for u, v in zip(a, b)])
+        assert evaluate.alignment(z1, z2) == pytest.approx(want)
+        pairs = [math.exp(-2 * sum((a[i] - a[j]) ** 2)) for i in range(9) for j in range(i)]
+        assert evaluate.uniformity(z1) == pytest.approx(math.log(np.mean(pairs)))
+
+    def test_rankme_counts_equal_directions(self):
+        q = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 8)))[0]
+        assert evaluate.rankme(q) == pytest.approx(8, rel=1e-3)
+        assert evaluate.rankme(q[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-2)
+
+
+class TestProbe:
+    def test_protocols_keep_patients_and_folds_apart(self, cache):
+        index = data.open_cache(cache).index
+        y, fold, patient = (index[c].to_numpy() for c in (list(CLASSES), "strat_fold",
+                                                          "patient_id"))
+        for name, task in evaluate.protocols(index).items():
+            parts = [set(patient[rows]) for rows in (task.train, task.choose, task.test)]
+            assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+            assert set(fold[task.test]) == ({9, 10} if name == "table3" else {10})
+            used = np.concatenate([task.train, task.choose, task.test])
+            assert (y[used].sum(1) == 1).all() if task.single else (y[used].sum(1) > 0).all()
+            if name != "table3":
+                assert set(fold[task.train]) == set(range(1, 9)) and set(fold[task.choose]) == {9}
+                assert len(used) == ((y.sum(1) == 1) if task.single else y.any(1)).sum()
+
+    @pytest.mark.parametrize("budget", ["3shot", "10shot", "10%", "1%", "100%"])
+    def test_few_labels_come_from_training_folds_only(self, cache, budget):
+        index = data.open_cache(cache).index
+        task, seen = evaluate.protocols(index)["official"], []
+        for seed in range(5):
+            rows = evaluate.draw_labels(task, budget, seed)
+            assert set(rows) <= set(task.train) and len(set(rows)) == len(rows)
+            assert index.strat_fold[rows].max() <= 8
+            if budget.endswith("shot"):
+                n = int(budget[:-4])
+                held = task.y[task.train].sum(0)
+                assert (task.y[rows].sum(0) >= np.minimum(held, n)).all() and len(rows) <= 5 * n
+            else:
+                assert len(rows) == max(1, round(len(task.train) * int(budget[:-1]) / 100))
+            seen.append(tuple(rows))
+        assert len(set(seen)) > 1 or budget == "100%"
+        np.testing.assert_array_equal(rows, evaluate.draw_labels(task, budget, 4))
+
+    @pytest.mark.parametrize("single", [True, False])
+    def test_a_probe_is_scikit_learns_logistic_regression(self, single):
+        rng = np.random.default_rng(0)
+        z = rng.standard_normal((80, 6)) * [1, 10, .1, 1, 1, 1]
+        y = np.eye(5, dtype=int)[rng.integers(0, 5, 80)]
+        x = (z - z.mean(0)) / z.std(0)
+        got = evaluate.fit_probe(z, y, 0.1, single)(z)
+        if single:
+            want = LogisticRegression(C=0.1).fit(x, y.argmax(1)).predict_proba(x)
+        else:
+            want = np.stack([LogisticRegression(C=0.1).fit(x, t).predict_proba(x)[:, 1]
+                             for t in y.T], axis=1)
+        np.testing.assert_allclose(got, want, atol=1e-3)
+
+    @pytest.mark.parametrize("single", [True, False])
+    def test_a_class_that_training_lacks_or_always_has_gets_a_constant(self, single):
+        z = np.random.default_rng(0).standard_normal((30, 4))
+        y = np.eye(5, dtype=int)[np.arange(30) % 2 + 1]  # MI and STTC alone
+        if not single:
+            y[:, 4] = 1
+        p = evaluate.fit_probe(z, y, 1.0, single)(z)
+        assert (p[:, [0, 3]] == 0).all() and np.ptp(p[:, 1]) > 0
+        assert (p[:, 4] == (0 if single else 1)).all()
+
+    def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self):
+        rng = np.random.default_rng(0)
+        y = np.eye(5, dtype=int)[rng.integers(0, 5, 300)]
+        z = (y @ rng.standard_normal((5, 20)) + 2 * rng.standard_normal((300, 20)))[:, None]
+        train_, choose, test = np.split(np.arange(300), [150, 220])
+        task = evaluate.Task("t", y, np.arange(300), train_, choose, test, single=True)
+        loss = [metrics.log_loss(y[choose].argmax(1), evaluate.fit_probe(
+            z[train_, 0], y[train_], c, True)(z[choose, 0])) for c in evaluate.STRENGTHS]
+        assert evaluate.choose_probe(z, task)[1] == evaluate.STRENGTHS[np.argmin(loss)]
+
+    def test_rocket_is_its_double_loop(self):
+        T, n = 60, 40
+        rocket = evaluate.Rocket(T, n, seed=1)
+        x = torch.randn(2, T, 12)
+        got, at = rocket(x)[:, 0].numpy(), 0
+        assert got.shape == (2, 2 * n)
+        for dilation, padding, w, b in rocket.groups:
+            m, _, length = w.shape
+            wide = np.pad(x.numpy(), ((0, 0), (padding, padding), (0, 0)))
+            for i in range(m):
+                out = np.array([[b[i].item() + sum(float(w[i, :, j].numpy() @ r[t + j * dilation])
+                                                   for j in range(length))
+                                 for t in range(len(r) - (length - 1) * dilation)] for r in wide])
+                np.testing.assert_allclose(got[:, at + i], (out > 0).mean(1), atol=1e-5)
+                np.testing.assert_allclose(got[:, at + m + i], out.max(1), atol=1e-4)
+            at += 2 * m
+
+    def test_training_with_labels_changes_a_copy_and_finds_the_classes(self, cache):
+        c = data.open_cache(cache)
+        task, m = evaluate.protocols(c.index)["official"], tiny()
+        net = evaluate.Classifier(copy.deepcopy(m), "contig", None)
+        start = copy.deepcopy(m.state_dict())
+        evaluate.fit_network(net, c, task, task.train, (3e-3, 3e-3), 16, torch.device("cpu"),
+                             contextlib.nullcontext, seed=0)
+        for key, value in m.state_dict().items():
+            assert torch.equal(value, start[key])
+        assert any(not torch.equal(v, start[k]) for k, v in net.model.state_dict().items())
+        with torch.no_grad():
+            p = net(data.normalize(torch.from_numpy(c.signals[task.train])))[:, 0]
+        assert metrics.roc_auc_score(task.y[task.train], p) > 0.75
+
+    def test_fewer_leads_are_zeros(self):
+        m, x = tiny().eval(), torch.randn(3, 200, 12)
+        keep = torch.arange(12) < 6
+        with torch.no_grad():
+            torch.testing.assert_close(model.embed(m, x, "contig", keep.expand(3, -1)),
+                                       model.embed(m, x * keep, "contig"))
+
+
+class TestEvaluate:
+    def test_the_numbers_follow_from_the_cached_embeddings(self, evaluated):
+        run, _, out = evaluated
+        got = metrics_of(run)
+        with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
+            z, y, fold, patient = (saved[k] for k in ("z", "labels", "strat_fold", "patient_id"))
+        assert z.shape == (100, 2, 16)
+        z, known = z.mean(1).astype(float), y.any(1)
+        at = {part: known & np.isin(fold, f) for part, f in
+              (("train", range(1, 9)), ("choose", [9]), ("test", [10]))}
+        x = (z - z[at["train"]].mean(0)) / z[at["train"]].std(0)
+        row = got["protocols"]["official"]["pretrained"]
+        p = np.stack([LogisticRegression(C=row["strength"], max_iter=5000).fit(
+            x[at["train"]], y[at["train"], k]).predict_proba(x)[:, 1] for k in range(5)], axis=1)
+        test = at["test"]
+        present = y[test].any(0)
+        aurocs = [metrics.roc_auc_score(y[test, k], p[test, k]) for k in np.flatnonzero(present)]
+        assert row["macro_auroc"] == pytest.approx(np.mean(aurocs), abs=.01)
+        rng, draws, who = np.random.default_rng(9), [], np.unique(patient[test])
+        for _ in range(400):  # another random state: the interval is only near
+            rows = np.concatenate([np.flatnonzero(test & (patient == w)) for w in
+                                   rng.choice(who, len(who))])
+            if ok := [k for k in range(5) if 0 < y[rows, k].sum() < len(rows)]:
+                draws.append(np.mean([metrics.roc_auc_score(y[rows, k], p[rows, k]) for k in ok]))
+        np.testing.assert_allclose(row["intervals"]["macro_auroc"],
+                                   np.percentile(draws, (2.5, 97.5)), atol=.1)
+        one = (y.sum(1) == 1) & (fold >= 9)
+        want = train.clustering(z[one].astype(np.float32), y[one].argmax(1))
+        for key, value in want.items():
+            assert got["clustering"]["pretrained"][key] == pytest.approx(value, rel=1e-3)
+        assert "SYNTHETIC" in got["about"] and "SYNTHETIC" in out
+
+    def test_a_probe_leaves_the_run_bit_for_bit_untouched(self, evaluated):
+        run, before, _ = evaluated
+        assert (run / "model.pt").read_bytes() == before
+        m, args = model.load_run(run)
+        c = data.open_cache(args["args"]["cache"])
+        x = data.normalize(torch.from_numpy(c.signals[:4].copy()))
+        with torch.no_grad(), np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
+            np.testing.assert_allclose(saved["z"][:4], model.embed(m, x, "noncontig"), atol=1e-5)
+
+    def test_untrained_is_the_runs_own_beginning(self, evaluated):
+        e = evaluate.Evaluation(evaluate.get_args(["run", "--run", str(evaluated[0])]))
+        train.set_seed(e.seed)
+        begun = model.Contrastive(e.model.config).state_dict()
+        for key, value in e.encoder("untrained", e.seed).state_dict().items():
+            assert torch.equal(value, begun[key])
+
+    def test_report_figures_and_numbers_are_there(self, evaluated):
+        run = evaluated[0]
+        text = (run / "report.md").read_text()
+        for name in ("tsne", "confusion", "roc", "leads", "labels"):
+            assert f"(figures/{name}.png)" in text
+            assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
+            assert len(pd.read_csv(run / "figures" / f"{name}.csv")) > 3
+        got = metrics_of(run)
+        assert set(got["protocols"]) == {"official", "paper", "table3"}
+        assert set(got["leads"]["rocket"]) and len(got["leads"]["pretrained"]) == 5
+        assert "NaN" not in (run / "metrics.json").read_text()
+        assert set(got["streams"]) == {f"{s} stream sees {what}" for s in ("time", "channel")
+                                       for what in ("another record", "nothing")}
+
+    def test_a_second_time_nothing_is_done_again(self, evaluated):
+        run = evaluated[0]
+        stamps = {f: f.stat().st_mtime_ns for f in (run / "eval").glob("*-*.npz")}
+        run_evaluate(*quick(run))
+        assert stamps == {f: f.stat().st_mtime_ns for f in (run / "eval").glob("*-*.npz")}
+        first = metrics_of(run)
+        run_evaluate(*quick(run, "--first-view"))
+        with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
+            assert saved["z"].shape[1] == 1
+        run_evaluate(*quick(run))
+        again = metrics_of(run)
+        for one in (first, again):  # but for the seconds that it took
+            for results in one["protocols"].values():
+                for row in results.values():
+                    row.pop("seconds")
+            for rows in one["labels"].values():
+                for row in rows.values():
+                    row.pop("seconds")
+        assert first == again
+
+    @slow
+    def test_every_row_is_there_also_for_stochastic_and_few_labels(self, cache, tmp_path):
+        run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
+        run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%")
+        got = metrics_of(tmp_path / "r")
+        assert list(got["protocols"]["official"]) == list(evaluate.ROWS)
+        assert set(got["protocols"]["table3"]) == set(evaluate.PROBED)
+        assert set(got["labels"]["3shot"]) == set(evaluate.ROWS)
+        assert len(got["labels"]["3shot"]["finetuned"]["draws"]["macro_auroc"]) == 2
+        assert (tmp_path / "r" / "resnet18" / "model.pt").exists()
+        assert got["clustering"]["resnet18"]["alignment"] > 0
+        assert got["labels"]["3shot"]["supervised"]["sd"]["macro_auroc"] > 0
+
+    def test_a_resnet_run_is_evaluated_too(self, cache, tmp_path):
+        run_train(cache, tmp_path / "r", "--arch", "resnet18", "--max-steps", 2)
+        run_evaluate(*quick(tmp_path / "r"))
+        assert metrics_of(tmp_path / "r")["streams"] is None
+
+    def test_bad_input_is_named(self, evaluated, small, tmp_path):
+        data.build_cache(small, 500, tmp_path / "c500", workers=1)
+        for argv, says in (
+                (["--run", tmp_path], "no model.pt in"),
+                (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
+                (["--labels", "ten"], "--labels ten: give such as 10shot"),
+                (["--seeds", 0], "--seeds 0")):
+            with pytest.raises(InputError, match=says):
+                run_evaluate("run", "--run", evaluated[0], *argv)
+
+    def test_a_fold_without_records_or_a_class_is_named(self, cache):
+        index = data.open_cache(cache).index
+        with pytest.raises(InputError, match="none in fold 10 has a superclass"):
+            evaluate.protocols(index[index.strat_fold != 10])
+        few = index.copy()
+        few.loc[few.strat_fold == 10, "HYP"] = 0
+        few.loc[few.strat_fold == 9, "CD"] = 0
+        notes = "\n".join(note for t in evaluate.protocols(few).values() for note in
+                          evaluate.gaps(t))
+        assert "HYP: its AUROC and F1 cannot be computed" in notes
+        assert "CD: its threshold is 0.5" in notes
+
+    def test_other_data_is_noted(self, evaluated, small, tmp_path):
+        data.build_cache(small, 100, tmp_path / "c", workers=1)
+        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
+        args = evaluate.get_args(["run", "--run", str(run), "--cache", str(tmp_path / "c")])
+        assert any("evaluated on other data" in note for note in evaluate.Evaluation(args).notes)
+
+    def test_compare_pools_seeds_and_prints_the_papers_numbers(self, evaluated, cache, tmp_path):
+        runs = [evaluated[0]]
+        for view, seed in (("noncontig", 1), ("contig", 0)):
+            runs.append(tmp_path / f"{view}-{seed}")
+            argv = ["--view", view, "--epochs", 2, "--seed", seed]
+            run_train(cache, runs[-1], *argv)
+            run_evaluate(*quick(runs[-1]))
+        (tmp_path / "bare").mkdir()
+        out = script("evaluate.py", "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
+        assert "bare has no metrics.json and is left out" in out
+        rows = pd.read_csv(tmp_path / "all.csv").set_index(["group", "metric"])
+        values = [metrics_of(r)["protocols"]["official"]["pretrained"]["macro_f1"] for r in runs]
+        got = rows.loc[("noncontig", "protocols/official/pretrained/macro_f1")]
+        assert got["mean"] == pytest.approx(np.mean(values[:2]))
+        assert got["sd"] == pytest.approx(np.std(values[:2], ddof=1)) and got["runs"] == 2
+        assert rows.loc[("contig", "protocols/table3/pretrained/accuracy"), "paper"] == .72
+        assert rows.loc[("noncontig", "clustering/pretrained/silhouette"), "paper"] == .035
+        text = (tmp_path / "all.md").read_text()
+        for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "S4, supervised", "±"):
+            assert word in text, word
+        saved = json.loads((tmp_path / "all.json").read_text())
+        found = [d for d in saved["differences"] if d["measure"] == "macro_f1"
+                 and d["protocol"] == "official"][0]
+        assert found["difference"] == pytest.approx(
+            (np.mean(values[:2]) - values[2]) * (1 if found["a"] == "noncontig" else -1))
+        assert found["interval"][0] <= found["interval"][1]
+
+    def test_compare_without_an_evaluated_run_says_so(self, tmp_path):
+        assert "train and evaluate some runs first" in script(
+            "evaluate.py", "compare", tmp_path, "--out", tmp_path / "x", ok=False)
+        assert not list(tmp_path.glob("x*"))
+
+
 class TestMake:
     def make(self, *argv, ok=True):
         done = subprocess.run(["make", *argv], cwd=HERE, capture_output=True, text=True)
@@ -1136,8 +1499,8 @@ class TestMake:
 
     def test_make_alone_lists_every_public_target_and_variable(self):
         out = self.make()
-        for word in ("demo", "test", "download", "cache", "pretrain", "clean", "VIEW", "SEED",
-                     "RATE", "PRESET", "DATA", "RUN", "ARGS"):
+        for word in ("demo", "test", "download", "cache", "pretrain", "eval", "compare", "clean",
+                     "VIEW", "SEED", "RATE", "PRESET", "DATA", "RUN", "ARGS"):
             assert re.search(rf"\b{word}\b", out), word
 
     def test_targets_chain_and_names_carry_the_canonical_view(self):
@@ -1153,7 +1516,7 @@ class TestMake:
         out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
         assert all(name in out for name in ["zigzag", *views.VIEWS, *views.ALIASES])
 
-    @pytest.mark.parametrize("name", ["data", "train"])
+    @pytest.mark.parametrize("name", ["data", "train", "evaluate"])
     def test_every_flag_that_is_parsed_is_used(self, name):
         source = (HERE / f"{name}.py").read_text()
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
@@ -1163,14 +1526,15 @@ class TestMake:
         for field in fields:
             assert re.search(rf"(config|size)\.{field}\b", sources), field
 
-    @pytest.mark.parametrize("argv", [["train.py"], ["model.py"], ["data.py", "cache"]])
+    @pytest.mark.parametrize("argv", [["train.py"], ["model.py"], ["data.py", "cache"],
+                                      ["evaluate.py", "run"], ["evaluate.py", "compare"]])
     def test_help(self, argv):
         assert "show this help" in script(*argv, "--help")
 
     def test_importing_a_script_does_nothing(self, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
-                f"sys.path.insert(0, {str(HERE)!r}); import data, views, model, train\n"
+                f"sys.path.insert(0, {str(HERE)!r}); import data, views, model, train, evaluate\n"
                 "assert (torch.get_rng_state() == a).all()\n"
                 "assert (np.random.get_state()[1] == b).all()")
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -284,6 +284,21 @@ def parameter_norms(model):
 
 # Validation
 
+@torch.no_grad()
+def extract(function, cache, rows, device, autocast=nullcontext, size=64):
+    """What a function of z-scored records (b, T, C) gives for the rows of a cache.
+
+    size: records in memory at once  ->  (len(rows), ...) float32 array
+    """
+    parts = np.array_split(rows, math.ceil(max(len(rows), 1) / size))
+    done = []
+    for part in tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True):
+        x = normalize(torch.from_numpy(cache.signals[part]).to(device))
+        with autocast():
+            done.append(function(x).float().cpu().numpy())
+    return np.concatenate(done)
+
+
 def clustering(z, labels):
     """Clustering scores of representations z (n, D) under labels (n,), from scikit-learn.
 
@@ -322,15 +337,11 @@ def validate(model, cache, rows, step, config, args, plan, device, autocast):
         losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
     labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
-    z = []
-    for part in np.array_split(rows[single], math.ceil(max(single.sum(), 1) / micro)):
-        x = normalize(torch.from_numpy(cache.signals[part]).to(device))
-        with autocast():
-            z.append(embed(model, x, config.view).float().cpu())
-    if not (np.isfinite(losses).all() and torch.cat(z).isfinite().all()):
+    z = extract(lambda x: embed(model, x, config.view).mean(1), cache, rows[single], device,
+                autocast, micro)
+    if not (np.isfinite(losses).all() and np.isfinite(z).all()):
         raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
-    return dict(val_loss=float(np.mean(losses)),
-                **clustering(torch.cat(z).numpy(), labels[single].argmax(1)))
+    return dict(val_loss=float(np.mean(losses)), **clustering(z, labels[single].argmax(1)))
 
 
 # The run folder

@@ -1,0 +1,1089 @@
+"""What a pretrained encoder is worth on PTB-XL's superclasses, beside baselines (paper 5.1, 5.3).
+
+In:  a finished run folder of train.py, and the cache that it was trained on (or one like it).
+Out: in that folder metrics.json (every number), report.md, figures/ and eval/: finished pieces of
+     work, each kept while nothing changes that it depends on. eval/embeddings-pretrained.npz has
+     z (N, S, rep_dim) float32, S = 1 or 2 views, with ecg_id, patient_id, strat_fold and labels.
+
+    python evaluate.py run --run runs/noncontig-s0
+    python evaluate.py run --run runs/demo-noncontig-s0 --fast
+    python evaluate.py compare runs/noncontig-s0 runs/contig-s0 --out runs/compare
+"""
+import argparse
+import json
+import math
+import re
+import time
+import zipfile
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
+                             multilabel_confusion_matrix, precision_recall_curve, roc_auc_score,
+                             roc_curve)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, normalize,
+                  open_cache, run_script, sha256, write_atomic)
+from model import C, Config, Contrastive, DualView, embed, load_run
+from train import (VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast, pick_device,
+                   set_seed, train)
+from views import VIEWS, ViewConfig, from_args
+
+K = len(CLASSES)
+FORMAT = 1  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
+STRENGTHS = 10.0 ** np.arange(-5, 1)  # inverse L2 penalties that a probe chooses from
+LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
+LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 20, 100, 32  # of networks that learn from labels
+MEASURES = ("macro_auroc", "macro_f1", "accuracy")
+CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
+TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
+# Okabe and Ito's colours, safe for the colour-blind: one a class and one a view, in every figure.
+CLASS_COLORS = dict(zip(CLASSES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
+ROWS = {"majority": "majority: the class shares", "rocket": "random convolutions (ROCKET), probed",
+        "untrained": "this encoder untrained, probed", "pretrained": "this run, probed",
+        "resnet18": "ResNet-18 pretrained, probed", "finetuned": "this run, fine-tuned",
+        "supervised": "this encoder, from scratch",
+        "resnet18-supervised": "ResNet-18, from scratch"}
+PROBED = ("majority", "rocket", "untrained", "pretrained", "resnet18")
+START = {"finetuned": "pretrained", "supervised": "untrained",  # networks: where they start from
+         "resnet18-supervised": "resnet18-untrained"}
+SLOW = {"resnet18", *START}  # rows that train networks: --fast leaves them out
+ROW_COLORS = dict(zip(ROWS, ("#999999", "#000000", "#56B4E9", "#0072B2", "#009E73", "#D55E00",
+                             "#E69F00", "#CC79A7")))
+# The paper's Table 2 (the best of each run) and Table 3, which is F1 by class, accuracy, macro F1.
+TABLE2 = {"stochastic": (-0.0168, 7.8849, 9.89), "contig": (0.0327, 6.289, 37.55),
+          "noncontig": (0.0350, 6.424, 50.92)}
+TABLE3 = {"stochastic": (.78, .07, .33, .53, .11, .63, .36),  # classes in the order of CLASSES
+          "contig": (.83, .42, .63, .66, .01, .72, .51),
+          "noncontig": (.82, .38, .57, .60, .00, .70, .47)}
+# Macro AUROC on fold 10 of all of PTB-XL under the official protocol, as others report it.
+PUBLISHED = (("S4, supervised", .932, ""), ("xresnet1d101, supervised", .928, "arXiv 2004.13701"),
+             ("ECGFounder, probed", .924, ""), ("ECG-JEPA, probed", .911, ""),
+             ("ST-MEM, probed", .896, ""),
+             ("poly-window contrastive, probed", .891, "arXiv 2508.15225"),
+             ("two views contrastive, probed", .888, "arXiv 2508.15225"),
+             ("MERL, probed", .887, ""), ("HuBERT-ECG, probed", .877, ""),
+             ("ECG-FM, probed", .873, ""), ("ECG-CPC, probed", .863, ""),
+             ("MERL, 1 % of the labels", .845, ""), ("SimCLR, 1 % of the labels", .634, ""))
+
+
+# Protocols (design page, section 6)
+
+@dataclass
+class Task:
+    """A protocol: row numbers that train, choose and test; y (N, K) 0/1; patients (N,).
+
+    single: one class each, the largest score decides; else each class has a threshold, chosen on
+    `choose`. by_view: each view of a record is a sample. refit: train on `choose` too, at the end.
+    """
+
+    name: str
+    y: np.ndarray
+    patients: np.ndarray
+    train: np.ndarray
+    choose: np.ndarray
+    test: np.ndarray
+    single: bool = False
+    by_view: bool = False
+    refit: bool = False
+
+    def samples(self, a, rows):
+        """Features or scores a (N, S, d) of some records -> (n, d), (n,) rows they belong to."""
+        if self.by_view:
+            return a[rows].reshape(-1, a.shape[2]), np.repeat(rows, a.shape[1])
+        return a[rows].mean(axis=1), rows
+
+
+def protocols(index):
+    """The three Tasks of a cache's index; raise InputError where a part of one has no record.
+
+    official: any superclass, several labels, folds 1-8 / 9 / 10 (Strodthoff et al. 2021, doi
+    10.1109/JBHI.2020.3022989). paper: exactly one superclass, same folds. table3: as the paper's
+    Table 3, each view of a record a sample, tested on folds 9 and 10; its C is chosen on fold 8.
+    """
+    y, fold = index[list(CLASSES)].to_numpy(), index.strat_fold.to_numpy()
+    tasks = {}
+    for name, mask, folds, more in (
+            ("official", y.any(1), (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), {}),
+            ("paper", y.sum(1) == 1, (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), dict(single=True)),
+            ("table3", y.sum(1) == 1, (TRAIN_FOLDS[:-1], TRAIN_FOLDS[-1:], [VAL_FOLD, TEST_FOLD]),
+             dict(single=True, by_view=True, refit=True))):
+        parts = [np.flatnonzero(mask & np.isin(fold, f)) for f in folds]
+        for part, f in zip(parts, folds):
+            if len(part) == 0:
+                raise InputError(f"{len(index)} records, but none in fold {', '.join(map(str, f))} "
+                                 f"has {'one superclass' if more else 'a superclass'}: each part "
+                                 "needs some; see python data.py info, and take more records")
+        tasks[name] = Task(name, y, index.patient_id.to_numpy(), *parts, **more)
+    return tasks
+
+
+def gaps(task):
+    """Notes on classes that a part of a protocol lacks, and what becomes of their numbers."""
+    effects = {"train": "its score is constant", "choose": "its threshold is 0.5",
+               "test": "its AUROC and F1 cannot be computed, the macro means are of the others"}
+    if task.single:
+        del effects["choose"]
+    out = []
+    for part, effect in effects.items():
+        rows = getattr(task, part)
+        for k in np.flatnonzero(~task.y[rows].any(0)):
+            out.append(f"{task.name}: none of the {len(rows)} records to {part} on is "
+                       f"{CLASSES[k]}: {effect}")
+    return out
+
+
+# Scores and intervals
+
+def best_thresholds(y, p):
+    """For each class the threshold of p (n, K) with the highest F1 on y (n, K); 0.5 if unknown."""
+    out = np.full(K, 0.5)
+    for k in np.flatnonzero(y.any(0)):
+        precision, recall, at = precision_recall_curve(y[:, k], p[:, k])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        out[k] = at[f1[:-1].argmax()]
+    return out
+
+
+def decide(task, p_choose, p):
+    """Scores p (n, K) as 0/1 predictions: the largest wins, or a threshold for each class."""
+    if task.single:
+        return np.eye(K, dtype=int)[p.argmax(1)]
+    return (p >= best_thresholds(task.y[task.choose], p_choose)).astype(int)
+
+
+def score(y, p, predicted):
+    """AUROC and F1 of each class and their means, accuracy (all classes right); all in 0..1.
+
+    y, p, predicted: (n, K). Higher is better. NaN for a class without positives (or negatives),
+    which the means leave out.
+    """
+    seen = y.any(0)
+    auroc = np.full(K, np.nan)
+    both = seen & ~y.all(0)
+    auroc[both] = [roc_auc_score(y[:, k], p[:, k]) for k in np.flatnonzero(both)]
+    f1 = f1_score(y, predicted, average=None, zero_division=0)
+    f1[~seen] = np.nan
+    return dict(macro_auroc=mean_of_known(auroc), macro_f1=mean_of_known(f1),
+                accuracy=accuracy_score(y, predicted), auroc=dict(zip(CLASSES, auroc)),
+                f1=dict(zip(CLASSES, f1)))
+
+
+def bootstrap(y, p, predicted, patients, n, seed=0):
+    """Draws (n, 3) of the MEASURES when patients are drawn with replacement, all their records.
+
+    Computed for all draws at once from how often each record is drawn; equal to `score` on the
+    repeated records. The same patients in the same order are drawn alike: runs can be paired.
+    """
+    who, member = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(len(who), np.full(len(who), 1 / len(who)), n)
+    w = drawn[:, member].astype(float)  # (n, records)
+    auroc = np.full((n, K), np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a draw lacks a class: NaN, left out below
+        for k in range(K):
+            yes, no = y[:, k] == 1, y[:, k] == 0
+            above = p[yes, k][:, None] - p[no, k]
+            wins = (above > 0) + 0.5 * (above == 0)  # Mann-Whitney
+            auroc[:, k] = ((w[:, yes] @ wins) * w[:, no]).sum(1) / (
+                w[:, yes].sum(1) * w[:, no].sum(1))
+        f1 = 2 * (w @ (y * predicted)) / (w @ y + w @ predicted)
+    f1[w @ y == 0] = np.nan
+    right = w @ (y == predicted).all(1) / w.sum(1)
+    return np.stack([mean_of_known(auroc), mean_of_known(f1), right], axis=1)
+
+
+def mean_of_known(a):
+    """Mean over the last axis of what is not NaN; NaN where nothing is known."""
+    known = np.isfinite(a)
+    return np.where(known, a, 0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan)
+
+
+def interval(draws):
+    """95 % percentile interval of bootstrap draws, without those that could not be computed."""
+    draws = np.asarray(draws)[np.isfinite(draws)]
+    return np.percentile(draws, (2.5, 97.5)).tolist() if len(draws) else None
+
+
+# Label-free quality
+
+def unit(z):
+    """Rows of z scaled to length 1."""
+    return z / np.linalg.norm(z, axis=-1, keepdims=True).clip(1e-12)
+
+
+def alignment(z1, z2):
+    """Mean squared distance of the two views of a record on the unit sphere, 0..4, low is good.
+
+    z1, z2: (n, d). Wang and Isola 2020, arXiv 2005.10242, with exponent 2.
+    """
+    return float(np.square(unit(z1) - unit(z2)).sum(1).mean())
+
+
+def uniformity(z):
+    """Log of the mean Gaussian potential of pairs on the unit sphere, -4..0, low is good.
+
+    z: (n, d). Wang and Isola 2020, arXiv 2005.10242, with t = 2.
+    """
+    cosine = unit(z) @ unit(z).T
+    pairs = cosine[np.triu_indices(len(z), 1)]
+    return float(np.log(np.exp(-2 * (2 - 2 * pairs)).mean()))
+
+
+def rankme(z):
+    """Effective rank of representations z (n, d): 1..min(n, d), high is good.
+
+    exp of the entropy of the singular values (Garrido et al. 2023, arXiv 2210.02885).
+    """
+    s = np.linalg.svd(z, compute_uv=False)
+    p = s / s.sum() + 1e-7
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+# Features without training
+
+class Rocket:
+    """Random dilated convolutions (ROCKET, Dempster et al. 2020, doi 10.1007/s10618-020-00701-z).
+
+    Called with x (B, T, C): the share of positive values and the maximum of each of n kernels over
+    a random subset of the leads -> (B, 1, 2 n). Dilations are powers of 2, so that kernels of one
+    shape share a convolution.
+    """
+
+    def __init__(self, T, n=1000, seed=0):
+        rng, groups = np.random.default_rng(seed), {}
+        for _ in range(n):
+            length = int(rng.choice((7, 9, 11)))
+            dilation = 2 ** int(rng.uniform(0, math.log2((T - 1) / (length - 1))))
+            padding = int(rng.integers(2)) * (length - 1) * dilation // 2
+            w = rng.standard_normal((C, length))
+            w -= w.mean(axis=1, keepdims=True)
+            w[rng.permutation(C)[int(2 ** rng.uniform(0, math.log2(C + 1))):]] = 0
+            groups.setdefault((dilation, padding, length), []).append((w, rng.uniform(-1, 1)))
+        self.groups = [(*shape[:2], *(torch.tensor(np.stack(a), dtype=torch.float32)
+                                      for a in zip(*kernels))) for shape, kernels in groups.items()]
+
+    def __call__(self, x):
+        features = []
+        for dilation, padding, w, b in self.groups:
+            h = F.conv1d(x.transpose(1, 2), w.to(x.device), b.to(x.device), 1, padding, dilation)
+            features += [(h > 0).float().mean(dim=2), h.amax(dim=2)]  # h: (B, kernels, T')
+        return torch.cat(features, dim=1)[:, None]
+
+
+# What learns from labels
+
+def fit_probe(z, y, strength, single):
+    """Logistic regression on standardised features z (n, d): a function z -> scores (n, K).
+
+    y: (n, K) 0/1. single: one softmax; else a sigmoid for each class. strength: C of scikit-learn.
+    A class that no record has, or all have, gets its share as a constant score.
+    """
+    def fit(target):
+        constant = len(np.unique(target)) == 1
+        return (DummyClassifier() if constant else make_pipeline(
+            StandardScaler(), LogisticRegression(C=strength, max_iter=5000))).fit(z, target)
+
+    fits = [fit(target) for target in ([y.argmax(1)] if single else y.T)]
+    values = [np.eye(K)[f.classes_] if single else f.classes_[:, None] for f in fits]
+    return lambda new: np.concatenate(
+        [f.predict_proba(new) @ v for f, v in zip(fits, values)], axis=1)
+
+
+def choose_probe(z, task, rows=None):
+    """The probe on features z (N, S, d) whose cross-entropy on `choose` is least: (scores, C).
+
+    rows: the records to train on, by default those of the protocol. scores is a function
+    z (n, d) -> (n, K).
+    """
+    x, rows = task.samples(z, task.train if rows is None else rows)
+    x_choose, choose = task.samples(z, task.choose)
+    best = math.inf
+    for strength in STRENGTHS:
+        candidate = fit_probe(x, task.y[rows], strength, task.single)
+        p = candidate(x_choose).clip(1e-7, 1 - 1e-7)
+        y = task.y[choose]
+        loss = -(y * np.log(p) + (0 if task.single else (1 - y) * np.log(1 - p))).sum(1).mean()
+        if loss < best:
+            best, probe, chosen = loss, candidate, float(strength)
+    if task.refit:
+        x, rows = np.concatenate([x, x_choose]), np.concatenate([rows, choose])
+        probe = fit_probe(x, task.y[rows], chosen, task.single)
+    return probe, chosen
+
+
+class Classifier(nn.Module):
+    """An encoder with a logit for each class: x (B, T, C), keep (B, C) or None -> (B, 1, K)."""
+
+    def __init__(self, model, view, n_views):
+        super().__init__()
+        self.model, self.view, self.n_views = model, view, n_views
+        self.head = nn.Linear(model.config.rep_dim, K)
+
+    def forward(self, x, keep=None):
+        z = embed(self.model, x, self.view, keep, self.n_views)
+        return self.head(z.mean(1, keepdim=True))
+
+
+def fit_network(net, cache, task, rows, lr, micro, device, autocast, seed):
+    """Train encoder and head of a Classifier on the labels of some rows, a sigmoid for each class.
+
+    The weights that end up in net are those with the highest macro AUROC on `choose`, looked at
+    ten times. lr: peak rates of encoder and head. Raises FloatingPointError on a non-finite loss.
+    """
+    set_seed(seed)
+    batch = min(LABEL_BATCH, max(8, len(rows) // 4), len(rows))  # few labels: smaller batches
+    steps = max(LABEL_EPOCHS * math.ceil(len(rows) / batch), LABEL_STEPS)
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(rows) for _ in range(steps * batch // len(rows) + 1)])
+    y = torch.from_numpy(task.y).float().to(device)
+    optimizer = torch.optim.AdamW([dict(params=net.model.encoder.parameters()),
+                                   dict(params=net.head.parameters())], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(lr), total_steps=steps)
+    best = -math.inf
+    for step in range(steps):
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        now = order[step * batch:(step + 1) * batch]
+        for part in np.array_split(now, math.ceil(batch / micro)):
+            x = normalize(torch.from_numpy(cache.signals[part]).to(device))
+            with autocast():
+                logits = net(x)[:, 0].float()
+            loss = F.binary_cross_entropy_with_logits(logits, y[part]) * len(part) / batch
+            if not loss.isfinite():
+                raise FloatingPointError(f"loss {loss} at step {step} of training with labels; try "
+                                         "a lower --label-lr")
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // 10) == 0:
+            p = extract(net.eval(), cache, task.choose, device, autocast, 2 * micro)[:, 0]
+            auroc = score(task.y[task.choose], p, p > 0)["macro_auroc"]
+            if not auroc <= best:
+                best, state = auroc, deepcopy(net.state_dict())
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def draw_labels(task, budget, seed):
+    """Rows of `train` whose labels a method may use: "10shot" (a class), or a share as "10%".
+
+    For 10shot each class, the rarest first, gets 10 records that have it and were not drawn yet.
+    """
+    rng = np.random.default_rng([seed, int(re.sub(r"\D", "", budget))])
+    rows = rng.permutation(task.train)
+    if budget.endswith("%"):
+        return np.sort(rows[:max(1, round(len(rows) * float(budget[:-1]) / 100))])
+    drawn = []
+    for k in np.argsort(task.y[rows].sum(0)):
+        free = rows[~np.isin(rows, drawn) & (task.y[rows, k] == 1)]
+        drawn += free[:int(budget[:-4])].tolist()
+    return np.sort(drawn)
+
+
+# One run, and its finished pieces of work
+
+def save_arrays(path, arrays):
+    """Write an .npz file, whole or not at all."""
+    def write(tmp):
+        with open(tmp, "wb") as file:  # savez would add a suffix to a name
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
+
+
+class Evaluation:
+    """A finished run, the cache it is tested on, and the pieces of work done so far in RUN/eval."""
+
+    def __init__(self, args):
+        self.args, self.run = args, Path(args.run)
+        self.device = pick_device(args.device)
+        self.model, self.saved = load_run(self.run, self.device)
+        trained = self.saved["args"]
+        self.view, self.seed = trained["view"], trained["seed"]
+        self.micro, self.n_views = trained["micro_batch"], 1 if args.first_view else None
+        self.autocast = pick_autocast(trained["precision"], self.device)[1]
+        self.cache = open_cache(args.cache or trained["cache"])
+        rate, was = self.cache.meta["rate"], self.saved["data"]["rate"]
+        if rate != was:
+            raise InputError(f"{self.run} was trained at {was} Hz, {self.cache.folder} is at {rate}"
+                             f" Hz: give a --cache at {was} Hz (make cache RATE={was} makes one)")
+        for budget in args.labels:
+            if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
+                raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
+                                 "or 1%, 10%, 100% of the training records")
+        if args.seeds < 1 or args.bootstrap < 1:
+            raise InputError(f"--seeds {args.seeds} --bootstrap {args.bootstrap}: at least 1")
+        self.tasks = protocols(self.cache.index)
+        self.notes = [note for task in self.tasks.values() for note in gaps(task)]
+        if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
+            self.notes.append(f"pretrained on {self.saved['data']['data']}, evaluated on other "
+                              f"data: {self.cache.meta['data']}")
+        resnet = self.model.config.arch == "resnet18"
+        self.rows = [name for name in ROWS if not (args.fast and name in SLOW)
+                     and not (resnet and name.startswith("resnet18"))]
+        self.depends = dict(format=FORMAT, model=sha256(self.run / "model.pt"),
+                            data=self.cache.meta["fingerprint"], first_view=args.first_view)
+        self.made, self.draws = {}, {}
+
+    def piece(self, name, make, **depends):
+        """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same."""
+        path = self.run / "eval" / f"{name}.npz"
+        key = json.dumps(self.depends | depends, sort_keys=True)
+        if path.exists():
+            try:
+                with np.load(path) as old:
+                    if old["key"] == key:
+                        return dict(old)
+            except (zipfile.BadZipFile, ValueError, KeyError) as error:
+                raise InputError(f"{path} is damaged ({error}); remove it") from error
+        print(f"  {name}", flush=True)
+        arrays = {k: np.asarray(v) for k, v in make().items()} | dict(key=np.array(key))
+        save_arrays(path, arrays)
+        return arrays
+
+    def encoder(self, name, seed):
+        """A Contrastive: `pretrained`; `resnet18`, pretrained in RUN/resnet18 as this run was; or
+        `untrained` and `resnet18-untrained`, with fresh weights (this run's own for its seed)."""
+        if name == "pretrained":
+            return self.model
+        plain = dict(arch="resnet18", aux_losses=False, late_masking=False, gate_channel=False,
+                     channel_dropout=0.0, mix_leads=False)
+        if name == "resnet18":
+            run = self.run / name
+            train(argparse.Namespace(**self.saved["args"] | plain | dict(
+                run=str(run), cache=str(self.cache.folder), device=str(self.device))))
+            return load_run(run, self.device)[0]
+        set_seed(seed)
+        config = self.saved["config"] | (plain if name == "resnet18-untrained" else {})
+        return Contrastive(Config(**config)).to(self.device).eval()
+
+    def function(self, name):
+        """What turns x (B, T, C), keep (B, C) or None into the features (B, S, d) of a row."""
+        if name not in self.made:
+            if name == "majority":
+                self.made[name] = lambda x, keep=None: x.new_zeros(len(x), 1, 1)
+            elif name == "rocket":
+                rocket = Rocket(self.cache.signals.shape[1])
+                self.made[name] = lambda x, keep=None: rocket(
+                    x if keep is None else x * keep[:, None])
+            else:
+                model = self.encoder(name, self.seed)
+                self.made[name] = lambda x, keep=None: embed(model, x, self.view, keep,
+                                                             self.n_views)
+        return self.made[name]
+
+    def extract(self, function, rows, leads=LEADS):
+        """What function(x, keep) gives for some rows (n, ...), from some of the leads."""
+        kept = torch.tensor([lead in leads for lead in LEADS], device=self.device)
+        return extract(lambda x: function(x, None if kept.all() else kept.expand(len(x), -1)),
+                       self.cache, rows, self.device, self.autocast, max(self.micro, 16))
+
+    def features(self, name):
+        """Features z (N, S, d) of all records, and the seconds that they cost."""
+        def make():
+            function, began = self.function(name), time.monotonic()
+            z = self.extract(function, np.arange(len(self.cache.index)))
+            if not np.isfinite(z).all():
+                raise FloatingPointError(f"{name}: features of {self.cache.folder} are not finite")
+            index = self.cache.index
+            return dict(z=z, seconds=time.monotonic() - began, labels=index[list(CLASSES)],
+                        **{key: index[key] for key in ("ecg_id", "patient_id", "strat_fold")})
+
+        key = f"features of {name}"
+        if key not in self.made:  # the first two are cheap to make and large to keep
+            self.made[key] = (make() if name in ("majority", "rocket")
+                              else self.piece(f"embeddings-{name}", make))
+        return self.made[key]["z"], float(self.made[key]["seconds"])
+
+    def probe(self, name, task, rows):
+        """Scores (n, K) of a probe on `choose`, on `test` and on `test` with fewer leads."""
+        z, seconds = self.features(name)
+        began = time.monotonic()
+        probe, strength = choose_probe(z, task, rows)
+        scores = dict(strength=strength, seconds=seconds + time.monotonic() - began,
+                      **{part: probe(task.samples(z, getattr(task, part))[0])
+                         for part in ("choose", "test")})
+        if not task.single:
+            scores["leads"] = [probe(self.extract(self.function(name), task.test, leads).mean(1))
+                               for leads in LEAD_SETS.values()]
+        return scores
+
+    def network(self, name, task, rows, seed):
+        """The same of a network that is trained on the labels of some rows."""
+        lr, began = self.args.label_lr or self.saved["args"]["max_lr"], time.monotonic()
+        set_seed(seed)
+        net = Classifier(deepcopy(self.encoder(START[name], seed)), self.view, self.n_views)
+        fit_network(net.to(self.device), self.cache, task, rows,
+                    (0.1 * lr if name == "finetuned" else lr, lr), self.micro, self.device,
+                    self.autocast, seed)
+        seconds = time.monotonic() - began
+        part = {leads: torch.from_numpy(self.extract(net, task.test, LEAD_SETS[leads]))
+                for leads in LEAD_SETS}
+        choose = torch.from_numpy(self.extract(net, task.choose))
+        return dict(seconds=seconds, choose=choose[:, 0].sigmoid(), test=part[C][:, 0].sigmoid(),
+                    leads=torch.stack([p[:, 0].sigmoid() for p in part.values()]))
+
+    def scores(self, name, task, budget="100%", seed=0):
+        """Scores of a row under a protocol, from the labels of a budget: arrays `choose`, `test`.
+
+        Networks are trained once, for `official`; the largest of their scores decides in `paper`.
+        """
+        if name in START and task.single:
+            official = self.tasks["official"]
+            scores = self.scores(name, official, budget, seed)
+            return scores | {part: scores[part][np.isin(getattr(official, part),
+                                                        getattr(task, part))]
+                             for part in ("choose", "test")}
+        rows = draw_labels(task, budget, seed)
+        if name in START:
+            return self.piece(f"{task.name}-{name}-{budget}-{seed}",
+                              lambda: self.network(name, task, rows, seed), lr=self.args.label_lr)
+        return self.piece(f"{task.name}-{name}-{budget}-{seed}",
+                          lambda: self.probe(name, task, rows))
+
+    def result(self, name, task):
+        """The numbers of a row of a protocol's table, with intervals."""
+        scores = self.scores(name, task)
+        p, predicted = scores["test"], decide(task, scores["choose"], scores["test"])
+        rows = np.repeat(task.test, len(p) // len(task.test))  # several samples a record, or one
+        y = task.y[rows]
+        draws = bootstrap(y, p, predicted, task.patients[rows], self.args.bootstrap)
+        self.draws[f"{task.name}-{name}"] = draws
+        confusion = (confusion_matrix(y.argmax(1), predicted.argmax(1), labels=range(K))
+                     if task.single else multilabel_confusion_matrix(y, predicted))
+        trained = {"pretrained": self.run, "finetuned": self.run, "resnet18": self.run / name}
+        return score(y, p, predicted) | dict(
+            intervals={m: interval(d) for m, d in zip(MEASURES, draws.T)}, confusion=confusion,
+            seconds=scores["seconds"], strength=scores.get("strength"),
+            pretraining_seconds=seconds_of(trained[name]) if name in trained else None)
+
+    def limited(self, name, budget):
+        """The MEASURES over seeds, from the labels of a budget (official protocol)."""
+        task, found = self.tasks["official"], []
+        for seed in range(self.args.seeds):
+            s = self.scores(name, task, budget, seed)
+            found.append(score(task.y[task.test], s["test"], decide(task, s["choose"], s["test"])))
+        found = pd.DataFrame(found)[[*MEASURES]]
+        return dict(records=len(draw_labels(task, budget, 0)), **found.mean(),
+                    sd=found.std(ddof=0).to_dict(), draws=found.to_dict("list"), seconds=s["seconds"])
+
+    def clusters(self, name):
+        """Clustering and label-free quality of a row's representation."""
+        rows, labels = self.tasks["table3"].test, self.tasks["table3"].y.argmax(1)
+        z = self.features(name)[0].mean(1)
+        if name == "rocket":  # its shares and maxima have different scales
+            z = StandardScaler().fit_transform(z)
+        out = clustering(z[rows], labels[rows]) | dict(rankme=rankme(z))
+        if name != "rocket":
+            z1, z2 = self.piece(f"views-{name}", lambda: dict(z=self.two_views(name)))["z"]
+            out |= dict(alignment=alignment(z1, z2), uniformity=uniformity(np.concatenate(
+                [z1, z2])))
+        return out
+
+    @torch.no_grad()
+    def two_views(self, name):
+        """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
+        config = from_args(ViewConfig, argparse.Namespace(**self.saved["args"]))
+        rows, model = self.cache.rows([TEST_FOLD]), self.encoder(name, self.seed)
+        (views,) = batches(self.cache, config, self.seed, [(VAL_KEY, rows)], self.device, 0)
+        keep, z = draw_keep(config, len(rows), self.seed, VAL_KEY, 0), []
+        for i in range(0, len(rows), self.micro):
+            part = slice(i, i + self.micro)
+            kept = None if keep is None else keep[:, part].flatten(0, 1).to(self.device)
+            with self.autocast():
+                z.append(model.encoder(torch.cat(views(part)), kept).z.unflatten(0, (2, -1)))
+        return torch.cat(z, dim=1).float().cpu()
+
+    def chance(self):
+        """Clustering scores of this run's representation under permuted labels, mean of 20."""
+        rows, rng = self.tasks["table3"].test, np.random.default_rng(0)
+        z = self.features("pretrained")[0].mean(1)[rows]
+        labels = self.tasks["table3"].y[rows].argmax(1)
+        found = pd.DataFrame([clustering(z, rng.permutation(labels)) for _ in range(20)])
+        return found.astype(float).mean().to_dict()
+
+    def streams(self):
+        """Macro AUROC of this run's probe when one stream sees another record, or nothing.
+
+        The other stream sees the record as before, and the cross-attention joins the two.
+        """
+        task, out = self.tasks["official"], {}
+        z = self.features("pretrained")[0]
+        strength = float(self.scores("pretrained", task)["strength"])
+        probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
+        for stream in ("time", "channel"):
+            stem = getattr(self.model.encoder, f"{stream}_stem")
+            for how, change in (("another record", lambda x: x.roll(1, 0)), ("nothing",
+                                                                           torch.zeros_like)):
+                hook = stem.register_forward_pre_hook(lambda module, x: change(x[0]))
+                p = probe(self.extract(self.function("pretrained"), task.test).mean(1))
+                hook.remove()
+                out[f"{stream} stream sees {how}"] = score(task.y[task.test], p, p > 0.5)
+        return {key: dict(macro_auroc=value["macro_auroc"]) for key, value in out.items()}
+
+
+def seconds_of(run):
+    """Training time of a run, from its log."""
+    saved = json.loads((run / "args.json").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = np.diff([0, *(row["step"] for row in log)])
+    return float(sum(n * saved["in_effect"]["batch"] / row["records_per_second"]
+                     for n, row in zip(steps, log)))
+
+
+# Tables
+
+def plain(value):
+    """Numbers as JSON has them: NumPy's become Python's, NaN becomes null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value, bounds=None, digits=3):
+    """A table's cell: 0.781 [0.712, 0.840]; a dash for what could not be computed."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    ends = "" if not bounds else " [" + ", ".join(f"{b:.{digits}f}" for b in bounds) + "]"
+    return f"{value:.{digits}f}{ends}"
+
+
+def markdown(head, rows):
+    """A Markdown table, columns aligned so that it reads as plain text too."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def protocol_table(results):
+    """The table of one protocol: a row for each method of results {name: numbers}."""
+    head = ["", "macro AUROC [95 %]", "macro F1 [95 %]", "accuracy [95 %]",
+            *(f"{name}: AUROC, F1" for name in CLASSES), "C", "s", "pretraining s"]
+    return markdown(head, [
+        [ROWS[name], *(number(r[m], r["intervals"][m]) for m in MEASURES),
+         *(f"{number(r['auroc'][c])}, {number(r['f1'][c])}" for c in CLASSES),
+         "-" if r["strength"] is None else f"{r['strength']:g}",
+         *(number(r[key], digits=0) for key in ("seconds", "pretraining_seconds"))]
+        for name, r in results.items()])
+
+
+ABOUT = {
+    "official": "Records with at least one superclass, several at once; probes and networks have a "
+    "sigmoid for each class, thresholds for F1 are chosen on fold 9. Accuracy: all five classes "
+    "right. The majority row scores every record alike, so that its thresholds say yes to all.",
+    "paper": "Records with exactly one superclass, the largest score wins. Networks are those of "
+    "the official protocol, trained on all labelled records.",
+    "table3": "As the paper's Table 3: one superclass, each view of a record a sample of its own, "
+    "tested on folds 9 and 10. C is chosen on fold 8. Networks, which stop by fold 9, are left "
+    "out.",
+    "labels": "Official protocol, test fold 10. Mean and standard deviation over draws of the "
+    "training labels; the smallest part of them is drawn, fold 9 still chooses C, thresholds and "
+    "the step at which a network stops.",
+    "clustering": "Records of folds 9 and 10 with one superclass, as the encoder sees them "
+    "unmasked. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
+    "0, high. Last row: this run's representations with labels permuted, mean of 20. RankMe is the "
+    "effective rank over all records, 1..min(records, width), high; alignment 0..4, low, and uniformity "
+    "-4..0, low, on the two views of fold 10 as in training, on the unit sphere. ROCKET's "
+    "features are standardised.",
+    "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others set to "
+    "zero.",
+    "streams": "Macro AUROC of this run's probe, official protocol, while one stream of the encoder"
+    " sees the next record of the batch, or zeros; the cross-attention still joins the two."}
+
+
+def report(metrics, figures):
+    """The text of report.md: every table, what it means, and the figures."""
+    data, results = metrics["data"], metrics["protocols"]
+    out = [f"# {metrics['run']}", metrics["about"], ""]
+    out += [f"- {note}" for note in metrics["notes"]]
+    for name, title in (("official", "Official protocol (the headline)"),
+                        ("paper", "The paper's protocol"), ("table3", "As the paper's Table 3")):
+        n = data["records"][name]
+        out += [f"\n## {title}", f"{ABOUT[name]} {n['train']} records train, {n['choose']} choose, "
+                f"{n['test']} test.\n", protocol_table(results[name])]
+    out += ["\n## Few labels", ABOUT["labels"] + "\n", markdown(
+        ["", "labels", "records", *MEASURES, "s"],
+        [[ROWS[name], budget, r["records"],
+          *(f"{number(r[m])} ± {number(r['sd'][m])}" for m in MEASURES),
+          number(r["seconds"], digits=0)]
+         for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
+    keys = [*CLUSTERING, "rankme", "alignment", "uniformity"]
+    out += ["\n## Clustering and label-free quality", ABOUT["clustering"] + "\n", markdown(
+        ["", *keys], [[ROWS.get(name, "this run, labels permuted"),
+                        *(number(r.get(k)) for k in keys)]
+                      for name, r in metrics["clustering"].items()])]
+    out += ["\n## Fewer leads", ABOUT["leads"] + "\n", markdown(
+        ["", *(f"{n}: {' '.join(s)}" if n < 6 else f"{n}" for n, s in LEAD_SETS.items())],
+        [[ROWS[name], *map(number, row.values())] for name, row in metrics["leads"].items()])]
+    if metrics["streams"]:
+        out += ["\n## The two streams", ABOUT["streams"] + "\n", markdown(
+            ["", "macro AUROC"], [[k, number(v["macro_auroc"])]
+                                  for k, v in metrics["streams"].items()])]
+    return "\n".join(out + ["\n## Figures", *(f"\n![{f.stem}](figures/{f.name})" for f in figures)
+                            ]) + "\n"
+
+
+# Figures
+
+def save_figure(figure, path, numbers):
+    """Write a figure, and the numbers behind it as CSV next to it."""
+    write_atomic(path, lambda tmp: figure.savefig(tmp, format=path.suffix[1:], dpi=150))
+    write_atomic(path.with_suffix(".csv"), lambda tmp: pd.DataFrame(numbers).to_csv(
+        tmp, index=False, float_format="%.6g"))
+
+
+def plot_tsne(points, labels, ids, title, path):
+    """t-SNE of representations side by side, one colour a class: Fig. 10 of the paper.
+
+    points: {panel: (n, 2)}; labels, ids: (n,)
+    """
+    figure = Figure((4.6 * len(points), 4.4), layout="constrained")
+    axes, rows = figure.subplots(1, len(points), squeeze=False)[0], []
+    for axis, (panel, xy) in zip(axes, points.items()):
+        for k, name in enumerate(CLASSES):
+            at = labels == k
+            axis.scatter(*xy[at].T, s=14, color=CLASS_COLORS[name], label=f"{name} ({at.sum()})")
+        axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+        rows += [dict(panel=panel, ecg_id=i, superclass=CLASSES[k], x=x, y=y)
+                 for i, k, (x, y) in zip(ids, labels, xy)]
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, rows)
+
+
+def plot_confusion(results, title, path):
+    """Confusion matrices {name: (K, K)}: rows are the truth, shares of each row coloured."""
+    across = min(4, len(results))
+    down = math.ceil(len(results) / across)
+    figure = Figure((3.3 * across, 3.2 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, (name, counts) in zip(axes, results.items()):
+        counts = np.asarray(counts)
+        share = counts / counts.sum(1, keepdims=True).clip(1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(K, K):
+            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize=8,
+                      color="white" if share[i, j] > 0.6 else "black")
+        axis.set(xticks=range(K), yticks=range(K), xlabel="predicted", ylabel="true")
+        axis.set_xticklabels(CLASSES, fontsize=7)
+        axis.set_yticklabels(CLASSES, fontsize=7)
+        axis.set_title(ROWS[name], fontsize=8)
+    for axis in list(axes):
+        axis.remove()
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, [dict(row=name, true=CLASSES[i], predicted=CLASSES[j], records=n)
+                               for name, counts in results.items()
+                               for (i, j), n in np.ndenumerate(np.asarray(counts))])
+
+
+def plot_roc(y, scores, title, path):
+    """ROC curves of each class, a panel a method. y (n, K); scores {name: (n, K)}."""
+    figure, rows = Figure((3.6 * len(scores), 4.0), layout="constrained"), []
+    for axis, (name, p) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+        for k in np.flatnonzero(y.any(0) & ~y.all(0)):
+            fpr, tpr, _ = roc_curve(y[:, k], p[:, k])
+            area = roc_auc_score(y[:, k], p[:, k])
+            axis.plot(fpr, tpr, color=CLASS_COLORS[CLASSES[k]], label=f"{CLASSES[k]} {area:.2f}")
+            rows += [dict(row=name, superclass=CLASSES[k], false_positive_rate=f,
+                          true_positive_rate=t) for f, t in zip(fpr, tpr)]
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
+        axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+        axis.set_title(ROWS[name], fontsize=9)
+        axis.legend(fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, rows)
+
+
+def plot_lines(lines, xlabel, title, path, ticks, log=False):
+    """Macro AUROC of each method against something: {name: [(x, mean, sd)]}."""
+    figure = Figure((8.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, points) in enumerate(lines.items()):
+        x, mean, sd = np.array(points, dtype=float).T
+        aside = 1 + 0.02 * (i - len(lines) / 2) if log else 1  # so that the bars do not overlap
+        axis.errorbar(x * aside, mean, sd if sd.any() else None, marker="osD^vPX<"[i], capsize=2,
+                      markersize=5, color=ROW_COLORS[name], label=ROWS[name],
+                      linestyle="--" if name in START else "-")
+    axis.set(xlabel=xlabel, ylabel="macro AUROC, fold 10", xscale="log" if log else "linear")
+    axis.set_xticks(*zip(*ticks.items()))
+    axis.minorticks_off()
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path, [dict(row=name, x=x, mean=m, sd=s)
+                               for name, points in lines.items() for x, m, s in points])
+
+
+def draw(e, metrics):
+    """All figures of a run, in RUN/figures; returns their paths."""
+    folder, end, about = e.run / "figures", e.args.format, metrics["about"]
+    official, paper, table3 = (e.tasks[name] for name in ("official", "paper", "table3"))
+
+    def project():
+        out = {}
+        for name in ("untrained", "pretrained"):
+            z = e.features(name)[0].mean(1)[table3.test]
+            perplexity = min(30, (len(z) - 1) / 3)
+            out[name] = TSNE(perplexity=perplexity, random_state=0).fit_transform(z)
+        return out
+
+    points = e.piece("tsne", project)
+    path = folder / f"tsne.{end}"
+    plot_tsne({name: points[name] for name in ("untrained", "pretrained")},
+              table3.y[table3.test].argmax(1), e.cache.index.ecg_id.to_numpy()[table3.test],
+              f"t-SNE, folds 9 and 10, one superclass. {about}", path)
+    paths = [path, folder / f"confusion.{end}", folder / f"roc.{end}", folder / f"leads.{end}",
+             folder / f"labels.{end}"]
+    plot_confusion({name: r["confusion"] for name, r in metrics["protocols"]["paper"].items()},
+                   f"Fold 10, one superclass ({len(paper.test)} records). {about}", paths[1])
+    plot_roc(official.y[official.test], {name: e.scores(name, official)["test"] for name in
+                                         ("untrained", "rocket", "pretrained")},
+             f"Fold 10, official protocol ({len(official.test)} records). {about}", paths[2])
+    plot_lines({name: [(n, auroc, 0) for n, auroc in zip(LEAD_SETS, row.values())]
+                for name, row in metrics["leads"].items()}, "leads at test",
+               f"Trained on 12 leads, tested on fewer. {about}", paths[3],
+               {n: str(n) for n in LEAD_SETS})
+    lines, full = {}, metrics["protocols"]["official"]
+    for name in e.rows:
+        few = [rows[name] for rows in metrics["labels"].values()]
+        lines[name] = [(r["records"], r["macro_auroc"], r["sd"]["macro_auroc"]) for r in few]
+        if "100%" not in metrics["labels"] and name in full:
+            lines[name].append((len(official.train), full[name]["macro_auroc"], 0))
+    ticks = {int(n): f"{n:.0f}" for points in lines.values() for n, _, _ in points}
+    plot_lines({name: sorted(points) for name, points in lines.items()}, "records with labels",
+               f"Few labels: mean and sd over {e.args.seeds} draws. {about}", paths[4], ticks, True)
+    return paths
+
+
+def evaluate(args):
+    """Evaluate one run: metrics.json, report.md and figures/ in its folder."""
+    e = Evaluation(args)
+    meta, model = e.cache.meta, e.saved
+    about = (f"View {e.view}, seed {e.seed}, {model['config']['arch']}; "
+             f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
+             f"{meta['records']} records at {meta['rate']} Hz")
+    print(f"{e.run}: {about}\nworking on what is not done yet:", flush=True)
+    full = [name for name in e.rows if name != "finetuned" or "100%" in args.labels]
+    metrics = dict(
+        run=str(e.run), about=about, settings=vars(args), view=e.view, seed=e.seed, notes=e.notes,
+        data=dict(meta, pretrained_on=model["data"]["data"], records={"all": meta["records"]} | {
+            name: {part: len(getattr(task, part)) for part in ("train", "choose", "test")}
+            for name, task in e.tasks.items()}),
+        protocols={name: {row: e.result(row, task) for row in full
+                          if name != "table3" or row in PROBED} for name, task in e.tasks.items()},
+        labels={budget: {row: e.limited(row, budget) for row in e.rows} for budget in args.labels})
+    official = e.tasks["official"]
+    y = official.y[official.test]
+    metrics["leads"] = {row: {n: score(y, p, p > 0.5)["macro_auroc"] for n, p in zip(
+        LEAD_SETS, e.scores(row, official)["leads"])} for row in full}
+    represented = [row for row in PROBED if row in e.rows and row != "majority"]
+    metrics["clustering"] = {row: e.clusters(row) for row in represented}
+    metrics["clustering"]["chance"] = e.chance()
+    metrics["streams"] = e.streams() if isinstance(e.model.encoder, DualView) else None
+    metrics = plain(metrics)
+    text = report(metrics, draw(e, metrics))
+    save_arrays(e.run / "eval" / "draws.npz", e.draws)
+    write_atomic(e.run / "report.md", lambda tmp: tmp.write_text(text))
+    write_atomic(e.run / "metrics.json", lambda tmp: tmp.write_text(json.dumps(metrics, indent=1)))
+    print(f"{text}\n-> {e.run}/report.md, metrics.json, figures/")
+
+
+# Several runs
+
+def same(run):
+    """What runs must share to be repetitions of one another: all arguments but the seed."""
+    left_out = {"seed", "run", "cache", "workers", "device", "save_minutes"}
+    return {k: v for k, v in run["saved"]["args"].items() if k not in left_out}
+
+
+def read_runs(folders):
+    """The evaluated ones among run folders, as dicts of folder, metrics and saved (args.json)."""
+    runs = []
+    for folder in map(Path, folders):
+        if not (folder / "metrics.json").exists():
+            print(f"note: {folder} has no metrics.json and is left out; make eval RUN={folder}")
+            continue
+        runs.append(dict(folder=folder, metrics=json.loads((folder / "metrics.json").read_text()),
+                         saved=json.loads((folder / "args.json").read_text())))
+    if not runs:
+        raise InputError(f"none of {', '.join(map(str, folders)) or 'no folders'} is evaluated: "
+                         "train and evaluate some runs first (make pretrain, make eval)")
+    return runs
+
+
+def group_runs(runs):
+    """Runs that differ by their seed alone, together: a list of dict(label, view, data, runs)."""
+    groups = {}
+    for run in runs:
+        key = json.dumps([same(run), run["metrics"]["data"]["fingerprint"]], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    out = []
+    for members in groups.values():
+        metrics, arguments = members[0]["metrics"], same(members[0])
+        usual = next((same(g["runs"][0]) for g in out if g["view"] == metrics["view"]), arguments)
+        changed = [f"{k}={v}" for k, v in arguments.items() if usual.get(k, v) != v]
+        meta = metrics["data"]
+        out.append(dict(label=" ".join([metrics["view"], *changed]), view=metrics["view"],
+                        data=f"{'SYNTHETIC ' if meta['synthetic'] else ''}"
+                             f"{Path(meta['data']).name}, {meta['rate']} Hz, "
+                             f"{meta['records']['all']} records", meta=meta, runs=members))
+    return sorted(out, key=lambda g: list(VIEWS).index(g["view"]))
+
+
+def flat(value, path=""):
+    """The numbers in nested dicts as {"protocols/official/pretrained/macro_f1": 0.5, ...}."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items()
+                for k, v in flat(inner, f"{path}/{key}").items()}
+    return {} if isinstance(value, (str, list)) else {path[1:]: value}
+
+
+def collect(groups):
+    """All numbers as a long table: group, metric, mean and sd over seeds, the paper's, data."""
+    rows = []
+    for g in groups:
+        view = g["view"]
+        paper = dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[view])) | dict(
+            zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES], TABLE3[view]))
+        found = pd.DataFrame([flat({key: run["metrics"][key] for key in
+                                    ("protocols", "labels", "clustering", "leads", "streams")
+                                    if run["metrics"][key]}) for run in g["runs"]]).astype(float)
+        for metric, values in found.items():
+            table = metric.split("/")[1]
+            tested = g["meta"]["records"].get(table, g["meta"]["records"][
+                "table3" if metric.startswith("clustering") else "official"])["test"]
+            rows.append(dict(group=g["label"], metric=metric, mean=values.mean(), sd=values.std(),
+                             runs=values.count(), paper=paper.get(metric), data=g["data"],
+                             tested_on=tested))
+    return pd.DataFrame(rows)
+
+
+def differences(groups):
+    """Paired bootstrap of the probes of two groups on the same test records: a list of dicts.
+
+    Draws are averaged over the seeds of a group first: the interval is that of the test records.
+    """
+    out = []
+    for a, b in combinations(groups, 2):
+        if a["meta"]["index"] != b["meta"]["index"]:
+            continue  # other records
+        for key in ("official-pretrained", "paper-pretrained"):
+            draws = [[np.load(run["folder"] / "eval" / "draws.npz")[key] for run in g["runs"]]
+                     for g in (a, b)]
+            if len({len(d) for d in (*draws[0], *draws[1])}) > 1:
+                raise InputError("the runs were evaluated with different --bootstrap: evaluate "
+                                 "them again with the same")
+            task, row = key.split("-")
+            for k, measure in enumerate(MEASURES):
+                mean = [np.mean([run["metrics"]["protocols"][task][row][measure]
+                                 for run in g["runs"]]) for g in (a, b)]
+                paired = np.mean(draws[0], 0)[:, k] - np.mean(draws[1], 0)[:, k]
+                out.append(dict(protocol=task, a=a["label"], b=b["label"], measure=measure,
+                                difference=mean[0] - mean[1], interval=interval(paired)))
+    return out
+
+
+def compare(args):
+    """Tables over several runs, the paper's numbers beside ours: OUT.md, OUT.csv, OUT.json."""
+    groups = group_runs(read_runs(args.runs))
+    rows = collect(groups)
+    at = rows.set_index(["group", "metric"]).T.to_dict()
+
+    def table(title, about, prefix, measures, paper=False):
+        lines = []
+        for g in groups:
+            for name in [*ROWS, "chance"]:
+                found = [at.get((g["label"], f"{prefix}/{name}/{m}")) for m in measures]
+                if any(found):
+                    lines.append([g["label"], ROWS.get(name, name), *(
+                        "-" if f is None else number(f["mean"]) + (
+                            f" ± {number(f['sd'])}" if f["runs"] > 1 else "") for f in found)])
+                if paper and name == "pretrained":
+                    lines.append([g["label"], "**the paper**", *(number(f["paper"])
+                                                                 for f in found)])
+        return f"\n## {title}\n{about}\n\n" + markdown(["view", "", *measures], lines)
+
+    out = ["# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "
+           "numbers, on all of PTB-XL (its clustering scores are the best of each run, ours those "
+           "of the final weights).\n", markdown(
+               ["view", "data", "test records, official", "paper", "table3", "seeds"],
+               [[g["label"], g["data"], *(g["meta"]["records"][t]["test"] for t in
+                                          ("official", "paper", "table3")),
+                 " ".join(str(run["metrics"]["seed"]) for run in g["runs"])] for g in groups])]
+    out += [table("Clustering: Table 2 of the paper", ABOUT["clustering"], "clustering", CLUSTERING,
+                  True),
+            table("Linear probe: Table 3 of the paper", ABOUT["table3"], "protocols/table3",
+                  TABLE3_MEASURES, True),
+            table("Official protocol", ABOUT["official"], "protocols/official", MEASURES),
+            table("The paper's protocol, fold 10", ABOUT["paper"], "protocols/paper", MEASURES)]
+    paired = differences(groups)
+    out += ["\n## Differences between views\nOf the probes, on the same test records, with a 95 % "
+            "bootstrap interval paired by patient; means over seeds. Where the interval holds 0, "
+            "these records do not tell which is better.\n", markdown(
+                ["protocol", "a", "b", "measure", "a - b [95 %]"],
+                [[*(d[k] for k in ("protocol", "a", "b", "measure")),
+                  number(d["difference"], d["interval"])] for d in paired])]
+    out += ["\n## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others "
+            "report it: not measured here, and not comparable with runs on other data.\n", markdown(
+                ["method", "macro AUROC", "source"], [[n, number(v), s or "not checked by us"]
+                                                      for n, v, s in PUBLISHED])]
+    text, path = "\n".join(out) + "\n", Path(args.out)
+    write_atomic(f"{path}.md", lambda tmp: tmp.write_text(text))
+    write_atomic(f"{path}.csv", lambda tmp: rows.to_csv(tmp, index=False))
+    write_atomic(f"{path}.json", lambda tmp: tmp.write_text(json.dumps(plain(dict(
+        rows=rows.to_dict("records"), differences=paired, published=PUBLISHED)), indent=1)))
+    print(f"{text}-> {path}.md, .csv, .json")
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = commands.add_parser("run", help="evaluate one run", **style)
+    p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
+    p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
+    p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
+                   "fine-tuning, from scratch, ResNet-18")
+    p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
+                   "of a record alone; by default its two views are averaged")
+    p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "
+                   "10 records a class, or shares such as 1%% 10%% 100%%")
+    p.add_argument("--seeds", type=int, default=3, help="draws of few labels")
+    p.add_argument("--label-lr", type=float, help="peak learning rate of networks trained with "
+                   "labels (a fine-tuned encoder takes a tenth); by default the run's --max-lr")
+    p.add_argument("--bootstrap", type=int, default=1000, help="resamples, by patient")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
+    p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
+    p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
+    p.add_argument("--out", default="runs/compare", help="tables go to OUT.md, OUT.csv, OUT.json")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.command == "run":
+        evaluate(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args()))
