@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.special import expit
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
@@ -165,18 +166,27 @@ def decide(task, p_choose, p):
     return (p >= best_thresholds(task.y[task.choose], p_choose)).astype(int)
 
 
+def mean_of_known(a):
+    """Mean over the last axis of what is not NaN; NaN where nothing is known."""
+    known = np.isfinite(a)
+    return np.where(known, a, 0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan)
+
+
+def aurocs(y, p):
+    """AUROC of each class (K,) from labels and scores (n, K); NaN where y is constant."""
+    return np.array([roc_auc_score(a, b) if 0 < a.sum() < len(a) else np.nan
+                     for a, b in zip(y.T, p.T)])
+
+
 def score(y, p, predicted):
     """AUROC and F1 of each class and their means, accuracy (all classes right); all in 0..1.
 
     y, p, predicted: (n, K). Higher is better. NaN for a class without positives (or negatives),
     which the means leave out.
     """
-    seen = y.any(0)
-    auroc = np.full(K, np.nan)
-    both = seen & ~y.all(0)
-    auroc[both] = [roc_auc_score(y[:, k], p[:, k]) for k in np.flatnonzero(both)]
+    auroc = aurocs(y, p)
     f1 = f1_score(y, predicted, average=None, zero_division=0)
-    f1[~seen] = np.nan
+    f1[~y.any(0)] = np.nan
     return dict(macro_auroc=mean_of_known(auroc), macro_f1=mean_of_known(f1),
                 accuracy=accuracy_score(y, predicted), auroc=dict(zip(CLASSES, auroc)),
                 f1=dict(zip(CLASSES, f1)))
@@ -203,12 +213,6 @@ def bootstrap(y, p, predicted, patients, n, seed=0):
     f1[w @ y == 0] = np.nan
     right = w @ (y == predicted).all(1) / w.sum(1)
     return np.stack([mean_of_known(auroc), mean_of_known(f1), right], axis=1)
-
-
-def mean_of_known(a):
-    """Mean over the last axis of what is not NaN; NaN where nothing is known."""
-    known = np.isfinite(a)
-    return np.where(known, a, 0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan)
 
 
 def interval(draws):
@@ -371,7 +375,7 @@ def fit_network(net, cache, task, rows, lr, micro, device, autocast, seed):
         schedule.step()
         if (step + 1) % (steps // 10) == 0:
             p = extract(net.eval(), cache, task.choose, device, autocast, 2 * micro)[:, 0]
-            auroc = score(task.y[task.choose], p, p > 0)["macro_auroc"]
+            auroc = mean_of_known(aurocs(task.y[task.choose], p))
             if not auroc <= best:
                 best, state = auroc, deepcopy(net.state_dict())
     net.load_state_dict(state)
@@ -463,9 +467,11 @@ class Evaluation:
         plain = dict(arch="resnet18", aux_losses=False, late_masking=False, gate_channel=False,
                      channel_dropout=0.0, mix_leads=False)
         if name == "resnet18":
-            run = self.run / name
+            run, moved = self.run / name, self.cache.folder
+            if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
+                moved = self.saved["args"]["cache"]  # trained on what this run was trained on
             train(argparse.Namespace(**self.saved["args"] | plain | dict(
-                run=str(run), cache=str(self.cache.folder), device=str(self.device))))
+                run=str(run), cache=str(moved), device=str(self.device))))
             return load_run(run, self.device)[0]
         set_seed(seed)
         config = self.saved["config"] | (plain if name == "resnet18-untrained" else {})
@@ -517,7 +523,7 @@ class Evaluation:
         scores = dict(strength=strength, seconds=seconds + time.monotonic() - began,
                       **{part: probe(task.samples(z, getattr(task, part))[0])
                          for part in ("choose", "test")})
-        if not task.single:
+        if not task.single and len(rows) == len(task.train):
             scores["leads"] = [probe(self.extract(self.function(name), task.test, leads).mean(1))
                                for leads in LEAD_SETS.values()]
         return scores
@@ -531,11 +537,13 @@ class Evaluation:
                     (0.1 * lr if name == "finetuned" else lr, lr), self.micro, self.device,
                     self.autocast, seed)
         seconds = time.monotonic() - began
-        part = {leads: torch.from_numpy(self.extract(net, task.test, LEAD_SETS[leads]))
-                for leads in LEAD_SETS}
-        choose = torch.from_numpy(self.extract(net, task.choose))
-        return dict(seconds=seconds, choose=choose[:, 0].sigmoid(), test=part[C][:, 0].sigmoid(),
-                    leads=torch.stack([p[:, 0].sigmoid() for p in part.values()]))
+        def sees(rows, leads=LEADS):
+            return expit(self.extract(net, rows, leads)[:, 0])
+
+        scores = dict(seconds=seconds, choose=sees(task.choose), test=sees(task.test))
+        if len(rows) == len(task.train):
+            scores["leads"] = [sees(task.test, leads) for leads in LEAD_SETS.values()]
+        return scores
 
     def scores(self, name, task, budget="100%", seed=0):
         """Scores of a row under a protocol, from the labels of a budget: arrays `choose`, `test`.
@@ -578,8 +586,8 @@ class Evaluation:
             s = self.scores(name, task, budget, seed)
             found.append(score(task.y[task.test], s["test"], decide(task, s["choose"], s["test"])))
         found = pd.DataFrame(found)[[*MEASURES]]
-        return dict(records=len(draw_labels(task, budget, 0)), **found.mean(),
-                    sd=found.std(ddof=0).to_dict(), draws=found.to_dict("list"), seconds=s["seconds"])
+        return dict(found.mean(), sd=found.std(ddof=0).to_dict(), draws=found.to_dict("list"),
+                    records=len(draw_labels(task, budget, 0)), seconds=s["seconds"])
 
     def clusters(self, name):
         """Clustering and label-free quality of a row's representation."""
@@ -627,13 +635,13 @@ class Evaluation:
         probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
         for stream in ("time", "channel"):
             stem = getattr(self.model.encoder, f"{stream}_stem")
-            for how, change in (("another record", lambda x: x.roll(1, 0)), ("nothing",
-                                                                           torch.zeros_like)):
+            for how, change in (("another record", lambda x: x.roll(1, 0)),
+                                ("nothing", torch.zeros_like)):
                 hook = stem.register_forward_pre_hook(lambda module, x: change(x[0]))
                 p = probe(self.extract(self.function("pretrained"), task.test).mean(1))
                 hook.remove()
-                out[f"{stream} stream sees {how}"] = score(task.y[task.test], p, p > 0.5)
-        return {key: dict(macro_auroc=value["macro_auroc"]) for key, value in out.items()}
+                out[f"{stream} stream sees {how}"] = mean_of_known(aurocs(task.y[task.test], p))
+        return out
 
 
 def seconds_of(run):
@@ -701,8 +709,8 @@ ABOUT = {
     "clustering": "Records of folds 9 and 10 with one superclass, as the encoder sees them "
     "unmasked. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
     "0, high. Last row: this run's representations with labels permuted, mean of 20. RankMe is the "
-    "effective rank over all records, 1..min(records, width), high; alignment 0..4, low, and uniformity "
-    "-4..0, low, on the two views of fold 10 as in training, on the unit sphere. ROCKET's "
+    "effective rank over all records, 1..min(records, width), high; alignment 0..4, low, and "
+    "uniformity -4..0, low, on the two views of fold 10 as in training, on the unit sphere. ROCKET's "
     "features are standardised.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others set to "
     "zero.",
@@ -736,8 +744,7 @@ def report(metrics, figures):
         [[ROWS[name], *map(number, row.values())] for name, row in metrics["leads"].items()])]
     if metrics["streams"]:
         out += ["\n## The two streams", ABOUT["streams"] + "\n", markdown(
-            ["", "macro AUROC"], [[k, number(v["macro_auroc"])]
-                                  for k, v in metrics["streams"].items()])]
+            ["", "macro AUROC"], [[k, number(v)] for k, v in metrics["streams"].items()])]
     return "\n".join(out + ["\n## Figures", *(f"\n![{f.stem}](figures/{f.name})" for f in figures)
                             ]) + "\n"
 
@@ -892,7 +899,7 @@ def evaluate(args):
         labels={budget: {row: e.limited(row, budget) for row in e.rows} for budget in args.labels})
     official = e.tasks["official"]
     y = official.y[official.test]
-    metrics["leads"] = {row: {n: score(y, p, p > 0.5)["macro_auroc"] for n, p in zip(
+    metrics["leads"] = {row: {n: mean_of_known(aurocs(y, p)) for n, p in zip(
         LEAD_SETS, e.scores(row, official)["leads"])} for row in full}
     represented = [row for row in PROBED if row in e.rows and row != "majority"]
     metrics["clustering"] = {row: e.clusters(row) for row in represented}
