@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.spatial.distance import pdist
 from scipy.special import expit
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
@@ -41,7 +42,7 @@ from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, 
 from model import C, Config, Contrastive, DualView, embed, load_run
 from train import (VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast, pick_device,
                    set_seed, train)
-from views import VIEWS, ViewConfig, from_args
+from views import VIEWS, ViewConfig
 
 K = len(CLASSES)
 FORMAT = 1  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
@@ -241,9 +242,16 @@ def uniformity(z):
 
     z: (n, d). Wang and Isola 2020, arXiv 2005.10242, with t = 2.
     """
-    cosine = unit(z) @ unit(z).T
-    pairs = cosine[np.triu_indices(len(z), 1)]
-    return float(np.log(np.exp(-2 * (2 - 2 * pairs)).mean()))
+    return float(np.log(np.exp(-2 * pdist(unit(z), "sqeuclidean")).mean()))
+
+
+def shift_distance(z, later):
+    """Mean distance of a record to itself, started later, over that between records: low is good.
+
+    z, later: (n, d). 0 when the representation does not mind when beats fall; about 1 when that is
+    all it tells.
+    """
+    return float(np.linalg.norm(z - later, axis=1).mean() / max(pdist(z).mean(), 1e-12))
 
 
 def rankme(z):
@@ -595,7 +603,10 @@ class Evaluation:
         z = self.features(name)[0].mean(1)
         if name == "rocket":  # its shares and maxima have different scales
             z = StandardScaler().fit_transform(z)
-        out = clustering(z[rows], labels[rows]) | dict(rankme=rankme(z))
+        later = self.piece(f"later-{name}", lambda: dict(z=self.extract(
+            lambda x, keep: self.function(name)(x.roll(-self.cache.meta["rate"] // 2, 1)), rows)))
+        out = clustering(z[rows], labels[rows]) | dict(rankme=rankme(z), shift=shift_distance(
+            self.features(name)[0].mean(1)[rows], later["z"].mean(1)))
         if name != "rocket":
             z1, z2 = self.piece(f"views-{name}", lambda: dict(z=self.two_views(name)))["z"]
             out |= dict(alignment=alignment(z1, z2), uniformity=uniformity(np.concatenate(
@@ -605,7 +616,8 @@ class Evaluation:
     @torch.no_grad()
     def two_views(self, name):
         """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
-        config = from_args(ViewConfig, argparse.Namespace(**self.saved["args"]))
+        config = ViewConfig(**{key: self.saved["args"][key] for key in
+                               ViewConfig.__dataclass_fields__ if key in self.saved["args"]})
         rows, model = self.cache.rows([TEST_FOLD]), self.encoder(name, self.seed)
         (views,) = batches(self.cache, config, self.seed, [(VAL_KEY, rows)], self.device, 0)
         keep, z = draw_keep(config, len(rows), self.seed, VAL_KEY, 0), []
@@ -708,10 +720,12 @@ ABOUT = {
     "the step at which a network stops.",
     "clustering": "Records of folds 9 and 10 with one superclass, as the encoder sees them "
     "unmasked. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
-    "0, high. Last row: this run's representations with labels permuted, mean of 20. RankMe is the "
-    "effective rank over all records, 1..min(records, width), high; alignment 0..4, low, and "
-    "uniformity -4..0, low, on the two views of fold 10 as in training, on the unit sphere. ROCKET's "
-    "features are standardised.",
+    "0, high. Last row: this run's representations with labels permuted, mean of 20. Shift is the "
+    "distance of a record to itself when it starts half a second later, over that between records:"
+    " near 0 if the representation does not mind when beats fall, near 1 if it is about that. "
+    "RankMe is the effective rank over all records, 1..min(records, width), high; alignment 0..4, "
+    "low, and uniformity -4..0, low, on the two views of fold 10 as in training, on the unit "
+    "sphere. ROCKET's features are standardised.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others set to "
     "zero.",
     "streams": "Macro AUROC of this run's probe, official protocol, while one stream of the encoder"
@@ -734,7 +748,7 @@ def report(metrics, figures):
           *(f"{number(r[m])} ± {number(r['sd'][m])}" for m in MEASURES),
           number(r["seconds"], digits=0)]
          for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
-    keys = [*CLUSTERING, "rankme", "alignment", "uniformity"]
+    keys = [*CLUSTERING, "shift", "rankme", "alignment", "uniformity"]
     out += ["\n## Clustering and label-free quality", ABOUT["clustering"] + "\n", markdown(
         ["", *keys], [[ROWS.get(name, "this run, labels permuted"),
                         *(number(r.get(k)) for k in keys)]

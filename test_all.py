@@ -886,6 +886,24 @@ class TestTrain:
             for got, want in zip(pair(slice(1, 3)), views.split(x, view)):
                 torch.testing.assert_close(got, want[1:3])
 
+    def test_shifted_views_are_views_that_start_elsewhere_each(self, cache):
+        c, rows, cpu = data.open_cache(cache), np.arange(12), torch.device("cpu")
+        config = views.ViewConfig(view="noncontig", shift=True)
+        (cut,) = train.batches(c, config, 5, [(3, rows)], cpu, 0)
+        pair = views.split(data.normalize(torch.from_numpy(c.signals[rows])), "noncontig")
+        found = []
+        for got, view in zip(cut(slice(0, 12)), pair):
+            for a, b in zip(got, view):
+                at = [s for s in range(len(b)) if torch.equal(a, b.roll(-s, 0))]
+                assert len(at) == 1
+                found += at
+        assert len(set(found)) > 15  # independent of one another
+        for i in range(0, 12, 4):  # the second pass of a micro-batch sees the same
+            for whole, part in zip(cut(slice(0, 12)), cut(slice(i, i + 4))):
+                assert torch.equal(whole[i:i + 4], part)
+        with pytest.raises(InputError, match="--shift is for segment views"):
+            views.ViewConfig(view="stochastic", shift=True)
+
     def test_stochastic_batches_do_not_depend_on_the_workers(self, cache):
         c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
         order = [(0, np.array([5, 3])), (1, np.array([5, 8]))]
@@ -1222,6 +1240,14 @@ class TestScores:
         q = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 8)))[0]
         assert evaluate.rankme(q) == pytest.approx(8, rel=1e-3)
         assert evaluate.rankme(q[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-2)
+
+
+    def test_shift_distance_is_0_for_what_ignores_time_and_1_for_strangers(self):
+        z, other = np.random.default_rng(0).standard_normal((2, 300, 16))
+        assert evaluate.shift_distance(z, z) == 0
+        assert evaluate.shift_distance(z, other) == pytest.approx(1, abs=.03)
+        three = np.array([[0., 0], [3, 4], [0, 8]])  # 5, 8 and 5 apart
+        assert evaluate.shift_distance(three, three + [0, 2]) == pytest.approx(2 / 6)
 
 
 class TestProbe:

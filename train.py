@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
                   run_script, write_atomic)
 from model import Config, Contrastive, add_model_flags, embed, n_parameters, nt_xent, parse
-from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, split
+from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, shift, split
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -151,9 +151,18 @@ def batches(cache, config, seed, order, device, workers):
             x = torch.cat([next(made) for _ in range(0, len(rows), 16)])  # (B, 2, T, C)
             yield lambda part, x=x: x[part].to(device).unbind(1)
     else:
-        for _, rows in order:
-            yield lambda part, rows=rows: split(normalize(
-                torch.from_numpy(cache.signals[rows[part]]).to(device)), config.view)
+        T = cache.signals.shape[1] // 2
+        for epoch, rows in order:
+            offsets = torch.randint(T, (2, len(rows)),
+                                    generator=generator(seed, epoch, int(rows[0]), 0)).to(device)
+
+            def cut(part, rows=rows, offsets=offsets):
+                x = normalize(torch.from_numpy(cache.signals[rows[part]]).to(device))
+                pair = split(x, config.view)
+                return [shift(v, at) for v, at in zip(pair, offsets[:, part])
+                        ] if config.shift else pair
+
+            yield cut
 
 
 def epoch_order(rows, batch, seed, start, total):

@@ -92,6 +92,16 @@ def split(x, view):
     return VIEWS[view](x)
 
 
+def shift(x, offsets):
+    """Start each record later, circularly: sample t + offset comes to t.
+
+    x: (B, T, C), offsets: (B,) integers  ->  (B, T, C)
+    """
+    B, T, C = x.shape
+    at = (torch.arange(T, device=x.device) + offsets[:, None]) % T
+    return x.gather(1, at[:, :, None].expand(B, T, C))
+
+
 def draw_leads(shape, p, generator):
     """Random lead masking: which leads a view keeps, each dropped with probability p.
 
@@ -154,6 +164,8 @@ class ViewConfig:
     mask_leads: bool = setting(None, "random lead masking of each view; by default on for the "
                                "segment views and off for stochastic, as in the paper")
     mask_p: float = setting(0.5, "probability that a lead of a view is masked")
+    shift: bool = setting(False, "each segment view starts at a random time of its own, around the "
+                          "end: interleaved views then no longer share the times of their beats")
     augment_p: float = setting(0.5, "stochastic: probability of each transform")
     warp: float = setting(0.05, "stochastic: time warp; the library's 0.05 moves its knots by at "
                           "most 0.4 %% of the record, 1.0 by 8 %%")
@@ -169,6 +181,8 @@ class ViewConfig:
         self.view = resolve_view(self.view)
         if self.mask_leads is None:
             self.mask_leads = self.view != "stochastic"
+        if self.shift and self.view == "stochastic":
+            raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
         for name, low, high in (("mask_p", 0, .95), ("augment_p", 0, 1), ("warp", 0, 1),
                                 ("crop", .1, 1), ("scale", 0, .99), ("noise", 0, np.inf)):
             if not low <= getattr(self, name) <= high:
@@ -179,7 +193,7 @@ class ViewConfig:
         """The strategy in words, for the start of a run."""
         masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
                   else "no lead masking")
-        return f"{self.view}: {WORDS[self.view]}; {masked}"
+        return f"{self.view}: {WORDS[self.view]}; {masked}{', shifted' * self.shift}"
 
 
 def pool(config, rate):
