@@ -40,9 +40,10 @@ from sklearn.preprocessing import StandardScaler
 from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, normalize,
                   open_cache, run_script, sha256, write_atomic)
 from model import C, Config, Contrastive, DualView, embed, load_run
-from train import (VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast, pick_device,
-                   set_seed, train)
-from views import VIEWS, ViewConfig
+from train import (NOT_A_RESULT, VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast,
+                   pick_device, set_seed, train)
+from train import get_args as default_args
+from views import VIEWS, ViewConfig, from_args
 
 K = len(CLASSES)
 FORMAT = 1  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
@@ -142,9 +143,14 @@ def gaps(task):
     out = []
     for part, effect in effects.items():
         rows = getattr(task, part)
-        for k in np.flatnonzero(~task.y[rows].any(0)):
-            out.append(f"{task.name}: none of the {len(rows)} records to {part} on is "
-                       f"{CLASSES[k]}: {effect}")
+        for k, n in enumerate(task.y[rows].sum(0)):
+            if n in (0, len(rows)):
+                out.append(f"{task.name}: {n} of the {len(rows)} records to {part} on have "
+                           f"{CLASSES[k]}: {effect}")
+            elif part == "test" and n < 10:
+                out.append(f"{task.name}: only {n} of the {len(rows)} test records have "
+                           f"{CLASSES[k]}, which is a fifth of a macro mean; intervals leave out "
+                           "resamples without any")
     return out
 
 
@@ -160,11 +166,17 @@ def best_thresholds(y, p):
     return out
 
 
-def decide(task, p_choose, p):
-    """Scores p (n, K) as 0/1 predictions: the largest wins, or a threshold for each class."""
+def decide(task, scores):
+    """Scores on `choose` and `test` as 0/1 predictions (n, K) on `test`.
+
+    The largest wins, or a threshold for each class; `predicted`, if there, is taken as it is.
+    """
+    if "predicted" in scores:
+        return scores["predicted"]
     if task.single:
-        return np.eye(K, dtype=int)[p.argmax(1)]
-    return (p >= best_thresholds(task.y[task.choose], p_choose)).astype(int)
+        return np.eye(K, dtype=int)[scores["test"].argmax(1)]
+    at = best_thresholds(task.y[task.choose], scores["choose"])
+    return (scores["test"] >= at).astype(int)
 
 
 def mean_of_known(a):
@@ -197,13 +209,14 @@ def bootstrap(y, p, predicted, patients, n, seed=0):
     """Draws (n, 3) of the MEASURES when patients are drawn with replacement, all their records.
 
     Computed for all draws at once from how often each record is drawn; equal to `score` on the
-    repeated records. The same patients in the same order are drawn alike: runs can be paired.
+    repeated records, but NaN where a draw lacks a class that is there. The same patients in the
+    same order are drawn alike: runs can be paired.
     """
     who, member = np.unique(patients, return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(who), np.full(len(who), 1 / len(who)), n)
     w = drawn[:, member].astype(float)  # (n, records)
     auroc = np.full((n, K), np.nan)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where a draw lacks a class: NaN, left out below
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a draw lacks a class
         for k in range(K):
             yes, no = y[:, k] == 1, y[:, k] == 0
             above = p[yes, k][:, None] - p[no, k]
@@ -213,6 +226,8 @@ def bootstrap(y, p, predicted, patients, n, seed=0):
         f1 = 2 * (w @ (y * predicted)) / (w @ y + w @ predicted)
     f1[w @ y == 0] = np.nan
     right = w @ (y == predicted).all(1) / w.sum(1)
+    lacks = (w @ y == 0)[:, y.any(0)].any(1)  # a mean over other classes is another number
+    auroc[lacks] = f1[lacks] = np.nan
     return np.stack([mean_of_known(auroc), mean_of_known(f1), right], axis=1)
 
 
@@ -424,10 +439,10 @@ class Evaluation:
         self.args, self.run = args, Path(args.run)
         self.device = pick_device(args.device)
         self.model, self.saved = load_run(self.run, self.device)
-        trained = self.saved["args"]
-        self.view, self.seed = trained["view"], trained["seed"]
+        trained = vars(default_args([])) | self.saved["args"]  # a flag may be younger than the run
+        self.trained, self.view, self.seed = trained, trained["view"], trained["seed"]
         self.micro, self.n_views = trained["micro_batch"], 1 if args.first_view else None
-        self.autocast = pick_autocast(trained["precision"], self.device)[1]
+        precision, self.autocast = pick_autocast(trained["precision"], self.device)
         self.cache = open_cache(args.cache or trained["cache"])
         rate, was = self.cache.meta["rate"], self.saved["data"]["rate"]
         if rate != was:
@@ -437,8 +452,9 @@ class Evaluation:
             if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
                 raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
                                  "or 1%, 10%, 100% of the training records")
-        if args.seeds < 1 or args.bootstrap < 1:
-            raise InputError(f"--seeds {args.seeds} --bootstrap {args.bootstrap}: at least 1")
+        if args.seeds < 1 or args.bootstrap < 1 or not (args.label_lr or 1) > 0:
+            raise InputError(f"--seeds {args.seeds} --bootstrap {args.bootstrap} --label-lr "
+                             f"{args.label_lr}: at least 1, 1, and above 0")
         self.tasks = protocols(self.cache.index)
         self.notes = [note for task in self.tasks.values() for note in gaps(task)]
         if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
@@ -447,8 +463,11 @@ class Evaluation:
         resnet = self.model.config.arch == "resnet18"
         self.rows = [name for name in ROWS if not (args.fast and name in SLOW)
                      and not (resnet and name.startswith("resnet18"))]
-        self.depends = dict(format=FORMAT, model=sha256(self.run / "model.pt"),
-                            data=self.cache.meta["fingerprint"], first_view=args.first_view)
+        self.depends = dict(
+            format=FORMAT, model=sha256(self.run / "model.pt"), first_view=args.first_view,
+            data=self.cache.meta["fingerprint"], precision=precision,
+            leads=list(LEAD_SETS.values()),
+            labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
         self.made, self.draws = {}, {}
 
     def piece(self, name, make, **depends):
@@ -460,7 +479,7 @@ class Evaluation:
                 with np.load(path) as old:
                     if old["key"] == key:
                         return dict(old)
-            except (zipfile.BadZipFile, ValueError, KeyError) as error:
+            except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
                 raise InputError(f"{path} is damaged ({error}); remove it") from error
         print(f"  {name}", flush=True)
         arrays = {k: np.asarray(v) for k, v in make().items()} | dict(key=np.array(key))
@@ -478,7 +497,7 @@ class Evaluation:
             run, moved = self.run / name, self.cache.folder
             if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
                 moved = self.saved["args"]["cache"]  # trained on what this run was trained on
-            train(argparse.Namespace(**self.saved["args"] | plain | dict(
+            train(argparse.Namespace(**self.trained | plain | dict(
                 run=str(run), cache=str(moved), device=str(self.device))))
             return load_run(run, self.device)[0]
         set_seed(seed)
@@ -488,10 +507,8 @@ class Evaluation:
     def function(self, name):
         """What turns x (B, T, C), keep (B, C) or None into the features (B, S, d) of a row."""
         if name not in self.made:
-            if name == "majority":
-                self.made[name] = lambda x, keep=None: x.new_zeros(len(x), 1, 1)
-            elif name == "rocket":
-                rocket = Rocket(self.cache.signals.shape[1])
+            if name == "rocket":
+                rocket = Rocket(self.cache.signals.shape[1], seed=self.seed)
                 self.made[name] = lambda x, keep=None: rocket(
                     x if keep is None else x * keep[:, None])
             else:
@@ -517,11 +534,18 @@ class Evaluation:
             return dict(z=z, seconds=time.monotonic() - began, labels=index[list(CLASSES)],
                         **{key: index[key] for key in ("ecg_id", "patient_id", "strat_fold")})
 
-        key = f"features of {name}"
-        if key not in self.made:  # the first two are cheap to make and large to keep
-            self.made[key] = (make() if name in ("majority", "rocket")
-                              else self.piece(f"embeddings-{name}", make))
+        key = f"embeddings-{name}"
+        if key not in self.made:
+            self.made[key] = self.piece(key, make, **self.origin(name))
         return self.made[key]["z"], float(self.made[key]["seconds"])
+
+    def origin(self, name):
+        """What the pieces of a row depend on besides: the weights of the ResNet-18, made now."""
+        if name != "resnet18":
+            return {}
+        if not (self.run / name / "model.pt").exists():
+            self.function(name)
+        return dict(resnet=sha256(self.run / name / "model.pt"))
 
     def probe(self, name, task, rows):
         """Scores (n, K) of a probe on `choose`, on `test` and on `test` with fewer leads."""
@@ -538,7 +562,8 @@ class Evaluation:
 
     def network(self, name, task, rows, seed):
         """The same of a network that is trained on the labels of some rows."""
-        lr, began = self.args.label_lr or self.saved["args"]["max_lr"], time.monotonic()
+        lr, began = self.args.label_lr or self.trained["max_lr"], time.monotonic()
+        seed += 1000 * self.seed  # other runs, other weights; the labels drawn are the same
         set_seed(seed)
         net = Classifier(deepcopy(self.encoder(START[name], seed)), self.view, self.n_views)
         fit_network(net.to(self.device), self.cache, task, rows,
@@ -558,6 +583,12 @@ class Evaluation:
 
         Networks are trained once, for `official`; the largest of their scores decides in `paper`.
         """
+        if name == "majority":
+            share = task.y[task.train].mean(0)
+            sets, count = np.unique(task.y[task.train], axis=0, return_counts=True)
+            test = np.tile(share, (len(task.test), 1))
+            return dict(test=test, predicted=np.tile(sets[count.argmax()], (len(test), 1)),
+                        leads=[test] * len(LEAD_SETS), seconds=0.0)
         if name in START and task.single:
             official = self.tasks["official"]
             scores = self.scores(name, official, budget, seed)
@@ -569,12 +600,12 @@ class Evaluation:
             return self.piece(f"{task.name}-{name}-{budget}-{seed}",
                               lambda: self.network(name, task, rows, seed), lr=self.args.label_lr)
         return self.piece(f"{task.name}-{name}-{budget}-{seed}",
-                          lambda: self.probe(name, task, rows))
+                          lambda: self.probe(name, task, rows), **self.origin(name))
 
     def result(self, name, task):
         """The numbers of a row of a protocol's table, with intervals."""
         scores = self.scores(name, task)
-        p, predicted = scores["test"], decide(task, scores["choose"], scores["test"])
+        p, predicted = scores["test"], decide(task, scores)
         rows = np.repeat(task.test, len(p) // len(task.test))  # several samples a record, or one
         y = task.y[rows]
         draws = bootstrap(y, p, predicted, task.patients[rows], self.args.bootstrap)
@@ -590,34 +621,44 @@ class Evaluation:
     def limited(self, name, budget):
         """The MEASURES over seeds, from the labels of a budget (official protocol)."""
         task, found = self.tasks["official"], []
-        for seed in range(self.args.seeds):
+        for seed in range(1 if budget == "100%" and name in PROBED else self.args.seeds):
             s = self.scores(name, task, budget, seed)
-            found.append(score(task.y[task.test], s["test"], decide(task, s["choose"], s["test"])))
+            found.append(score(task.y[task.test], s["test"], decide(task, s)))
         found = pd.DataFrame(found)[[*MEASURES]]
-        return dict(found.mean(), sd=found.std(ddof=0).to_dict(), draws=found.to_dict("list"),
+        return dict(found.mean(), sd=found.std().to_dict(), draws=found.to_dict("list"),
                     records=len(draw_labels(task, budget, 0)), seconds=s["seconds"])
 
     def clusters(self, name):
-        """Clustering and label-free quality of a row's representation."""
-        rows, labels = self.tasks["table3"].test, self.tasks["table3"].y.argmax(1)
-        z = self.features(name)[0].mean(1)
+        """Clustering scores of a row's representation; `chance`: of this run's, labels permuted."""
+        rows = self.tasks["table3"].test
+        z = self.features("pretrained" if name == "chance" else name)[0].mean(1)
         if name == "rocket":  # its shares and maxima have different scales
             z = StandardScaler().fit_transform(z)
+        z, labels = z[rows], self.tasks["table3"].y[rows].argmax(1)
+        if name != "chance":
+            return clustering(z, labels)
+        rng = np.random.default_rng(0)
+        found = pd.DataFrame([clustering(z, rng.permutation(labels)) for _ in range(20)])
+        return found.astype(float).mean().to_dict()
+
+    def quality(self, name):
+        """Label-free quality of a row's representation."""
+        rows, z = self.tasks["table3"].test, self.features(name)[0].mean(1)
         later = self.piece(f"later-{name}", lambda: dict(z=self.extract(
-            lambda x, keep: self.function(name)(x.roll(-self.cache.meta["rate"] // 2, 1)), rows)))
-        out = clustering(z[rows], labels[rows]) | dict(rankme=rankme(z), shift=shift_distance(
-            self.features(name)[0].mean(1)[rows], later["z"].mean(1)))
+            lambda x, keep: self.function(name)(x.roll(-self.cache.meta["rate"] // 2, 1)), rows)),
+            **self.origin(name))
+        out = dict(shift=shift_distance(z[rows], later["z"].mean(1)))
         if name != "rocket":
-            z1, z2 = self.piece(f"views-{name}", lambda: dict(z=self.two_views(name)))["z"]
-            out |= dict(alignment=alignment(z1, z2), uniformity=uniformity(np.concatenate(
-                [z1, z2])))
+            z1, z2 = self.piece(f"views-{name}", lambda: dict(z=self.two_views(name)),
+                                **self.origin(name))["z"]
+            out |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
+                        uniformity=(uniformity(z1) + uniformity(z2)) / 2)
         return out
 
     @torch.no_grad()
     def two_views(self, name):
         """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
-        config = ViewConfig(**{key: self.saved["args"][key] for key in
-                               ViewConfig.__dataclass_fields__ if key in self.saved["args"]})
+        config = from_args(ViewConfig, argparse.Namespace(**self.trained))
         rows, model = self.cache.rows([TEST_FOLD]), self.encoder(name, self.seed)
         (views,) = batches(self.cache, config, self.seed, [(VAL_KEY, rows)], self.device, 0)
         keep, z = draw_keep(config, len(rows), self.seed, VAL_KEY, 0), []
@@ -627,14 +668,6 @@ class Evaluation:
             with self.autocast():
                 z.append(model.encoder(torch.cat(views(part)), kept).z.unflatten(0, (2, -1)))
         return torch.cat(z, dim=1).float().cpu()
-
-    def chance(self):
-        """Clustering scores of this run's representation under permuted labels, mean of 20."""
-        rows, rng = self.tasks["table3"].test, np.random.default_rng(0)
-        z = self.features("pretrained")[0].mean(1)[rows]
-        labels = self.tasks["table3"].y[rows].argmax(1)
-        found = pd.DataFrame([clustering(z, rng.permutation(labels)) for _ in range(20)])
-        return found.astype(float).mean().to_dict()
 
     def streams(self):
         """Macro AUROC of this run's probe when one stream sees another record, or nothing.
@@ -707,29 +740,54 @@ def protocol_table(results):
 
 
 ABOUT = {
-    "official": "Records with at least one superclass, several at once; probes and networks have a "
-    "sigmoid for each class, thresholds for F1 are chosen on fold 9. Accuracy: all five classes "
-    "right. The majority row scores every record alike, so that its thresholds say yes to all.",
+    "official": "Records with at least one superclass, several at once: a sigmoid for each class, "
+    "thresholds for F1 chosen on fold 9. Accuracy: all five classes right. Majority: the most "
+    "frequent set of classes, and class shares as scores.",
     "paper": "Records with exactly one superclass, the largest score wins. Networks are those of "
     "the official protocol, trained on all labelled records.",
-    "table3": "As the paper's Table 3: one superclass, each view of a record a sample of its own, "
-    "tested on folds 9 and 10. C is chosen on fold 8. Networks, which stop by fold 9, are left "
-    "out.",
-    "labels": "Official protocol, test fold 10. Mean and standard deviation over draws of the "
-    "training labels; the smallest part of them is drawn, fold 9 still chooses C, thresholds and "
-    "the step at which a network stops.",
-    "clustering": "Records of folds 9 and 10 with one superclass, as the encoder sees them "
-    "unmasked. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
-    "0, high. Last row: this run's representations with labels permuted, mean of 20. Shift is the "
-    "distance of a record to itself when it starts half a second later, over that between records:"
-    " near 0 if the representation does not mind when beats fall, near 1 if it is about that. "
-    "RankMe is the effective rank over all records, 1..min(records, width), high; alignment 0..4, "
-    "low, and uniformity -4..0, low, on the two views of fold 10 as in training, on the unit "
-    "sphere. ROCKET's features are standardised.",
-    "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others set to "
-    "zero.",
-    "streams": "Macro AUROC of this run's probe, official protocol, while one stream of the encoder"
-    " sees the next record of the batch, or zeros; the cross-attention still joins the two."}
+    "table3": "As the paper's Table 3: one superclass, each view of a record a sample of its own "
+    "(majority and ROCKET have no views: the whole record), tested on folds 9 and 10. C is chosen "
+    "on fold 8. Networks, which stop by fold 9, are left out.",
+    "seconds": "s: to represent all records, or train the network, and to fit, with the choice of "
+    "C. Intervals: 95 %, bootstrap by patient; they tell of the test records, not of the seed.",
+    "labels": "Official protocol, test fold 10; mean ± standard deviation over draws of the "
+    "training labels. All of fold 9 still chooses C, thresholds and when a network stops.",
+    "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
+    "averaged. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
+    "0, high. By chance: this run's representations with labels permuted, mean of 20. ROCKET's "
+    "features are standardised.",
+    "quality": "No labels used. Shift: distance of a record to itself when it starts half a second "
+    "later, over that between records (those of clustering); near 0 if the representation does "
+    "not mind when beats fall, near 1 if it is about that. Alignment 0..4 and uniformity -4..0, "
+    "low is good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective "
+    "rank over all records, 1..min(records, width), high is good.",
+    "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
+    "streams": "Macro AUROC of this run's probe, official protocol, while one stream sees another "
+    "record of the batch, or zeros; the cross-attention still joins the two. Intact: {}."}
+
+
+def differences(pairs):
+    """Paired bootstrap: [(protocol, a, b, points a, points b, draws a, draws b)] as dicts.
+
+    points: {measure: value}; draws: (n, 3) on the same resamples of the same test records.
+    """
+    return [dict(protocol=protocol, a=a, b=b, measure=m, difference=pa[m] - pb[m],
+                 interval=interval(da[:, k] - db[:, k]))
+            for protocol, a, b, pa, pb, da, db in pairs for k, m in enumerate(MEASURES)]
+
+
+def difference_table(found):
+    """Table of what differences() gives: a row for each pair, a column for each measure."""
+    n = len(MEASURES)
+    return markdown(["protocol", "a - b", *(f"{m} [95 %]" for m in MEASURES)], [
+        [d[0]["protocol"], f"{d[0]['a']} - {d[0]['b']}",
+         *(number(x["difference"], x["interval"]) for x in d)]
+        for d in (found[i:i + n] for i in range(0, len(found), n))])
+
+
+def bare(name):
+    """What a row is called where its representation is not probed."""
+    return ROWS.get(name, "by chance").removesuffix(", probed")
 
 
 def report(metrics, figures):
@@ -741,23 +799,28 @@ def report(metrics, figures):
                         ("paper", "The paper's protocol"), ("table3", "As the paper's Table 3")):
         n = data["records"][name]
         out += [f"\n## {title}", f"{ABOUT[name]} {n['train']} records train, {n['choose']} choose, "
-                f"{n['test']} test.\n", protocol_table(results[name])]
+                f"{n['test']} test. {ABOUT['seconds']}\n", protocol_table(results[name])]
+    out += ["\n## Against what it must beat", "Paired by patient on the same test records; where an"
+            " interval holds 0, these records do not tell which is better.\n",
+            difference_table(metrics["differences"])]
     out += ["\n## Few labels", ABOUT["labels"] + "\n", markdown(
         ["", "labels", "records", *MEASURES, "s"],
         [[ROWS[name], budget, r["records"],
           *(f"{number(r[m])} ± {number(r['sd'][m])}" for m in MEASURES),
           number(r["seconds"], digits=0)]
          for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
-    keys = [*CLUSTERING, "shift", "rankme", "alignment", "uniformity"]
-    out += ["\n## Clustering and label-free quality", ABOUT["clustering"] + "\n", markdown(
-        ["", *keys], [[ROWS.get(name, "this run, labels permuted"),
-                        *(number(r.get(k)) for k in keys)]
-                      for name, r in metrics["clustering"].items()])]
+    for key, title, columns in (
+            ("clustering", "Clustering", CLUSTERING),
+            ("quality", "Quality without labels", ("shift", "alignment", "uniformity", "rankme"))):
+        out += [f"\n## {title}", ABOUT[key] + "\n", markdown(["", *columns], [
+            [bare(name), *(number(r.get(c)) for c in columns)]
+            for name, r in metrics[key].items()])]
     out += ["\n## Fewer leads", ABOUT["leads"] + "\n", markdown(
         ["", *(f"{n}: {' '.join(s)}" if n < 6 else f"{n}" for n, s in LEAD_SETS.items())],
         [[ROWS[name], *map(number, row.values())] for name, row in metrics["leads"].items()])]
     if metrics["streams"]:
-        out += ["\n## The two streams", ABOUT["streams"] + "\n", markdown(
+        intact = number(results["official"]["pretrained"]["macro_auroc"])
+        out += ["\n## The two streams", ABOUT["streams"].format(intact) + "\n", markdown(
             ["", "macro AUROC"], [[k, number(v)] for k, v in metrics["streams"].items()])]
     return "\n".join(out + ["\n## Figures", *(f"\n![{f.stem}](figures/{f.name})" for f in figures)
                             ]) + "\n"
@@ -829,7 +892,8 @@ def plot_roc(y, scores, title, path):
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
         axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
         axis.set_title(ROWS[name], fontsize=9)
-        axis.legend(fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, rows)
 
@@ -907,7 +971,7 @@ def evaluate(args):
         run=str(e.run), about=about, settings=vars(args), view=e.view, seed=e.seed, notes=e.notes,
         data=dict(meta, pretrained_on=model["data"]["data"], records={"all": meta["records"]} | {
             name: {part: len(getattr(task, part)) for part in ("train", "choose", "test")}
-            for name, task in e.tasks.items()}),
+            for name, task in e.tasks.items()} | dict(views=len(e.cache.rows([TEST_FOLD])))),
         protocols={name: {row: e.result(row, task) for row in full
                           if name != "table3" or row in PROBED} for name, task in e.tasks.items()},
         labels={budget: {row: e.limited(row, budget) for row in e.rows} for budget in args.labels})
@@ -916,8 +980,13 @@ def evaluate(args):
     metrics["leads"] = {row: {n: mean_of_known(aurocs(y, p)) for n, p in zip(
         LEAD_SETS, e.scores(row, official)["leads"])} for row in full}
     represented = [row for row in PROBED if row in e.rows and row != "majority"]
-    metrics["clustering"] = {row: e.clusters(row) for row in represented}
-    metrics["clustering"]["chance"] = e.chance()
+    metrics["clustering"] = {row: e.clusters(row) for row in (*represented, "chance")}
+    metrics["quality"] = {row: e.quality(row) for row in represented}
+    metrics["differences"] = differences([
+        (task, ROWS["pretrained"], ROWS[row], results["pretrained"], results[row],
+         e.draws[f"{task}-pretrained"], e.draws[f"{task}-{row}"])
+        for task, results in metrics["protocols"].items() if task != "table3"
+        for row in results if row != "pretrained"])
     metrics["streams"] = e.streams() if isinstance(e.model.encoder, DualView) else None
     metrics = plain(metrics)
     text = report(metrics, draw(e, metrics))
@@ -930,9 +999,11 @@ def evaluate(args):
 # Several runs
 
 def same(run):
-    """What runs must share to be repetitions of one another: all arguments but the seed."""
-    left_out = {"seed", "run", "cache", "workers", "device", "save_minutes"}
-    return {k: v for k, v in run["saved"]["args"].items() if k not in left_out}
+    """What runs must share to be repetitions of one another: arguments, but for the seed."""
+    settings = run["metrics"]["settings"]
+    arguments = run["saved"]["args"] | {k: settings[k] for k in ("first_view", "label_lr", "seeds")}
+    return {k: v for k, v in arguments.items()  # a flag that is off may be younger than the run
+            if v not in (False, None) and k not in NOT_A_RESULT | {"seed"}}
 
 
 def read_runs(folders):
@@ -942,8 +1013,12 @@ def read_runs(folders):
         if not (folder / "metrics.json").exists():
             print(f"note: {folder} has no metrics.json and is left out; make eval RUN={folder}")
             continue
-        runs.append(dict(folder=folder, metrics=json.loads((folder / "metrics.json").read_text()),
-                         saved=json.loads((folder / "args.json").read_text())))
+        try:
+            runs.append(dict(folder=folder, **{name: json.loads((folder / file).read_text())
+                                               for name, file in (("metrics", "metrics.json"),
+                                                                  ("saved", "args.json"))}))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} is damaged ({error}); evaluate it again") from error
     if not runs:
         raise InputError(f"none of {', '.join(map(str, folders)) or 'no folders'} is evaluated: "
                          "train and evaluate some runs first (make pretrain, make eval)")
@@ -951,7 +1026,10 @@ def read_runs(folders):
 
 
 def group_runs(runs):
-    """Runs that differ by their seed alone, together: a list of dict(label, view, data, runs)."""
+    """Runs that differ by their seed alone, together: a list of dict(label, view, data, runs).
+
+    Raises InputError when a seed is there twice in a group.
+    """
     groups = {}
     for run in runs:
         key = json.dumps([same(run), run["metrics"]["data"]["fingerprint"]], sort_keys=True)
@@ -959,87 +1037,96 @@ def group_runs(runs):
     out = []
     for members in groups.values():
         metrics, arguments = members[0]["metrics"], same(members[0])
+        seeds = [run["metrics"]["seed"] for run in members]
+        if len(set(seeds)) < len(seeds):
+            raise InputError("the same seed twice: "
+                             f"{', '.join(str(run['folder']) for run in members)}; leave one out")
         usual = next((same(g["runs"][0]) for g in out if g["view"] == metrics["view"]), arguments)
-        changed = [f"{k}={v}" for k, v in arguments.items() if usual.get(k, v) != v]
+        changed = [f"{k}={arguments.get(k)}" for k in sorted({*usual, *arguments})
+                   if usual.get(k) != arguments.get(k)]
         meta = metrics["data"]
-        out.append(dict(label=" ".join([metrics["view"], *changed]), view=metrics["view"],
-                        data=f"{'SYNTHETIC ' if meta['synthetic'] else ''}"
-                             f"{Path(meta['data']).name}, {meta['rate']} Hz, "
-                             f"{meta['records']['all']} records", meta=meta, runs=members))
+        group = dict(label=" ".join([metrics["view"], *changed]), view=metrics["view"],
+                     data=f"{'SYNTHETIC ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
+                          f"{meta['rate']} Hz, {meta['records']['all']} records", seeds=seeds,
+                     meta=meta, runs=members, usual=usual is arguments)
+        if group["label"] in [g["label"] for g in out]:
+            group["label"] += f" ({group['data']}, {meta['fingerprint'][:6]})"
+        out.append(group)
     return sorted(out, key=lambda g: list(VIEWS).index(g["view"]))
-
-
-def flat(value, path=""):
-    """The numbers in nested dicts as {"protocols/official/pretrained/macro_f1": 0.5, ...}."""
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items()
-                for k, v in flat(inner, f"{path}/{key}").items()}
-    return {} if isinstance(value, (str, list)) else {path[1:]: value}
 
 
 def collect(groups):
     """All numbers as a long table: group, metric, mean and sd over seeds, the paper's, data."""
     rows = []
     for g in groups:
-        view = g["view"]
-        paper = dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[view])) | dict(
-            zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES], TABLE3[view]))
-        found = pd.DataFrame([flat({key: run["metrics"][key] for key in
-                                    ("protocols", "labels", "clustering", "leads", "streams")
-                                    if run["metrics"][key]}) for run in g["runs"]]).astype(float)
+        paper = dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[g["view"]])
+                     ) | dict(zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES],
+                                  TABLE3[g["view"]]))
+        found = pd.concat([pd.json_normalize({key: run["metrics"][key] for key in (
+            "protocols", "labels", "clustering", "quality", "leads", "streams")}, sep="/")
+            for run in g["runs"]]).select_dtypes("number")
         for metric, values in found.items():
-            table = metric.split("/")[1]
-            tested = g["meta"]["records"].get(table, g["meta"]["records"][
-                "table3" if metric.startswith("clustering") else "official"])["test"]
+            part, table = metric.split("/")[:2]
+            key = {"protocols": table, "clustering": "table3", "quality": "views"}.get(
+                part, "official")
+            n = g["meta"]["records"]
+            tested = (n["all"] if metric.endswith("rankme") else n["table3"]["test"]
+                      if metric.endswith("shift") else n[key] if key == "views" else n[key]["test"])
             rows.append(dict(group=g["label"], metric=metric, mean=values.mean(), sd=values.std(),
-                             runs=values.count(), paper=paper.get(metric), data=g["data"],
-                             tested_on=tested))
+                             runs=values.count(), paper=paper.get(metric) if g["usual"] else None,
+                             data=g["data"], tested_on=tested))
     return pd.DataFrame(rows)
 
 
-def differences(groups):
-    """Paired bootstrap of the probes of two groups on the same test records: a list of dicts.
+def pairs(groups):
+    """What differences() wants: within each group, and between groups on the same records.
 
-    Draws are averaged over the seeds of a group first: the interval is that of the test records.
+    Draws are averaged over the seeds of a group first. Raises InputError when runs were evaluated
+    with different --bootstrap.
     """
-    out = []
-    for a, b in combinations(groups, 2):
-        if a["meta"]["index"] != b["meta"]["index"]:
-            continue  # other records
-        for key in ("official-pretrained", "paper-pretrained"):
-            draws = [[np.load(run["folder"] / "eval" / "draws.npz")[key] for run in g["runs"]]
-                     for g in (a, b)]
-            if len({len(d) for d in (*draws[0], *draws[1])}) > 1:
+    def mean(group, task, row):
+        points = {m: np.mean([run["metrics"]["protocols"][task][row][m] or math.nan
+                              for run in group["runs"]]) for m in MEASURES}
+        draws = [np.load(run["folder"] / "eval" / "draws.npz")[f"{task}-{row}"]
+                 for run in group["runs"]]
+        return points, draws
+
+    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")] + [
+        ((a, row), (b, row)) for a, b in combinations(groups, 2)
+        if a["meta"]["index"] == b["meta"]["index"] for row in ("pretrained", "untrained")]
+    for task in ("official", "paper"):
+        for a, b in wanted:
+            (pa, da), (pb, db) = mean(a[0], task, a[1]), mean(b[0], task, b[1])
+            if len({len(d) for d in (*da, *db)}) > 1:
                 raise InputError("the runs were evaluated with different --bootstrap: evaluate "
                                  "them again with the same")
-            task, row = key.split("-")
-            for k, measure in enumerate(MEASURES):
-                mean = [np.mean([run["metrics"]["protocols"][task][row][measure]
-                                 for run in g["runs"]]) for g in (a, b)]
-                paired = np.mean(draws[0], 0)[:, k] - np.mean(draws[1], 0)[:, k]
-                out.append(dict(protocol=task, a=a["label"], b=b["label"], measure=measure,
-                                difference=mean[0] - mean[1], interval=interval(paired)))
-    return out
+            yield (task, *(f"{g['label']}, {bare(row)}" for g, row in (a, b)), pa, pb,
+                   np.mean(da, 0), np.mean(db, 0))
 
 
 def compare(args):
     """Tables over several runs, the paper's numbers beside ours: OUT.md, OUT.csv, OUT.json."""
     groups = group_runs(read_runs(args.runs))
-    rows = collect(groups)
-    at = rows.set_index(["group", "metric"]).T.to_dict()
+    rows, found = collect(groups), differences(pairs(groups))
+    at = {(r["group"], r["metric"]): r for r in rows.to_dict("records")}
+
+    def cell(group, metric, column="mean"):
+        r = at.get((group["label"], metric), {})
+        sd = f" ± {number(r['sd'])}" if column == "mean" and r.get("runs", 0) > 1 else ""
+        return number(r.get(column)) + sd
 
     def table(title, about, prefix, measures, paper=False):
         lines = []
         for g in groups:
-            for name in [*ROWS, "chance"]:
-                found = [at.get((g["label"], f"{prefix}/{name}/{m}")) for m in measures]
-                if any(found):
-                    lines.append([g["label"], ROWS.get(name, name), *(
-                        "-" if f is None else number(f["mean"]) + (
-                            f" ± {number(f['sd'])}" if f["runs"] > 1 else "") for f in found)])
-                if paper and name == "pretrained":
-                    lines.append([g["label"], "**the paper**", *(number(f["paper"])
-                                                                 for f in found)])
+            names = g["runs"][0]["metrics"]
+            for key in prefix.split("/"):
+                names = names[key]
+            for name in names:
+                lines.append([g["label"], bare(name) if prefix == "clustering" else ROWS[name],
+                              *(cell(g, f"{prefix}/{name}/{m}") for m in measures)])
+                if paper and g["usual"] and name == "pretrained":
+                    lines.append([g["view"], "**the paper**", *(
+                        cell(g, f"{prefix}/{name}/{m}", "paper") for m in measures)])
         return f"\n## {title}\n{about}\n\n" + markdown(["view", "", *measures], lines)
 
     out = ["# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "
@@ -1048,29 +1135,26 @@ def compare(args):
                ["view", "data", "test records, official", "paper", "table3", "seeds"],
                [[g["label"], g["data"], *(g["meta"]["records"][t]["test"] for t in
                                           ("official", "paper", "table3")),
-                 " ".join(str(run["metrics"]["seed"]) for run in g["runs"])] for g in groups])]
-    out += [table("Clustering: Table 2 of the paper", ABOUT["clustering"], "clustering", CLUSTERING,
-                  True),
-            table("Linear probe: Table 3 of the paper", ABOUT["table3"], "protocols/table3",
-                  TABLE3_MEASURES, True),
-            table("Official protocol", ABOUT["official"], "protocols/official", MEASURES),
-            table("The paper's protocol, fold 10", ABOUT["paper"], "protocols/paper", MEASURES)]
-    paired = differences(groups)
-    out += ["\n## Differences between views\nOf the probes, on the same test records, with a 95 % "
-            "bootstrap interval paired by patient; means over seeds. Where the interval holds 0, "
-            "these records do not tell which is better.\n", markdown(
-                ["protocol", "a", "b", "measure", "a - b [95 %]"],
-                [[*(d[k] for k in ("protocol", "a", "b", "measure")),
-                  number(d["difference"], d["interval"])] for d in paired])]
-    out += ["\n## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others "
-            "report it: not measured here, and not comparable with runs on other data.\n", markdown(
-                ["method", "macro AUROC", "source"], [[n, number(v), s or "not checked by us"]
-                                                      for n, v, s in PUBLISHED])]
+                 " ".join(map(str, g["seeds"]))] for g in groups]),
+           table("Clustering: Table 2 of the paper", ABOUT["clustering"], "clustering", CLUSTERING,
+                 True),
+           table("Linear probe: Table 3 of the paper", ABOUT["table3"], "protocols/table3",
+                 TABLE3_MEASURES, True),
+           table("Official protocol", ABOUT["official"], "protocols/official", MEASURES),
+           table("The paper's protocol, fold 10", ABOUT["paper"], "protocols/paper", MEASURES),
+           "\n## Differences\nProbes on the same test records, means over seeds, with a bootstrap "
+           "interval paired by patient. It tells of the test records alone, not of what another "
+           "seed would give. Views differ untrained already: a probe sees other inputs.\n",
+           difference_table(found),
+           "\n## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others "
+           "report it: not measured here, and not comparable with runs on other data.\n", markdown(
+               ["method", "macro AUROC", "source"], [[n, number(v), s or "not checked by us"]
+                                                     for n, v, s in PUBLISHED])]
     text, path = "\n".join(out) + "\n", Path(args.out)
     write_atomic(f"{path}.md", lambda tmp: tmp.write_text(text))
     write_atomic(f"{path}.csv", lambda tmp: rows.to_csv(tmp, index=False))
     write_atomic(f"{path}.json", lambda tmp: tmp.write_text(json.dumps(plain(dict(
-        rows=rows.to_dict("records"), differences=paired, published=PUBLISHED)), indent=1)))
+        rows=rows.to_dict("records"), differences=found, published=PUBLISHED)), indent=1)))
     print(f"{text}-> {path}.md, .csv, .json")
 
 
@@ -1082,7 +1166,7 @@ def get_args(argv=None):
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
     p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
-                   "fine-tuning, from scratch, ResNet-18")
+                   "fine-tuning, from scratch, ResNet-18; the report is then without them")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
                    "of a record alone; by default its two views are averaged")
     p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "
