@@ -52,10 +52,12 @@ LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: (
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 20, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
+QUALITY = ("shift", "alignment", "uniformity", "rankme")
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
-# Okabe and Ito's colours, safe for the colour-blind: one a class and one a view, in every figure.
+# Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
 CLASS_COLORS = dict(zip(CLASSES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
-ROWS = {"majority": "majority: the class shares", "rocket": "random convolutions (ROCKET), probed",
+ROWS = {"majority": "the most frequent classes, always",
+        "rocket": "random convolutions (ROCKET), probed",
         "untrained": "this encoder untrained, probed", "pretrained": "this run, probed",
         "resnet18": "ResNet-18 pretrained, probed", "finetuned": "this run, fine-tuned",
         "supervised": "this encoder, from scratch",
@@ -811,7 +813,7 @@ def report(metrics, figures):
          for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
     for key, title, columns in (
             ("clustering", "Clustering", CLUSTERING),
-            ("quality", "Quality without labels", ("shift", "alignment", "uniformity", "rankme"))):
+            ("quality", "Quality without labels", QUALITY)):
         out += [f"\n## {title}", ABOUT[key] + "\n", markdown(["", *columns], [
             [bare(name), *(number(r.get(c)) for c in columns)]
             for name, r in metrics[key].items()])]
@@ -1122,7 +1124,7 @@ def compare(args):
             for key in prefix.split("/"):
                 names = names[key]
             for name in names:
-                lines.append([g["label"], bare(name) if prefix == "clustering" else ROWS[name],
+                lines.append([g["label"], ROWS[name] if "/" in prefix else bare(name),
                               *(cell(g, f"{prefix}/{name}/{m}") for m in measures)])
                 if paper and g["usual"] and name == "pretrained":
                     lines.append([g["view"], "**the paper**", *(
@@ -1138,6 +1140,7 @@ def compare(args):
                  " ".join(map(str, g["seeds"]))] for g in groups]),
            table("Clustering: Table 2 of the paper", ABOUT["clustering"], "clustering", CLUSTERING,
                  True),
+           table("Quality without labels", ABOUT["quality"], "quality", QUALITY),
            table("Linear probe: Table 3 of the paper", ABOUT["table3"], "protocols/table3",
                  TABLE3_MEASURES, True),
            table("Official protocol", ABOUT["official"], "protocols/official", MEASURES),
