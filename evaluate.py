@@ -454,7 +454,7 @@ class Evaluation:
             if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
                 raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
                                  "or 1%, 10%, 100% of the training records")
-        if args.seeds < 1 or args.bootstrap < 1 or not (args.label_lr or 1) > 0:
+        if min(args.seeds, args.bootstrap) < 1 or not (args.label_lr is None or args.label_lr > 0):
             raise InputError(f"--seeds {args.seeds} --bootstrap {args.bootstrap} --label-lr "
                              f"{args.label_lr}: at least 1, 1, and above 0")
         self.tasks = protocols(self.cache.index)
@@ -572,6 +572,7 @@ class Evaluation:
                     (0.1 * lr if name == "finetuned" else lr, lr), self.micro, self.device,
                     self.autocast, seed)
         seconds = time.monotonic() - began
+
         def sees(rows, leads=LEADS):
             return expit(self.extract(net, rows, leads)[:, 0])
 

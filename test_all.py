@@ -1466,7 +1466,7 @@ class TestEvaluate:
                 (["--run", tmp_path], "no model.pt in"),
                 (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
                 (["--labels", "ten"], "--labels ten: give such as 10shot"),
-                (["--seeds", 0], "--seeds 0")):
+                (["--seeds", 0], "--seeds 0"), (["--label-lr", 0], "--label-lr 0.0: at least")):
             with pytest.raises(InputError, match=says):
                 run_evaluate("run", "--run", evaluated[0], *argv)
 
