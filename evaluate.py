@@ -863,7 +863,7 @@ def plot_confusion(results, title, path):
     down = math.ceil(len(results) / across)
     figure = Figure((3.3 * across, 3.2 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
-    for axis, (name, counts) in zip(axes, results.items()):
+    for (name, counts), axis in zip(results.items(), axes):
         counts = np.asarray(counts)
         share = counts / counts.sum(1, keepdims=True).clip(1)
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -874,7 +874,7 @@ def plot_confusion(results, title, path):
         axis.set_xticklabels(CLASSES, fontsize=7)
         axis.set_yticklabels(CLASSES, fontsize=7)
         axis.set_title(ROWS[name], fontsize=8)
-    for axis in list(axes):
+    for axis in axes:  # what is left of the grid
         axis.remove()
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, [dict(row=name, true=CLASSES[i], predicted=CLASSES[j], records=n)

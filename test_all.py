@@ -1422,6 +1422,14 @@ class TestEvaluate:
         assert set(got["streams"]) == {f"{s} stream sees {what}" for s in ("time", "channel")
                                        for what in ("another record", "nothing")}
 
+    def test_no_panel_of_the_confusion_matrices_stays_empty(self, tmp_path, monkeypatch):
+        kept = []
+        monkeypatch.setattr(evaluate, "save_figure", lambda figure, *rest: kept.append(figure))
+        for n in (1, 4, 5, 7, 8):
+            evaluate.plot_confusion(dict.fromkeys(list(evaluate.ROWS)[:n], np.eye(5, dtype=int)),
+                                    "title", tmp_path / "x.png")
+            assert [len(axis.images) for axis in kept[-1].axes] == [1] * n
+
     def test_a_second_time_nothing_is_done_again(self, evaluated):
         run = evaluated[0]
         stamps = {f: f.stat().st_mtime_ns for f in (run / "eval").glob("*-*.npz")}
