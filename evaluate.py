@@ -16,7 +16,8 @@ import re
 import time
 import zipfile
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import combinations
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
                              roc_curve)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, normalize,
                   open_cache, run_script, sha256, write_atomic)
@@ -331,6 +333,7 @@ def fit_probe(z, y, strength, single):
         [f.predict_proba(new) @ v for f, v in zip(fits, values)], axis=1)
 
 
+@threadpool_limits.wrap(limits=1)  # problems are small: BLAS threads get in each other's way
 def choose_probe(z, task, rows=None):
     """The probe on features z (N, S, d) whose cross-entropy on `choose` is least: (scores, C).
 
@@ -451,7 +454,7 @@ class Evaluation:
         rate, was = self.cache.meta["rate"], self.saved["data"]["rate"]
         if rate != was:
             raise InputError(f"{self.run} was trained at {was} Hz, {self.cache.folder} is at {rate}"
-                             f" Hz: give a --cache at {was} Hz (make cache RATE={was} makes one)")
+                             f" Hz: give a --cache at {was} Hz (make cache RATE={was} DATA=...)")
         for budget in args.labels:
             if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
                 raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
@@ -695,7 +698,9 @@ class Evaluation:
 
 
 def seconds_of(run):
-    """Training time of a run, from its log."""
+    """Training time of a run, from its log; None without one."""
+    if not (run / "log.jsonl").exists():
+        return None
     saved = json.loads((run / "args.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = np.diff([0, *(row["step"] for row in log)])
@@ -722,6 +727,11 @@ def number(value, bounds=None, digits=3):
         return "-"
     ends = "" if not bounds else " [" + ", ".join(f"{b:.{digits}f}" for b in bounds) + "]"
     return f"{value:.{digits}f}{ends}"
+
+
+def spread(mean, sd):
+    """A table's cell: 0.781 ± 0.012, or the mean alone when there is no spread to tell."""
+    return number(mean) + ("" if number(sd) == "-" else f" ± {number(sd)}")
 
 
 def markdown(head, rows):
@@ -811,7 +821,7 @@ def report(metrics, figures):
     out += ["\n## Few labels", ABOUT["labels"] + "\n", markdown(
         ["", "labels", "records", *MEASURES, "s"],
         [[ROWS[name], budget, r["records"],
-          *(f"{number(r[m])} ± {number(r['sd'][m])}" for m in MEASURES),
+          *(spread(r[m], r["sd"][m]) for m in MEASURES),
           number(r["seconds"], digits=0)]
          for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
     for key, title, columns in (
@@ -937,7 +947,7 @@ def draw(e, metrics):
 
     points = e.piece("tsne", project)
     path = folder / f"tsne.{end}"
-    plot_tsne({name: points[name] for name in ("untrained", "pretrained")},
+    plot_tsne({bare(name): points[name] for name in ("untrained", "pretrained")},
               table3.y[table3.test].argmax(1), e.cache.index.ecg_id.to_numpy()[table3.test],
               f"t-SNE, folds 9 and 10, one superclass. {about}", path)
     paths = [path, folder / f"confusion.{end}", folder / f"roc.{end}", folder / f"leads.{end}",
@@ -945,7 +955,7 @@ def draw(e, metrics):
     plot_confusion({name: r["confusion"] for name, r in metrics["protocols"]["paper"].items()},
                    f"Fold 10, one superclass ({len(paper.test)} records). {about}", paths[1])
     plot_roc(official.y[official.test], {name: e.scores(name, official)["test"] for name in
-                                         ("untrained", "rocket", "pretrained")},
+                                         ("rocket", "untrained", "pretrained")},
              f"Fold 10, official protocol ({len(official.test)} records). {about}", paths[2])
     plot_lines({name: [(n, auroc, 0) for n, auroc in zip(LEAD_SETS, row.values())]
                 for name, row in metrics["leads"].items()}, "leads at test",
@@ -958,7 +968,8 @@ def draw(e, metrics):
         if "100%" not in metrics["labels"] and name in full:
             lines[name].append((len(official.train), full[name]["macro_auroc"], 0))
     ticks = {int(n): f"{n:.0f}" for points in lines.values() for n, _, _ in points}
-    plot_lines({name: sorted(points) for name, points in lines.items()}, "records with labels",
+    plot_lines({name: sorted(points, key=lambda point: point[0])
+                for name, points in lines.items()}, "records with labels",
                f"Few labels: mean and sd over {e.args.seeds} draws. {about}", paths[4], ticks, True)
     return paths
 
@@ -1003,31 +1014,40 @@ def evaluate(args):
 
 # Several runs
 
-def same(run):
-    """What runs must share to be repetitions of one another: arguments, but for the seed."""
-    settings = run["metrics"]["settings"]
-    arguments = run["saved"]["args"] | {k: settings[k] for k in ("first_view", "label_lr", "seeds")}
-    return {k: v for k, v in arguments.items()  # a flag that is off may be younger than the run
-            if v not in (False, None) and k not in NOT_A_RESULT | {"seed"}}
-
-
 def read_runs(folders):
-    """The evaluated ones among run folders, as dicts of folder, metrics and saved (args.json)."""
+    """The evaluated ones among run folders: dicts of folder, metrics, saved (args.json), draws."""
     runs = []
     for folder in map(Path, folders):
         if not (folder / "metrics.json").exists():
             print(f"note: {folder} has no metrics.json and is left out; make eval RUN={folder}")
             continue
         try:
-            runs.append(dict(folder=folder, **{name: json.loads((folder / file).read_text())
-                                               for name, file in (("metrics", "metrics.json"),
-                                                                  ("saved", "args.json"))}))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} is damaged ({error}); evaluate it again") from error
+            metrics, saved = (json.loads((folder / name).read_text())
+                              for name in ("metrics.json", "args.json"))
+            if not {"settings", "protocols", "clustering", "quality"} <= set(metrics):
+                raise ValueError("metrics.json is of another version")
+            with np.load(folder / "eval" / "draws.npz") as draws:
+                runs.append(dict(folder=folder, metrics=metrics, saved=saved, draws=dict(draws)))
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise InputError(f"{folder} is damaged ({error}); evaluate it again: make eval "
+                             f"RUN={folder}") from error
     if not runs:
-        raise InputError(f"none of {', '.join(map(str, folders)) or 'no folders'} is evaluated: "
-                         "train and evaluate some runs first (make pretrain, make eval)")
+        raise InputError(f"no evaluated run among {len(folders)} folders: train and evaluate some "
+                         "first (make pretrain, make eval)")
+    if len({len(run["draws"]["official-pretrained"]) for run in runs}) > 1:
+        raise InputError("evaluate again with the same --bootstrap: " + ", ".join(
+            f"{run['folder']} has {len(run['draws']['official-pretrained'])}" for run in runs))
     return runs
+
+
+def changes(run):
+    """Arguments in which a run differs from the defaults of its preset, but for view and seed."""
+    args, settings = run["saved"]["args"], run["metrics"]["settings"]
+    usual = default_args(["--preset", args["preset"], "--view", args["view"]])
+    usual = vars(usual) | asdict(from_args(ViewConfig, usual))  # settings that follow the view
+    found = {k: v for k, v in args.items()
+             if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
+    return found | {k: settings[k] for k in ("first_view", "label_lr") if settings[k]}
 
 
 def group_runs(runs):
@@ -1037,36 +1057,36 @@ def group_runs(runs):
     """
     groups = {}
     for run in runs:
-        key = json.dumps([same(run), run["metrics"]["data"]["fingerprint"]], sort_keys=True)
-        groups.setdefault(key, []).append(run)
+        args, meta = run["saved"]["args"], run["metrics"]["data"]
+        label = " ".join([args["view"], *["small"] * (args["preset"] == "small"),
+                          *(f"{k}={v}" for k, v in sorted(changes(run).items()))])
+        groups.setdefault((label, meta["fingerprint"]), []).append(run)
     out = []
-    for members in groups.values():
-        metrics, arguments = members[0]["metrics"], same(members[0])
-        seeds = [run["metrics"]["seed"] for run in members]
+    for (label, fingerprint), members in groups.items():
+        seeds, meta = [run["metrics"]["seed"] for run in members], members[0]["metrics"]["data"]
         if len(set(seeds)) < len(seeds):
             raise InputError("the same seed twice: "
                              f"{', '.join(str(run['folder']) for run in members)}; leave one out")
-        usual = next((same(g["runs"][0]) for g in out if g["view"] == metrics["view"]), arguments)
-        changed = [f"{k}={arguments.get(k)}" for k in sorted({*usual, *arguments})
-                   if usual.get(k) != arguments.get(k)]
-        meta = metrics["data"]
-        group = dict(label=" ".join([metrics["view"], *changed]), view=metrics["view"],
-                     data=f"{'SYNTHETIC ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
-                          f"{meta['rate']} Hz, {meta['records']['all']} records", seeds=seeds,
-                     meta=meta, runs=members, usual=usual is arguments)
-        if group["label"] in [g["label"] for g in out]:
-            group["label"] += f" ({group['data']}, {meta['fingerprint'][:6]})"
-        out.append(group)
-    return sorted(out, key=lambda g: list(VIEWS).index(g["view"]))
+        data = (f"{'SYNTHETIC ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
+                f"{meta['rate']} Hz, {meta['records']['all']} records")
+        if [name for name, _ in groups].count(label) > 1:
+            label += f" ({data}, {fingerprint[:6]})"
+        out.append(dict(label=label, view=members[0]["metrics"]["view"], data=data, seeds=seeds,
+                        meta=meta, runs=members))
+    return sorted(out, key=lambda g: (list(VIEWS).index(g["view"]), len(g["label"])))
+
+
+def paper_numbers(view):
+    """The paper's Tables 2 and 3 for a view, by our metrics' names."""
+    return dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[view])) | dict(
+        zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES], TABLE3[view]))
 
 
 def collect(groups):
     """All numbers as a long table: group, metric, mean and sd over seeds, the paper's, data."""
     rows = []
     for g in groups:
-        paper = dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[g["view"]])
-                     ) | dict(zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES],
-                                  TABLE3[g["view"]]))
+        paper = paper_numbers(g["view"])
         found = pd.concat([pd.json_normalize({key: run["metrics"][key] for key in (
             "protocols", "labels", "clustering", "quality", "leads", "streams")}, sep="/")
             for run in g["runs"]]).select_dtypes("number")
@@ -1078,23 +1098,20 @@ def collect(groups):
             tested = (n["all"] if metric.endswith("rankme") else n["table3"]["test"]
                       if metric.endswith("shift") else n[key] if key == "views" else n[key]["test"])
             rows.append(dict(group=g["label"], metric=metric, mean=values.mean(), sd=values.std(),
-                             runs=values.count(), paper=paper.get(metric) if g["usual"] else None,
-                             data=g["data"], tested_on=tested))
+                             runs=values.count(), paper=paper.get(metric), data=g["data"],
+                             tested_on=tested))
     return pd.DataFrame(rows)
 
 
 def pairs(groups):
     """What differences() wants: within each group, and between groups on the same records.
 
-    Draws are averaged over the seeds of a group first. Raises InputError when runs were evaluated
-    with different --bootstrap.
+    Draws are averaged over the seeds of a group first.
     """
     def mean(group, task, row):
         points = {m: np.mean([run["metrics"]["protocols"][task][row][m] or math.nan
                               for run in group["runs"]]) for m in MEASURES}
-        draws = [np.load(run["folder"] / "eval" / "draws.npz")[f"{task}-{row}"]
-                 for run in group["runs"]]
-        return points, draws
+        return points, np.mean([run["draws"][f"{task}-{row}"] for run in group["runs"]], axis=0)
 
     wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")] + [
         ((a, row), (b, row)) for a, b in combinations(groups, 2)
@@ -1102,11 +1119,8 @@ def pairs(groups):
     for task in ("official", "paper"):
         for a, b in wanted:
             (pa, da), (pb, db) = mean(a[0], task, a[1]), mean(b[0], task, b[1])
-            if len({len(d) for d in (*da, *db)}) > 1:
-                raise InputError("the runs were evaluated with different --bootstrap: evaluate "
-                                 "them again with the same")
             yield (task, *(f"{g['label']}, {bare(row)}" for g, row in (a, b)), pa, pb,
-                   np.mean(da, 0), np.mean(db, 0))
+                   da, db)
 
 
 def compare(args):
@@ -1115,23 +1129,23 @@ def compare(args):
     rows, found = collect(groups), differences(pairs(groups))
     at = {(r["group"], r["metric"]): r for r in rows.to_dict("records")}
 
-    def cell(group, metric, column="mean"):
-        r = at.get((group["label"], metric), {})
-        sd = f" ± {number(r['sd'])}" if column == "mean" and r.get("runs", 0) > 1 else ""
-        return number(r.get(column)) + sd
+    def cell(group, metric):
+        r = at.get((group["label"], metric), dict(mean=None, sd=None, runs=0))
+        n = len(group["seeds"])
+        few = f" ({r['runs']} of {n} seeds)" if 0 < r["runs"] < n else ""
+        return spread(r["mean"], r["sd"]) + few
 
     def table(title, about, prefix, measures, paper=False):
         lines = []
         for g in groups:
-            names = g["runs"][0]["metrics"]
-            for key in prefix.split("/"):
-                names = names[key]
-            for name in names:
+            there = {name for run in g["runs"] for name in reduce(
+                dict.get, prefix.split("/"), run["metrics"])}
+            for name in (name for name in (*ROWS, "chance") if name in there):
                 lines.append([g["label"], ROWS[name] if "/" in prefix else bare(name),
                               *(cell(g, f"{prefix}/{name}/{m}") for m in measures)])
-                if paper and g["usual"] and name == "pretrained":
-                    lines.append([g["view"], "**the paper**", *(
-                        cell(g, f"{prefix}/{name}/{m}", "paper") for m in measures)])
+            if paper and g is [other for other in groups if other["view"] == g["view"]][-1]:
+                lines.append([g["view"], "**the paper**", *(number(paper_numbers(g["view"])[
+                    f"{prefix}/pretrained/{m}"]) for m in measures)])
         return f"\n## {title}\n{about}\n\n" + markdown(["view", "", *measures], lines)
 
     out = ["# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "

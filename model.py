@@ -392,14 +392,16 @@ def load_run(folder, device="cpu"):
         unfinished = (folder / "last.pt").exists()
         raise InputError(f"no model.pt in {folder}: " + (
             "the run is not finished; go on with the command that began it" if unfinished
-            else "train one: make pretrain VIEW=noncontig"))
+            else "give a finished run's folder, or train one: make pretrain VIEW=noncontig"))
     try:
         saved = torch.load(folder / "model.pt", map_location=device)
-    except (RuntimeError, EOFError) as error:
-        raise InputError(f"{folder / 'model.pt'} is damaged ({error}); train again") from error
+        args = json.loads((folder / "args.json").read_text())
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"model.pt or args.json in {folder} is damaged ({error}); train again"
+                         ) from error
     model = Contrastive(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
-    return model.to(device).eval(), json.loads((folder / "args.json").read_text())
+    return model.to(device).eval(), args
 
 
 def add_model_flags(parser):

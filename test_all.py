@@ -1507,7 +1507,9 @@ class TestEvaluate:
         (tmp_path / "bare").mkdir()
         out = script("evaluate.py", "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
         assert "bare has no metrics.json and is left out" in out
-        rows = pd.read_csv(tmp_path / "all.csv").set_index(["group", "metric"])
+        rows = pd.read_csv(tmp_path / "all.csv")
+        rows["group"] = rows.group.str.split(" ").str[0]  # the label tells the flags, too
+        rows = rows.set_index(["group", "metric"])
         values = [metrics_of(r)["protocols"]["official"]["pretrained"]["macro_f1"] for r in runs]
         got = rows.loc[("noncontig", "protocols/official/pretrained/macro_f1")]
         assert got["mean"] == pytest.approx(np.mean(values[:2]))
@@ -1519,9 +1521,9 @@ class TestEvaluate:
                      "S4, supervised"):
             assert word in text, word
         saved = json.loads((tmp_path / "all.json").read_text())
-        (found,) = [d for d in saved["differences"] if d["measure"] == "macro_f1" and d["a"] ==
-                    "contig, this run" and d["b"] == "noncontig, this run"
-                    and d["protocol"] == "official"]
+        (found,) = [d for d in saved["differences"] if d["measure"] == "macro_f1"
+                    and d["protocol"] == "official" and re.match("contig.*, this run$", d["a"])
+                    and re.match("noncontig.*, this run$", d["b"])]
         assert found["difference"] == pytest.approx(values[2] - np.mean(values[:2]))
         draws = [np.load(run / "eval" / "draws.npz")["official-pretrained"][:, 1] for run in runs]
         paired = draws[2] - (draws[0] + draws[1]) / 2
@@ -1538,12 +1540,13 @@ class TestEvaluate:
                 (run / file).write_text(json.dumps(saved))
             return run
 
-        runs = [evaluated[0], copy_of("a", args=dict(tau=.5)),
+        runs = [evaluated[0], copy_of("a", args=dict(tau=.5)), copy_of("e", args=dict(shift=True)),
                 copy_of("b", data_=dict(fingerprint="f" * 64)), copy_of("c", first_view=True)]
         groups = evaluate.group_runs(evaluate.read_runs(runs))
-        labels = [g["label"] for g in groups]
-        assert len(set(labels)) == 4 and {"noncontig", "noncontig tau=0.5"} <= set(labels)
-        assert "noncontig first_view=True" in labels and any("ffffff" in name for name in labels)
+        labels = "\n".join(g["label"] for g in groups)
+        assert len({g["label"] for g in groups}) == 5 and labels.startswith("noncontig batch_size")
+        for word in ("tau=0.5", "shift=True", "first_view=True", "ffffff", "epochs=2"):
+            assert word in labels, word
         saved = json.loads((evaluated[0] / "args.json").read_text())
         del saved["args"]["shift"]  # a run that is older than a flag
         older = copy_of("older")
@@ -1564,8 +1567,30 @@ class TestEvaluate:
         assert row["accuracy"] == pytest.approx((y == [1, 0, 0, 0, 0]).all(axis=1).mean())
         assert row["macro_auroc"] == 0.5
 
+    def test_rows_of_any_seed_are_shown_and_counted(self, evaluated, tmp_path, capsys):
+        runs = [Path(shutil.copytree(evaluated[0], tmp_path / name)) for name in "ab"]
+        for run, seed in zip(runs, (3, 4)):
+            numbers = metrics_of(run)
+            numbers["seed"] = seed
+            if seed == 4:
+                rows = numbers["protocols"]["official"]
+                rows["supervised"] = rows["untrained"] | dict(macro_auroc=.777)
+            (run / "metrics.json").write_text(json.dumps(numbers))
+        run_evaluate("compare", *runs, "--out", tmp_path / "all")
+        assert re.search("from scratch.*0.777 .1 of 2 seeds", capsys.readouterr().out)
+
+    def test_compare_names_what_is_damaged(self, evaluated, tmp_path):
+        for i, (name, text) in enumerate((("metrics.json", "{}"), ("metrics.json", "[1"),
+                                          ("eval/draws.npz", "PK"), ("args.json", ""))):
+            run = Path(shutil.copytree(evaluated[0], tmp_path / f"r{i}"))
+            (run / name).write_text(text)
+            with pytest.raises(InputError, match="is damaged .*evaluate it again"):
+                evaluate.read_runs([run])
+        with pytest.raises(InputError, match="args.json in .* is damaged"):
+            model.load_run(run)
+
     def test_compare_without_an_evaluated_run_says_so(self, tmp_path):
-        assert "train and evaluate some runs first" in script(
+        assert "train and evaluate some first" in script(
             "evaluate.py", "compare", tmp_path, "--out", tmp_path / "x", ok=False)
         assert not list(tmp_path.glob("x*"))
 
