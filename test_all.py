@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import contextlib
 import copy
 import http.server
+import io
 import json
 import math
 import pickle
@@ -798,7 +799,7 @@ class TestTrain:
             cosine.append(gradient(m))
         assert F.cosine_similarity(*cosine, dim=0) < .99
         parts = [train.project(m, pair, keep, slice(i, i + 3), (0, 5))[1] for i in range(0, 12, 3)]
-        assert abs(loss - np.mean([float(train.total_loss(p, .1, 0)) for p in parts])) < 1e-5
+        assert abs(loss - np.mean([train.total_loss(p, .1, 0).item() for p in parts])) < 1e-5
 
     def test_stream_norms_are_those_at_the_token_tensors(self):
         tokens = [torch.randn(3, n, 8, requires_grad=True) for n in (50, 12)]
@@ -1156,7 +1157,9 @@ class TestRun:
 def evaluated(finished, cache):
     """The finished run, evaluated without the slow rows; its encoder's bytes before."""
     before = (finished[0] / "model.pt").read_bytes()
-    return finished[0], before, script("evaluate.py", *quick(finished[0]))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_evaluate(*quick(finished[0]))
+    return finished[0], before, out.getvalue()
 
 
 def quick(run, *more):
@@ -1337,6 +1340,7 @@ class TestProbe:
                 np.testing.assert_allclose(got[:, at + m + i], out.max(1), atol=1e-4)
             at += 2 * m
 
+    @slow
     def test_training_with_labels_changes_a_copy_and_finds_the_classes(self, cache):
         c = data.open_cache(cache)
         task, m = evaluate.protocols(c.index)["official"], tiny()
@@ -1430,6 +1434,7 @@ class TestEvaluate:
                                     "title", tmp_path / "x.png")
             assert [len(axis.images) for axis in kept[-1].axes] == [1] * n
 
+    @slow
     def test_a_second_time_nothing_is_done_again(self, evaluated):
         run = evaluated[0]
         stamps = {f: f.stat().st_mtime_ns for f in (run / "eval").glob("*-*.npz")}
@@ -1463,6 +1468,7 @@ class TestEvaluate:
         assert got["quality"]["resnet18"]["alignment"] > 0
         assert got["labels"]["3shot"]["supervised"]["sd"]["macro_auroc"] > 0
 
+    @slow
     def test_a_resnet_run_is_evaluated_too(self, cache, tmp_path):
         run_train(cache, tmp_path / "r", "--arch", "resnet18", "--max-steps", 2)
         run_evaluate(*quick(tmp_path / "r"))
@@ -1497,6 +1503,7 @@ class TestEvaluate:
         args = evaluate.get_args(["run", "--run", str(run), "--cache", str(tmp_path / "c")])
         assert any("evaluated on other data" in note for note in evaluate.Evaluation(args).notes)
 
+    @slow
     def test_compare_pools_seeds_and_prints_the_papers_numbers(self, evaluated, cache, tmp_path):
         runs = [evaluated[0]]
         for view, seed in (("noncontig", 1), ("contig", 0)):
