@@ -501,11 +501,12 @@ class Evaluation:
         plain = dict(arch="resnet18", aux_losses=False, late_masking=False, gate_channel=False,
                      channel_dropout=0.0, mix_leads=False)
         if name == "resnet18":
-            run, moved = self.run / name, self.cache.folder
+            run, cache = self.run / name, self.cache.folder
             if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
-                moved = self.saved["args"]["cache"]  # trained on what this run was trained on
-            train(argparse.Namespace(**self.trained | plain | dict(
-                run=str(run), cache=str(moved), device=str(self.device))))
+                cache = self.trained["cache"]  # of what this run was trained on
+            if not (run / "model.pt").exists():
+                train(argparse.Namespace(**self.trained | plain | dict(
+                    run=str(run), cache=str(cache), device=str(self.device))))
             return load_run(run, self.device)[0]
         set_seed(seed)
         config = self.saved["config"] | (plain if name == "resnet18-untrained" else {})
@@ -970,7 +971,7 @@ def draw(e, metrics):
     ticks = {int(n): f"{n:.0f}" for points in lines.values() for n, _, _ in points}
     plot_lines({name: sorted(points, key=lambda point: point[0])
                 for name, points in lines.items()}, "records with labels",
-               f"Few labels: mean and sd over {e.args.seeds} draws. {about}", paths[4], ticks, True)
+               f"Few labels, mean and sd; draws: {e.args.seeds}. {about}", paths[4], ticks, True)
     return paths
 
 
