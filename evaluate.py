@@ -43,7 +43,7 @@ from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, 
                   open_cache, run_script, sha256, write_atomic)
 from model import C, Config, Contrastive, DualView, embed, load_run
 from train import (NOT_A_RESULT, VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast,
-                   pick_device, set_seed, train)
+                   pick_device, project, set_seed, train)
 from train import get_args as default_args
 from views import VIEWS, ViewConfig, from_args, shift
 
@@ -316,6 +316,7 @@ class Rocket:
 
 # What learns from labels
 
+@threadpool_limits.wrap(limits=1)  # problems are small: BLAS threads get in each other's way
 def fit_probe(z, y, strength, single):
     """Logistic regression on standardised features z (n, d): a function z -> scores (n, K).
 
@@ -333,7 +334,6 @@ def fit_probe(z, y, strength, single):
         [f.predict_proba(new) @ v for f, v in zip(fits, values)], axis=1)
 
 
-@threadpool_limits.wrap(limits=1)  # problems are small: BLAS threads get in each other's way
 def choose_probe(z, task, rows=None):
     """The probe on features z (N, S, d) whose cross-entropy on `choose` is least: (scores, C).
 
@@ -673,9 +673,8 @@ class Evaluation:
         keep, z = draw_keep(config, len(rows), self.seed, VAL_KEY, 0), []
         for i in range(0, len(rows), self.micro):
             part = slice(i, i + self.micro)
-            kept = None if keep is None else keep[:, part].flatten(0, 1).to(self.device)
-            with self.autocast():
-                z.append(model.encoder(torch.cat(views(part)), kept).z.unflatten(0, (2, -1)))
+            output, _ = project(model, views, keep, part, (0,), self.autocast)
+            z.append(output.z.unflatten(0, (2, -1)))
         return torch.cat(z, dim=1).float().cpu()
 
     def streams(self):
@@ -1110,8 +1109,8 @@ def pairs(groups):
     Draws are averaged over the seeds of a group first.
     """
     def mean(group, task, row):
-        points = {m: np.mean([run["metrics"]["protocols"][task][row][m] or math.nan
-                              for run in group["runs"]]) for m in MEASURES}
+        points = {m: np.mean(np.array([run["metrics"]["protocols"][task][row][m]
+                                       for run in group["runs"]], float)) for m in MEASURES}
         return points, np.mean([run["draws"][f"{task}-{row}"] for run in group["runs"]], axis=0)
 
     wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")] + [

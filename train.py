@@ -153,14 +153,14 @@ def batches(cache, config, seed, order, device, workers):
     else:
         T = cache.signals.shape[1] // 2
         for epoch, rows in order:
-            offsets = torch.randint(T, (2, len(rows)),
-                                    generator=generator(seed, epoch, int(rows[0]), 0)).to(device)
+            offsets = torch.randint(T, (2, len(rows)), generator=generator(
+                seed, epoch, int(rows[0]), 0)).to(device) if config.shift else None
 
             def cut(part, rows=rows, offsets=offsets):
                 x = normalize(torch.from_numpy(cache.signals[rows[part]]).to(device))
                 pair = split(x, config.view)
-                return [shift(v, at) for v, at in zip(pair, offsets[:, part])
-                        ] if config.shift else pair
+                return pair if offsets is None else [
+                    shift(v, at) for v, at in zip(pair, offsets[:, part])]
 
             yield cut
 
