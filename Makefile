@@ -15,7 +15,8 @@ $(error unknown VIEW '$(VIEW)'; choose one of stochastic (or augment), contig (o
 endif
 RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the paper by default
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
-RUNS  ?= $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))# what compare reads; not the demo
+RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
+FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
 CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
 PY    := .venv/bin/python
 ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
@@ -27,7 +28,7 @@ SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help download cache pretrain eval compare demo test info clean FORCE
+.PHONY: help download cache pretrain eval compare plots attention demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
 help: ## this text
@@ -41,6 +42,7 @@ help: ## this text
 demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
 	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--epochs 15 $(ARGS)"
 	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS=--fast
+	$(MAKE) plots RUN=runs/demo-$(NAME)-s$(SEED) RUNS= ARGS=
 
 test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records
 	$(PY) -m pytest -q -rs test_all.py
@@ -56,7 +58,13 @@ eval: | .venv/.done ## tables and figures of the finished run RUN, beside baseli
 	$(PY) evaluate.py run --run $(RUN) $(ARGS)
 
 compare: | .venv/.done ## tables over all evaluated RUNS, the paper's numbers beside ours
-	$(PY) evaluate.py compare $(RUNS) $(ARGS)
+	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) $(ARGS)
+
+plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" their training in one
+	$(PY) attention.py plots $(or $(RUNS),$(RUN)) $(ARGS)
+
+attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
+	$(PY) attention.py maps --run $(RUN) $(ARGS)
 
 info: | .venv/.done ## records of DATA by fold and superclass
 	$(PY) data.py info --data "$(DATA)"

@@ -439,22 +439,44 @@ def save_arrays(path, arrays):
     write_atomic(path, write)
 
 
+def open_run(folder, cache=None, device="cpu"):
+    """A finished run and the records to look at: (model, args.json, its arguments, Cache).
+
+    cache: a folder; by default the run's own. Raises InputError when its rate is another one.
+    """
+    model, saved = load_run(folder, device)
+    trained = vars(default_args([])) | saved["args"]  # a flag may be younger than the run
+    cache = open_cache(cache or trained["cache"])
+    rate, was = cache.meta["rate"], saved["data"]["rate"]
+    if rate != was:
+        raise InputError(f"{folder} was trained at {was} Hz, {cache.folder} is at {rate} Hz: give "
+                         f"a --cache at {was} Hz (make cache RATE={was} DATA=...)")
+    return model, saved, trained, cache
+
+
+def untrained(config, seed, device):
+    """A Contrastive with fresh weights: those that a run of this seed began with."""
+    set_seed(seed)
+    return Contrastive(Config(**config)).to(device).eval()
+
+
+def describe(saved, meta):
+    """A run and its data in one line, for titles; meta: of the cache."""
+    return (f"View {saved['args']['view']}, seed {saved['args']['seed']}, "
+            f"{saved['config']['arch']}; {'SYNTHETIC data ' if meta['synthetic'] else ''}"
+            f"{Path(meta['data']).name}, {meta['records']} records at {meta['rate']} Hz")
+
+
 class Evaluation:
     """A finished run, the cache it is tested on, and the pieces of work done so far in RUN/eval."""
 
     def __init__(self, args):
         self.args, self.run = args, Path(args.run)
         self.device = pick_device(args.device)
-        self.model, self.saved = load_run(self.run, self.device)
-        trained = vars(default_args([])) | self.saved["args"]  # a flag may be younger than the run
+        self.model, self.saved, trained, self.cache = open_run(self.run, args.cache, self.device)
         self.trained, self.view, self.seed = trained, trained["view"], trained["seed"]
         self.micro, self.n_views = trained["micro_batch"], 1 if args.first_view else None
         precision, self.autocast = pick_autocast(trained["precision"], self.device)
-        self.cache = open_cache(args.cache or trained["cache"])
-        rate, was = self.cache.meta["rate"], self.saved["data"]["rate"]
-        if rate != was:
-            raise InputError(f"{self.run} was trained at {was} Hz, {self.cache.folder} is at {rate}"
-                             f" Hz: give a --cache at {was} Hz (make cache RATE={was} DATA=...)")
         for budget in args.labels:
             if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
                 raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
@@ -508,9 +530,8 @@ class Evaluation:
                 train(argparse.Namespace(**self.trained | plain | dict(
                     run=str(run), cache=str(cache), device=str(self.device))))
             return load_run(run, self.device)[0]
-        set_seed(seed)
         config = self.saved["config"] | (plain if name == "resnet18-untrained" else {})
-        return Contrastive(Config(**config)).to(self.device).eval()
+        return untrained(config, seed, self.device)
 
     def function(self, name):
         """What turns x (B, T, C), keep (B, C) or None into the features (B, S, d) of a row."""
@@ -844,8 +865,10 @@ def report(metrics, figures):
 # Figures
 
 def save_figure(figure, path, numbers):
-    """Write a figure, and the numbers behind it as CSV next to it."""
+    """Write a figure and, next to it, its numbers: rows as CSV, a dict of arrays as NPZ."""
     write_atomic(path, lambda tmp: figure.savefig(tmp, format=path.suffix[1:], dpi=150))
+    if isinstance(numbers, dict):
+        return save_arrays(path.with_suffix(".npz"), numbers)
     write_atomic(path.with_suffix(".csv"), lambda tmp: pd.DataFrame(numbers).to_csv(
         tmp, index=False, float_format="%.6g"))
 
@@ -977,15 +1000,12 @@ def draw(e, metrics):
 def evaluate(args):
     """Evaluate one run: metrics.json, report.md and figures/ in its folder."""
     e = Evaluation(args)
-    meta, model = e.cache.meta, e.saved
-    about = (f"View {e.view}, seed {e.seed}, {model['config']['arch']}; "
-             f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
-             f"{meta['records']} records at {meta['rate']} Hz")
+    meta, about = e.cache.meta, describe(e.saved, e.cache.meta)
     print(f"{e.run}: {about}\nworking on what is not done yet:", flush=True)
     full = [name for name in e.rows if name != "finetuned" or "100%" in args.labels]
     metrics = dict(
         run=str(e.run), about=about, settings=vars(args), view=e.view, seed=e.seed, notes=e.notes,
-        data=dict(meta, pretrained_on=model["data"]["data"], records={"all": meta["records"]} | {
+        data=dict(meta, pretrained_on=e.saved["data"]["data"], records={"all": meta["records"]} | {
             name: {part: len(getattr(task, part)) for part in ("train", "choose", "test")}
             for name, task in e.tasks.items()} | dict(views=len(e.cache.rows([TEST_FOLD])))),
         protocols={name: {row: e.result(row, task) for row in full

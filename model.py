@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -91,12 +91,13 @@ class Attention(nn.Module):
     """Multi-head attention; of x to itself, or to a context. Fused kernel, no attention dropout.
 
     x: (B, N, D), context: (B, M, D)  ->  (B, N, D)
-    When `maps` is a list the explicit softmax runs instead and appends weights (B, H, N, M).
+    When `see` is set, the explicit softmax runs instead, head by head, and see(head, weights) is
+    called with weights (B, N, M): 25 MB for a record's 2500 x 2500, however many heads there are.
     """
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.maps = heads, None
+        self.heads, self.see = heads, None
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -109,12 +110,15 @@ class Attention(nn.Module):
             q = F.linear(x, w[:D], b[:D])
             k, v = F.linear(context, w[D:], b[D:]).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if self.maps is None:
+        if self.see is None:
             y = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D // H)
         else:
-            weights = (q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)).softmax(-1)
-            self.maps.append(weights)
-            y = weights @ v
+            y = torch.empty_like(q)
+            for h in range(self.heads):
+                scores = q[:, h] @ k[:, h].transpose(1, 2) / math.sqrt(D // self.heads)
+                weights = scores.softmax(-1)  # (B, N, M)
+                self.see(h, weights)
+                y[:, h] = weights @ v[:, h]
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -350,31 +354,30 @@ def embed(model, x, view, keep=None, n_views=None):
     return torch.stack([model.encoder(v, keep).z for v in split(x, view)[:n_views]], dim=1)
 
 
-def attention_maps(model, x):
-    """Softmax weights of each attention for a view x, by the explicit path.
+@torch.no_grad()
+def watch_attention(model, x, see):
+    """Run the encoder on a view x and show every softmax weight, head by head (paper 5.2).
 
-    ->  {"time": [(B, H, N, N) a layer], "channel": [(B, H, C, C) a layer],
-         "time_to_channel": [(B, H, N, C)], "channel_to_time": [(B, H, C, N)]}; rows (queries)
-         sum to 1. Raises InputError for a ResNet.
+    x: (B, T, C); see(name, layer, head, weights) is called with name `time` (weights (B, N, N)),
+    `channel` (B, C, C), `time_to_channel` (B, N, C) or `channel_to_time` (B, C, N), queries first:
+    rows sum to 1. Raises InputError for a ResNet.
     """
     encoder = model.encoder
     if not isinstance(encoder, DualView):
-        raise InputError("this run is a ResNet-18: it has no attention to show")
-    maps = {"time": [], "channel": [], "time_to_channel": [], "channel_to_time": []}
-    holders = {"time": [layer.attention for layer in encoder.time_layers],
-               "channel": [layer.attention for layer in encoder.channel_layers],
-               "time_to_channel": [encoder.cross.time_to_channel],
-               "channel_to_time": [encoder.cross.channel_to_time]}
+        raise InputError("this run is a ResNet-18: it has no attention to show; give a run of "
+                         "--arch dualview")
+    watched = {(name, i): module for name, modules in (
+        ("time", [layer.attention for layer in encoder.time_layers]),
+        ("channel", [layer.attention for layer in encoder.channel_layers]),
+        ("time_to_channel", [encoder.cross.time_to_channel]),
+        ("channel_to_time", [encoder.cross.channel_to_time])) for i, module in enumerate(modules)}
     try:
-        for name, modules in holders.items():
-            for module in modules:
-                module.maps = maps[name]
+        for key, module in watched.items():
+            module.see = partial(see, *key)
         encoder(x)
     finally:
-        for modules in holders.values():
-            for module in modules:
-                module.maps = None
-    return maps
+        for module in watched.values():
+            module.see = None
 
 
 def n_parameters(model):

@@ -30,13 +30,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.ndimage
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import wfdb
+from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
+import attention
 import data
 import evaluate
 import model
@@ -601,10 +604,11 @@ class TestModel:
         for args, other in (((x,), x), ((x, context), context)):
             want, weights = theirs(x, other, other, average_attn_weights=False)
             torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
-            ours.maps = []
+            seen = []
+            ours.see = lambda head, w: seen.append(w)
             torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(ours.maps[0], weights, atol=1e-5, rtol=1e-5)
-            ours.maps = None
+            torch.testing.assert_close(torch.stack(seen, 1), weights, atol=1e-5, rtol=1e-5)
+            ours.see = None
 
     def test_a_layer_is_torchs_pre_norm_encoder_layer(self):
         ours = model.Layer(model.Config(**TINY)).eval()
@@ -707,20 +711,32 @@ class TestModel:
         torch.testing.assert_close(model.embed(m, x, "noncontig").mean(1), want)
         torch.testing.assert_close(model.embed(m, x, "stochastic")[:, 0], m.encoder(x).z)
 
-    def test_attention_maps_are_the_weights_that_the_model_uses(self):
-        m, x = tiny().eval(), torch.randn(2, 500, 12)
-        maps = model.attention_maps(m, x)
-        assert {k: [tuple(w.shape) for w in v] for k, v in maps.items()} == {
-            "time": [(2, 2, 25, 25)], "channel": [(2, 2, 12, 12)],
-            "time_to_channel": [(2, 2, 25, 12)], "channel_to_time": [(2, 2, 12, 25)]}
-        for weights in maps.values():
-            torch.testing.assert_close(weights[0].sum(-1), torch.ones(weights[0].shape[:-1]))
-        first = m.encoder.channel_layers[0]
-        c = first.norm1(m.encoder.channel_stem(x))
-        q, k, _ = (c @ first.attention.qkv.weight.T + first.attention.qkv.bias).chunk(3, -1)
-        want = torch.softmax(q[:, :, :12] @ k[:, :, :12].mT / math.sqrt(12), -1)  # head 0
-        torch.testing.assert_close(maps["channel"][0][:, 0], want, atol=1e-5, rtol=1e-5)
-        assert m.encoder.cross.time_to_channel.maps is None
+    def test_watched_attention_is_an_independent_softmax_and_changes_nothing(self):
+        m, x, seen, calls = tiny(depth=2).eval(), torch.randn(2, 500, 12), {}, {}
+        for name, module in m.encoder.named_modules():
+            if isinstance(module, model.Attention):  # what each is called with, q first
+                module.register_forward_pre_hook(
+                    lambda module, args, name=name: calls.__setitem__(name, args))
+        with torch.no_grad():
+            fused = m.encoder(x).z
+        out = []
+        m.encoder.register_forward_hook(lambda module, args, output: out.append(output.z))
+        model.watch_attention(m, x, lambda *key: seen.__setitem__(key[:3], key[3]))
+        torch.testing.assert_close(out[0], fused, atol=1e-5, rtol=1e-5)
+        assert {key[:2] for key in seen} == {("time", 0), ("time", 1), ("channel", 0),
+                                             ("channel", 1), ("time_to_channel", 0),
+                                             ("channel_to_time", 0)}
+        modules = dict(m.encoder.named_modules())
+        for (stream, layer, head), weights in seen.items():
+            name = (f"cross.{stream}" if "_to_" in stream else
+                    f"{stream}_layers.{layer}.attention")
+            q, k = calls[name][0], calls[name][-1]
+            w, b, part = modules[name].qkv.weight, modules[name].qkv.bias, 12 * head
+            q = q @ w[part:part + 12].T + b[part:part + 12]
+            k = k @ w[24 + part:36 + part].T + b[24 + part:36 + part]
+            want = np.exp((q @ k.mT / math.sqrt(12)).detach().double().numpy())
+            np.testing.assert_allclose(weights, want / want.sum(-1, keepdims=True), atol=1e-6)
+        assert all(modules[name].see is None for name in calls)
 
     def test_resnet_goes_through_the_same_interface(self):
         m = tiny(arch="resnet18")
@@ -729,7 +745,7 @@ class TestModel:
         kernels = [c.kernel_size[0] for c in m.modules() if isinstance(c, nn.Conv1d)]
         assert sum(k > 1 for k in kernels) + 1 == 18  # and one linear layer
         with pytest.raises(InputError, match="no attention"):
-            model.attention_maps(m, torch.randn(1, 500, 12))
+            model.watch_attention(m, torch.randn(1, 500, 12), print)
 
     @pytest.mark.parametrize("bad, says", [
         (dict(heads=0), "heads: at least 1"), (dict(depth=-1), "depth: at least 1"),
@@ -1602,6 +1618,280 @@ class TestEvaluate:
         assert not list(tmp_path.glob("x*"))
 
 
+def run_attention(*argv):
+    """Draw in this process."""
+    attention.main(attention.get_args([str(a) for a in argv]))
+
+
+def beats(rate, every=0.8, first=0.5):
+    """A record (T, C) int16 with an R wave of 1 mV and a T wave each `every` s; its R times."""
+    t, times = np.arange(10 * rate) / rate, np.arange(first, 9.9, every)
+    mv = sum(np.exp(-((t - r) / .012) ** 2 / 2) + .3 * np.exp(-((t - r - .25) / .05) ** 2 / 2)
+             for r in times)
+    return np.repeat(np.rint(1000 * mv).astype(np.int16)[:, None], 12, axis=1), times
+
+
+@pytest.fixture(scope="session")
+def drawn(finished, tmp_path_factory):
+    """A copy of the finished run with every figure, and what was printed."""
+    run = Path(shutil.copytree(finished[0], tmp_path_factory.mktemp("drawn") / "one"))
+    return run, script("attention.py", "plots", run)
+
+
+class TestAttention:
+    def test_what_is_observed_follows_from_the_weights(self):
+        m, x, heads = tiny(depth=2).eval(), torch.randn(1, 500, 12), {}
+        model.watch_attention(m, x, lambda name, layer, head, w: heads.setdefault(
+            (name, layer), []).append(w[0].double().numpy()))
+        found = attention.observe(m, x)
+        assert list(found) == list(heads)
+        for key, at in found.items():
+            w = np.stack(heads[key])  # (H, N, M)
+            np.testing.assert_allclose(at["map"], w.mean(0), atol=1e-6)
+            np.testing.assert_allclose(at["map"].sum(1), 1, atol=1e-5)
+            np.testing.assert_allclose(at["received"], w.shape[2] * w.mean(1), atol=1e-5)
+            want = scipy.stats.entropy(w, axis=2).mean(1) / math.log(w.shape[2])
+            np.testing.assert_allclose(at["entropy"], want, atol=1e-5)
+
+    def test_the_running_mean_has_students_interval(self):
+        x, mean = np.random.default_rng(0).normal(size=(7, 3)), attention.Mean()
+        for row in x:
+            mean.add(row)
+        low, high = scipy.stats.t.interval(.95, 6, x.mean(0), scipy.stats.sem(x))
+        np.testing.assert_allclose(mean.mean, x.mean(0))
+        np.testing.assert_allclose(mean.half, (high - low) / 2)
+        one = attention.Mean()
+        one.add(x[0])
+        assert np.isnan(one.half).all()
+
+    @pytest.mark.parametrize("rate", data.RATES)
+    def test_r_peaks_are_found_where_they_are(self, rate):
+        signal, times = beats(rate)
+        found = attention.r_peaks(signal, rate)
+        assert len(found) >= len(times) - 1  # the detector learns on the first
+        assert np.abs(found[:, None] - times).min(1).max() < .01
+        assert not len(attention.r_peaks(0 * signal, rate))
+        signal[:, LEADS.index("II")] = 0  # then another lead
+        assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
+
+    @real
+    def test_the_same_r_peaks_are_found_at_both_rates_of_real_records(self):
+        table, both, all_of_them = data.load_tables(PTBXL), 0, 0
+        for i in table.index[::10]:
+            a, b = (attention.r_peaks(data.read_record(Path(PTBXL) / table[name][i], rate), rate)
+                    for rate, name in data.RATES.items())
+            hits = sum(np.abs(b - r).min(initial=9) < .05 for r in a)
+            both, all_of_them = both + hits, all_of_them + len(a) + len(b) - hits
+        assert both > .95 * all_of_them > 0, (both, all_of_them)
+
+    @pytest.mark.parametrize("stride", [1, 4])
+    def test_a_token_stands_at_the_mean_time_of_its_samples(self, stride):
+        t = np.arange(500) * .02  # an interleaved view of 10 s
+        np.testing.assert_allclose(attention.token_times(500, stride, 10),
+                                   t.reshape(-1, stride).mean(1))
+
+    def test_attention_on_peaks_is_1_by_chance_and_has_its_double_loop(self):
+        rng, seconds, peaks = np.random.default_rng(0), np.arange(100) * .1, np.array([1.0, 4.02])
+        near = np.zeros(100)
+        near[[10, 40]] = 1
+        assert attention.on_peaks(np.ones((2, 100)), seconds, peaks)["lift"] == pytest.approx(1)
+        all_there = attention.on_peaks(near[None] * 50, seconds, peaks)
+        assert all_there["share"] == pytest.approx(1) and all_there["lift"] == pytest.approx(50)
+        received = rng.random((3, 100))
+        received *= 100 / received.sum(1, keepdims=True)
+        got = attention.on_peaks(received, seconds, peaks)
+        share = [sum(received[h, j] for j in (10, 40)) / 100 for h in range(3)]
+        np.testing.assert_allclose(got["lift_heads"], np.array(share) / .02)
+        null = [sum(received[:, (j + i) % 100].mean() for j in (10, 40)) / 2 for i in range(100)]
+        assert np.mean(null) == pytest.approx(1)
+        np.testing.assert_allclose(got["null"], np.quantile(null, [.025, .975]))
+
+    def test_the_mean_beat_is_the_signal_around_whole_beats(self):
+        seconds = np.arange(1000) / 100
+        wave = np.cos(2 * np.pi * seconds)  # each full second is a peak
+        got = attention.around_peaks(wave, seconds, np.array([.1, 3., 7., 9.8]))
+        np.testing.assert_allclose(got, np.cos(2 * np.pi * attention.BEAT_S), atol=1e-3)
+        assert attention.around_peaks(wave, seconds, np.array([.1])) is None
+
+    def test_an_ecg_is_drawn_at_25_mm_a_second_and_10_mm_a_millivolt(self):
+        mv = beats(100)[0] / 1000.
+        mv[:, 7] = -3 * mv[:, 7]
+        width, height, offsets, rows = attention.ecg_size(mv)
+        figure = Figure((width, height), dpi=254)  # ten dots a millimetre
+        attention.draw_ecg(figure, mv, 5)
+        at = figure.axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
+        np.testing.assert_allclose(at[1] - at[0], [250, 0], atol=.01)
+        np.testing.assert_allclose(at[2] - at[0], [0, 100], atol=.01)
+        drawn = rows + offsets
+        assert (drawn[:, :-1].min(0) - drawn[:, 1:].max(0) > .3).all()
+        lead = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
+        mid = np.concatenate([np.repeat(np.median(mv[:, i]), 250) for i in (1, 4, 7, 10)])
+        np.testing.assert_allclose(rows[:, 1], lead - mid)
+
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, finished, tmp_path, monkeypatch):
+        figures = {}
+        monkeypatch.setattr(attention, "save_figure",
+                            lambda figure, path, numbers: figures.__setitem__(path.name, figure))
+        run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+        run_attention("maps", "--run", run, "--ecg-id", 5, "--raw")
+        cache = data.open_cache(json.loads((run / "args.json").read_text())["args"]["cache"])
+        x = data.normalize(torch.from_numpy(cache.signals[[4]].copy()))[:, ::2]
+        found = attention.observe(model.load_run(run)[0], x)
+        pictures = {}
+        for name, figure in figures.items():
+            for axis in (a for sub in figure.subfigs for a in sub.axes if a.images):
+                key = axis.get_title().split(":")[0]
+                pictures[name.split("-")[1], key] = (axis.images[0].get_array().data,
+                                                     axis.get_xlabel(), axis.get_ylabel())
+        for name, want, x_label, y_label in (
+                (("time", "layer 1"), found["time", 0]["map"], "", "query: time (s)"),
+                (("channel", "layer 1"), found["channel", 0]["map"], "", "query: lead"),
+                (("cross", "time attends to channels"), found["time_to_channel", 0]["map"].T,
+                 "query: time (s)", "key: lead"),
+                (("cross", "channels attend to time"), found["channel_to_time", 0]["map"],
+                 "key: time (s)", "query: lead")):
+            np.testing.assert_allclose(pictures[name][0], want, atol=1e-6)
+            assert pictures[name][1:] == (x_label, y_label)
+
+    def test_the_saved_maps_are_the_runs_and_relative_means_times_keys(self, drawn):
+        run, said = drawn
+        index = data.open_cache(json.loads((run / "args.json").read_text())["args"]["cache"]).index
+        row = index[(index.strat_fold == 10) & (index.NORM == 1)
+                    & (index[list(CLASSES)].sum(axis=1) == 1)].iloc[0]
+        assert f"ecg_id {row.ecg_id} (NORM), fold 10" in said and "SYNTHETIC" in said
+        with np.load(run / "figures" / f"attention-time-ecg{row.ecg_id}.npz") as saved:
+            assert saved["map"].shape == (1, 25, 25) and saved["ecg_id"] == [row.ecg_id]
+            np.testing.assert_allclose(saved["map"].sum(-1), 1, atol=1e-5)
+            np.testing.assert_allclose(saved["received"], 25 * saved["map"].mean(1), atol=1e-5)
+        means = attention.Mean()
+        means.add(np.full((3, 8), 1 / 8))
+        assert (attention.shown(dict(map=means), raw=False) == 1).all()
+
+    def test_every_figure_is_there_with_its_numbers(self, drawn, cache):
+        folder = drawn[0] / "figures"
+        names = {path.stem for path in folder.glob("*.png")}
+        assert {re.sub("ecg[0-9]+", "ID", name) for name in names} == {
+            "training-loss", "training-gradients", "training-clustering", "data-ages",
+            "data-superclasses", "data-rates", "views-stochastic", "views-contig",
+            "views-noncontig", "spectra", "attention-time-ID", "attention-channel-ID",
+            "attention-cross-ID", "attention-beats-ID"}
+        for name in names:
+            assert (folder / f"{name}.csv").exists() or (folder / f"{name}.npz").exists(), name
+        loss = pd.read_csv(folder / "training-loss.csv")
+        np.testing.assert_allclose(loss.val_loss, [row["val_loss"] for row in log_of(drawn[0])],
+                                   rtol=1e-5)
+        index = data.open_cache(cache).index
+        table = pd.read_csv(folder / "data-superclasses.csv", index_col="superclass")
+        for a in CLASSES:
+            for b in CLASSES:
+                both = sum(1 for _, r in index.iterrows() if r[a] and r[b])
+                assert table[f"with_{b}"][a] == both
+            assert table.alone[a] == ((index[a] == 1) & (index[list(CLASSES)].sum(axis=1) == 1)
+                                      ).sum()
+
+    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, cache):
+        saved = json.loads((drawn[0] / "args.json").read_text())["args"]
+        c, config = data.open_cache(cache), views.ViewConfig(view="noncontig")
+        with np.load(drawn[0] / "figures" / "views-noncontig.npz") as numbers:
+            row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
+                                     .all((1, 2)))[0])
+            x = data.normalize(torch.from_numpy(c.signals[[row]].copy()))
+            for got, want in zip(numbers["views"], views.noncontig(x)):
+                np.testing.assert_allclose(got, want[0], atol=1e-6)
+            keep = train.draw_keep(config, 1, saved["seed"], train.VAL_KEY, row)
+            np.testing.assert_array_equal(numbers["kept"], keep[:, 0])
+        figure = Figure()
+        axis = figure.subplots()
+        attention.draw_leads_apart(axis, x[0].numpy(), np.arange(1000), keep[0, 0].numpy(),
+                                   np.arange(12), "red", "")
+        assert len(axis.texts) == (~keep[0, 0]).sum()
+        flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
+        assert len(flat) == len(axis.texts)
+
+    def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
+        index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
+        attention.plot_ages(index, "", tmp_path / "ages.png")
+        rows = pd.read_csv(tmp_path / "ages.csv").set_index("age_from").records
+        assert rows[90] == 3 and rows[0] == 2 and rows[5] == 1 and rows[85] == 1 and rows[40] == 1
+        assert rows.sum() == 8
+
+    def test_spectral_distance_is_0_for_a_gain_and_known_for_a_filter(self):
+        x = np.random.default_rng(0).normal(size=(4, 1000, 12))
+        f, plain = attention.spectra(x, 100)
+        distance = attention.log_spectral_distance
+        np.testing.assert_allclose(distance(attention.spectra(3 * x, 100)[1], plain), 0, atol=1e-9)
+        tilt = plain * np.where(f < 20, 2, .5)[:, None]  # 3 dB up, 3 dB down
+        np.testing.assert_allclose(distance(tilt, plain), 10 * math.log10(2))
+        got = attention.lead_correlation(x, np.roll(x, 1, axis=0))
+        want = [[np.corrcoef(x[i, :, c], x[i - 1, :, c])[0, 1] for c in range(12)]
+                for i in range(4)]
+        np.testing.assert_allclose(got, want)
+        np.testing.assert_allclose(attention.lead_correlation(x, 5 - 2 * x), -1)
+
+    def test_the_shipped_filter_changes_spectra_and_leads_more_than_ours(self, cache):
+        trained = vars(train.get_args([])) | dict(view="contig")
+        _, found = attention.frequency_check(data.open_cache(cache), trained)
+        for shipped, ours in (("band-pass as shipped", "band-pass along time"),
+                              ("pool, band-pass as shipped", "pool, band-pass along time")):
+            assert found[shipped][1] > found[ours][1] > 0
+            assert found[shipped][2] < found[ours][2] < 1
+
+    def test_a_superclass_is_the_mean_over_its_patients(self, drawn):
+        run_attention("maps", "--run", drawn[0], "--superclass", "NORM", "--records", 3,
+                      "--format", "pdf")
+        cache = data.open_cache(json.loads((drawn[0] / "args.json").read_text())["args"]["cache"])
+        index, folder = cache.index, drawn[0] / "figures"
+        ours = index[index.strat_fold.isin([9, 10]) & (index.NORM == 1)]
+        rows = ours.drop_duplicates("patient_id").index[:3]
+        x = data.normalize(torch.from_numpy(cache.signals[rows]))[:, ::2]
+        m = model.load_run(drawn[0])[0]
+        each = [attention.observe(m, one[None])["channel", 0] for one in x]
+        with np.load(folder / "attention-channel-NORM.npz") as saved:
+            np.testing.assert_allclose(saved["map"][0], np.mean([e["map"] for e in each], 0),
+                                       atol=1e-6)
+            half = scipy.stats.sem([e["map"] for e in each]) * scipy.stats.t.ppf(.975, 2)
+            np.testing.assert_allclose(saved["map_half"][0], half, atol=1e-6)
+        table = pd.read_csv(folder / "attention-NORM.csv").query(
+            "encoder == 'this run' and attention == 'channel stream'").iloc[0]
+        entropies = [e["entropy"].mean() for e in each]
+        assert table.entropy == pytest.approx(np.mean(entropies), abs=1e-5)
+        assert table.records == 3 and table.entropy_half == pytest.approx(
+            scipy.stats.sem(entropies) * scipy.stats.t.ppf(.975, 2), rel=1e-3)
+        assert (folder / "attention-beats-NORM.pdf").read_bytes()[:4] == b"%PDF"
+
+    def test_several_runs_share_the_figures_of_training(self, finished, drawn, tmp_path):
+        other = Path(shutil.copytree(finished[0], tmp_path / "other"))
+        (other / "model.pt").unlink()  # as in the middle of training
+        run_attention("plots", drawn[0], other, "--out", tmp_path / "both")
+        table = pd.read_csv(tmp_path / "both" / "training-gradients.csv")
+        assert set(table.run) == {"one", "other"} and len(table) == 4
+        assert {p.stem for p in (tmp_path / "both").iterdir()} == {
+            "training-loss", "training-gradients", "training-clustering"}
+
+    def test_bad_input_is_named(self, finished, cache, tmp_path, capsys):
+        with pytest.raises(InputError, match="--ecg-id 999 is not in the data.*such as 1, 2"):
+            run_attention("maps", "--run", finished[0], "--ecg-id", 999)
+        with pytest.raises(InputError, match="--superclass HYP: 1 patients.*needs 2"):
+            run_attention("maps", "--run", finished[0], "--superclass", "HYP", "--records", 1)
+        with pytest.raises(InputError, match="none has no args.json.*make pretrain"):
+            run_attention("plots", tmp_path / "none")
+        bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
+        (bare / "log.jsonl").unlink()
+        with pytest.raises(InputError, match="bare has no log.jsonl"):
+            run_attention("plots", bare)
+        (bare / "log.jsonl").write_text('{"epoch": 1, "lo')
+        with pytest.raises(InputError, match="log.jsonl in .*bare is damaged"):
+            run_attention("plots", bare)
+        run_train(cache, tmp_path / "resnet", "--arch", "resnet18", "--epochs", 1)
+        with pytest.raises(InputError, match="ResNet-18: it has no attention"):
+            run_attention("maps", "--run", tmp_path / "resnet")
+        capsys.readouterr()
+        run_attention("plots", tmp_path / "resnet")
+        said = capsys.readouterr().out
+        assert "no attention maps: this run is a ResNet-18" in said and "no gradient norms" in said
+        assert (tmp_path / "resnet" / "figures" / "spectra.png").exists()
+
+
 class TestMake:
     def make(self, *argv, ok=True):
         done = subprocess.run(["make", *argv], cwd=HERE, capture_output=True, text=True)
@@ -1610,8 +1900,9 @@ class TestMake:
 
     def test_make_alone_lists_every_public_target_and_variable(self):
         out = self.make()
-        for word in ("demo", "test", "download", "cache", "pretrain", "eval", "compare", "clean",
-                     "VIEW", "SEED", "RATE", "PRESET", "DATA", "RUN", "ARGS"):
+        for word in ("demo", "test", "download", "cache", "pretrain", "eval", "compare", "plots",
+                     "attention", "clean",
+                     "VIEW", "SEED", "RATE", "PRESET", "DATA", "RUN", "RUNS", "ARGS"):
             assert re.search(rf"\b{word}\b", out), word
 
     def test_targets_chain_and_names_carry_the_canonical_view(self):
@@ -1627,7 +1918,7 @@ class TestMake:
         out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
         assert all(name in out for name in ["zigzag", *views.VIEWS, *views.ALIASES])
 
-    @pytest.mark.parametrize("name", ["data", "train", "evaluate"])
+    @pytest.mark.parametrize("name", ["data", "train", "evaluate", "attention"])
     def test_every_flag_that_is_parsed_is_used(self, name):
         source = (HERE / f"{name}.py").read_text()
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
@@ -1637,15 +1928,18 @@ class TestMake:
         for field in fields:
             assert re.search(rf"(config|size)\.{field}\b", sources), field
 
-    @pytest.mark.parametrize("argv", [["train.py"], ["model.py"], ["data.py", "cache"],
-                                      ["evaluate.py", "run"], ["evaluate.py", "compare"]])
-    def test_help(self, argv):
-        assert "show this help" in script(*argv, "--help")
+    @pytest.mark.parametrize("script, command", [
+        (train, []), (model, []), (data, ["cache"]), (evaluate, ["run"]), (evaluate, ["compare"]),
+        (attention, ["maps"]), (attention, ["plots"])])
+    def test_help(self, script, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            script.get_args([*command, "--help"])
+        assert stop.value.code == 0 and "show this help" in capsys.readouterr().out
 
     def test_importing_a_script_does_nothing(self, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
-                f"sys.path.insert(0, {str(HERE)!r}); import data, views, model, train, evaluate\n"
+                f"sys.path.insert(0, {str(HERE)!r}); import attention\n"
                 "assert (torch.get_rng_state() == a).all()\n"
                 "assert (np.random.get_state()[1] == b).all()")
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
