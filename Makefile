@@ -7,6 +7,7 @@ SEED   ?= 0# of everything random
 PRESET ?= paper# paper, or small: for CPUs and a few hundred to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
+NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
 PYTHON ?= python3# makes .venv; 3.11 or later
 
 NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst interleaved,noncontig,$(VIEW))))
@@ -19,6 +20,7 @@ RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, b
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
 CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
 PY    := .venv/bin/python
+TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --)
 ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
 $(error VIEW, DATA and RUN are one word each, without spaces)
 endif
@@ -88,4 +90,4 @@ $(CACHE)/meta.json: $(SOURCE) FORCE | .venv/.done
 	$(PY) data.py cache --data "$(DATA)" --rate $(RATE) --out $(CACHE)
 
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
-	$(PY) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)
+	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

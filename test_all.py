@@ -26,6 +26,7 @@ import threading
 import time
 from pathlib import Path
 
+import ecgmentations
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,6 +54,7 @@ slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
             fusion_width=32, rep_dim=16, proj_dim=8)
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"
 TINY_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
 
 
@@ -542,6 +544,17 @@ class TestViews:
         assert not np.array_equal(a, c) and not np.array_equal(a[0], a[1])
         np.testing.assert_array_equal(np.random.get_state()[1], state)
 
+    @pytest.mark.parametrize("limit", [.05, 1.])
+    def test_the_time_warp_is_the_librarys(self, limit):
+        x = np.random.default_rng(0).normal(size=(500, 12)).astype(np.float32)
+        for seed in range(20):
+            with views.numpy_seed(seed):
+                want = ecgmentations.RandomTimeWrap(wrap_limit=limit, p=1)(ecg=x)["ecg"]
+            with views.numpy_seed(seed):
+                got = views.TimeWrap(wrap_limit=limit, p=1)(ecg=x)["ecg"]
+            np.testing.assert_allclose(got, want, atol=1e-4)
+            assert got.dtype == np.float32 and np.abs(got - x).max() > .01
+
     def test_strengths_do_what_they_say(self):
         x = np.random.default_rng(0).standard_normal((1000, 12)).astype(np.float32)
         off = dict(view="stochastic", augment_p=1, warp=0., crop=1., band_low=.01, band_high=49.9)
@@ -795,6 +808,32 @@ class TestTrain:
         assert torch.equal(first, second) and first.dtype == torch.float32
         assert not torch.equal(first, train.project(m, pair, keep, slice(3, 6), (0, 6), bf16)[1])
 
+    def test_two_processes_give_the_gradient_of_one(self, tmp_path):
+        path, cases = tmp_path / "both.py", [(6, "batch"), (2, "batch"), (2, "micro")]
+        path.write_text(
+            f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+            "import torch, train\n"
+            "from test_all import big_batch, gradient\n"
+            "train.join_processes(torch.device('cpu'))\n"
+            "out = []\n"
+            f"for micro, negatives in {cases}:\n"
+            "    m, pair, keep = big_batch()\n"
+            "    forward = train.accelerate(m, train.get_args([]))\n"
+            "    found = train.backward(forward, pair, keep, 12, micro, (0, 5), aux_weight=.5,\n"
+            "                           negatives=negatives)\n"
+            "    out.append([gradient(m), *found])\n"
+            "if train.ranks()[0] == 0:\n"
+            f"    torch.save(out, {str(tmp_path / 'out.pt')!r})\n"
+            "train.dist.destroy_process_group()\n")
+        script(*TORCHRUN, path)
+        for (micro, negatives), (got, loss, norms) in zip(cases, torch.load(tmp_path / "out.pt")):
+            m, pair, keep = big_batch()
+            want = train.backward(m, pair, keep, 12, micro, (0, 5), aux_weight=.5,
+                                  negatives=negatives)
+            torch.testing.assert_close(got, gradient(m), atol=1e-5, rtol=1e-5)
+            assert abs(loss - want[0]) < 1e-5
+            np.testing.assert_allclose(norms, want[1], rtol=1e-4)
+
     def test_batch_norm_counts_a_batch_once(self):
         means = []
         for negatives in ("batch", "micro"):
@@ -850,8 +889,8 @@ class TestTrain:
     def test_a_run_of_one_step_takes_a_real_one(self):
         assert train.learning_rate(0, 1, 0, 3e-4, 3e-5) > 0
 
-    def settle(self, n_train, n_val=50, *argv):
-        return train.settle(train.get_args(argv), n_train, n_val)
+    def settle(self, n_train, n_val=50, *argv, processes=1):
+        return train.settle(train.get_args(argv), n_train, n_val, processes)
 
     def test_settings_fit_the_data(self):
         plan, notes = self.settle(17418, 2183)
@@ -866,6 +905,10 @@ class TestTrain:
         plan, notes = self.settle(344, 78, "--batch-size", "512")
         assert plan["batch"] == 32 and "512" in notes[0]
         assert self.settle(4, 2)[0]["batch"] == 2
+        plan, _ = self.settle(344, 78, "--batch-size", "64", processes=4)
+        assert (plan["micro"], plan["processes"]) == (16, 4)
+        with pytest.raises(InputError, match="3 processes cannot share a batch of 32.*such as 30"):
+            self.settle(344, 78, processes=3)
 
     @pytest.mark.parametrize("argv, n, says", [
         (["--batch-size", "64", "--micro-batch", "24"], 99, "24 does not divide .*64.*such as 8"),
@@ -957,7 +1000,7 @@ def run_train(cache, run, *argv):
 
 LOGGED = {"epoch", "loss", "val_loss", "lr", "grad_norm_time", "grad_norm_channel",
           "grad_norm_ratio", "silhouette", "davies_bouldin", "calinski_harabasz",
-          "records_per_second"}
+          "records_per_second", "data_share"}
 
 
 @pytest.fixture(scope="session")
@@ -1103,9 +1146,42 @@ class TestRun:
         assert "resumed at step" in capsys.readouterr().out
         whole, cut = (torch.load(tmp_path / n / "model.pt")["model"] for n in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
-        logs = [[{k: v for k, v in row.items() if k != "records_per_second"}
+        logs = [[{k: v for k, v in row.items() if k not in ("records_per_second", "data_share")}
                  for row in log_of(tmp_path / n)] for n in ("whole", "cut")]
         assert logs[0] == logs[1] and len(logs[0]) == 6
+
+    @slow
+    @pytest.mark.parametrize("view", ["contig", "stochastic"])
+    def test_two_processes_train_as_one_does(self, cache, tmp_path, view):
+        flags = ["--view", view, "--epochs", 2]
+        run_train(cache, tmp_path / "one", *flags)
+        said = script(*TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags))
+        assert said.count("finished, 20 steps") == 1 == said.count("epoch   2/2")
+        for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+            assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["grad_norm_ratio"] == pytest.approx(b["grad_norm_ratio"], rel=.01)
+        assert "finished, nothing to do" in script(
+            *TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags))
+
+    @slow
+    def test_two_processes_that_were_stopped_resume(self, cache, tmp_path):
+        flags = ["--view", "contig", "--epochs", 6, "--save-minutes", 0]
+        script(*TORCHRUN, "train.py", *argv_of(cache, tmp_path / "whole", *flags))
+        process = subprocess.Popen(
+            [sys.executable, *TORCHRUN, "train.py", *argv_of(cache, tmp_path / "cut", *flags)],
+            cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "cut" / "log.jsonl"
+        while not (log.exists() and log.read_text()):
+            time.sleep(.02)
+            assert process.poll() is None
+        process.terminate()  # torchrun hands it on
+        process.wait()
+        assert not (tmp_path / "cut" / "model.pt").exists(), "it was too quick to be killed"
+        said = script(*TORCHRUN, "train.py", *argv_of(cache, tmp_path / "cut", *flags))
+        assert "resumed at step" in said
+        whole, cut = (torch.load(tmp_path / n / "model.pt")["model"] for n in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
     def test_a_second_process_is_kept_out_of_a_run_in_progress(self, finished, cache):
         lock = train.lock_run(finished[0])

@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import json
 import math
+import mmap
 import os
 import platform
 import random
@@ -27,13 +28,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
                   run_script, write_atomic)
-from model import Config, Contrastive, add_model_flags, embed, n_parameters, nt_xent, parse
+from model import (Block, Config, Contrastive, Layer, TimeStem, add_model_flags, embed,
+                   n_parameters, nt_xent, parse)
 from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, shift, split
 
 BATCH = 1024  # effective batch of the paper
@@ -80,7 +84,7 @@ def learning_rate(step, total, warmup, max_lr, final_lr):
     return final_lr + (max_lr - final_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def settle(args, n_train, n_val):
+def settle(args, n_train, n_val, processes=1):
     """The settings in effect: (dict of batch, micro, val_batch, steps, total, warmup; notes).
 
     A default batch leaves MIN_STEPS steps an epoch; so does one that exceeds the training set.
@@ -109,14 +113,55 @@ def settle(args, n_train, n_val):
         batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
         notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
                      f"records, and an epoch needs some {MIN_STEPS} steps")
-    micro = math.gcd(batch, min(micro, batch))
+    if batch % processes:
+        raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
+                         f"--batch-size that they can, such as {batch - batch % processes}")
+    share = batch // processes
+    micro = math.gcd(share, min(micro, share))
+    if args.negatives == "micro" and micro == 1:
+        raise InputError(f"a batch of {batch} leaves {processes} processes no negatives with "
+                         "--negatives micro: give a larger --batch-size")
     steps = n_train // batch
     total = min(args.epochs * steps, args.max_steps or math.inf)
     warmup = min(args.warmup, total // 5)
     if warmup < args.warmup:
         notes.append(f"warm-up {warmup} instead of {args.warmup} steps: the run has only {total}")
-    return dict(batch=batch, micro=micro, val_batch=min(batch, n_val), steps=steps, total=total,
-                warmup=warmup), notes
+    return dict(batch=batch, micro=micro, processes=processes, val_batch=min(batch, n_val),
+                steps=steps, total=total, warmup=warmup), notes
+
+
+# Processes: torchrun starts several of this script, each with a device and a share of every batch.
+
+def ranks():
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(n):
+    """The slice of n items that this process works on; all of them without torchrun."""
+    rank, processes = ranks()
+    return slice(rank * n // processes, (rank + 1) * n // processes)
+
+
+def gather(x, dim):
+    """The processes' tensors x, one after another along dim, on this one's device; no gradient."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * ranks()[1]
+    dist.all_gather_object(parts, x.cpu())  # shares may be uneven
+    return torch.cat(parts, dim).to(x.device)
+
+
+def join_processes(device):
+    """Join the processes that torchrun started, if it did; return this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        else:  # torchrun leaves one thread each
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 # Batches: a batch is a function that gives the two views of a slice of it, on the device.
@@ -134,31 +179,71 @@ class Augmented(Dataset):
         return torch.from_numpy(augment(x, self.transforms, (self.seed, epoch, row)))
 
 
-def batches(cache, config, seed, order, device, workers):
+class Clock:
+    """Adds up the seconds spent within `with clock:`."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self.began = time.monotonic()
+
+    def __exit__(self, *error):
+        self.seconds += time.monotonic() - self.began
+
+
+def reader(cache, device):
+    """A function: row numbers -> (b, T, C) int16 on the device.
+
+    The whole array lives on a GPU when it takes no more than a quarter of what is free there
+    (2.6 GB for all of PTB-XL at 500 Hz); else rows come from the memory-mapped file.
+    """
+    if device.type == "cuda" and cache.signals.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        whole = torch.from_numpy(np.array(cache.signals)).to(device)
+        return lambda rows: whole[torch.from_numpy(rows).to(device)]
+    return lambda rows: torch.from_numpy(cache.signals[rows]).to(device)
+
+
+def read_ahead(signals, rows):
+    """Have the system read these rows of a memory-mapped array while something else is computed."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        size = signals.strides[0]
+        for start in rows * size:
+            page = int(start) // mmap.PAGESIZE * mmap.PAGESIZE
+            signals._mmap.madvise(mmap.MADV_WILLNEED, page, int(start) + size - page)
+
+
+def batches(cache, config, seed, order, device, workers, clock=None):
     """Yield for each (epoch, rows) of order a function: slice -> views x1, x2 (b, T', C).
 
-    Segment views are cut from the memory-mapped array when asked for, so that a large batch costs
-    the memory of a slice; stochastic ones come from worker processes ahead of time, in pieces of
-    16 records (shared memory can be small), and a whole batch of them is held.
+    Segment views are cut on the device when asked for, so that a large batch costs the memory of a
+    slice; the system reads the next batch ahead. Stochastic ones come from worker processes ahead
+    of time, in pieces of 16 records (shared memory can be small), and this process's share of a
+    batch is held: only its own slices may be asked for. clock: counts the waiting for data.
     """
+    clock, order = clock or Clock(), list(order)
     if config.view == "stochastic":
-        order = list(order)
-        pieces = [[(epoch, int(row)) for row in rows[i:i + 16]]
-                  for epoch, rows in order for i in range(0, len(rows), 16)]
+        mine = [[(epoch, int(row)) for row in rows[share(len(rows))]] for epoch, rows in order]
+        pieces = [keys[i:i + 16] for keys in mine for i in range(0, len(keys), 16)]
         made = iter(DataLoader(Augmented(cache, config, seed), batch_sampler=pieces,
                                num_workers=workers))
-        for _, rows in order:
-            x = torch.cat([next(made) for _ in range(0, len(rows), 16)])  # (B, 2, T, C)
-            yield lambda part, x=x: x[part].to(device).unbind(1)
+        for (_, rows), keys in zip(order, mine):
+            with clock:
+                x = torch.cat([next(made) for _ in range(0, len(keys), 16)])  # (b, 2, T, C)
+            first = share(len(rows)).start
+            yield lambda part, x=x, first=first: x[part.start - first:part.stop - first].to(
+                device).unbind(1)
     else:
-        T = cache.signals.shape[1] // 2
-        for epoch, rows in order:
+        T, read = cache.signals.shape[1] // 2, reader(cache, torch.device(device))
+        for (epoch, rows), (_, following) in zip(order, [*order[1:], order[-1]]):
+            read_ahead(cache.signals, following[share(len(following))])
             offsets = torch.randint(T, (2, len(rows)), generator=generator(
                 seed, epoch, int(rows[0]), 0)).to(device) if config.shift else None
 
             def cut(part, rows=rows, offsets=offsets):
-                x = normalize(torch.from_numpy(cache.signals[rows[part]]).to(device))
-                pair = split(x, config.view)
+                with clock:
+                    x = read(rows[part])
+                pair = split(normalize(x), config.view)
                 return pair if offsets is None else [
                     shift(v, at) for v, at in zip(pair, offsets[:, part])]
 
@@ -229,44 +314,57 @@ def frozen_statistics(model):
             m.momentum = momentum
 
 
-def backward(model, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
+def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
              autocast=nullcontext):
     """Add the gradient of one effective batch to .grad; return its loss and the streams' norms.
 
     negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
     Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
-    respect to the projections; project again with a graph and the same randomness, and
-    back-propagate. "micro": plain accumulation, negatives from the micro-batch alone (the paper).
+    respect to the projections of all processes; project again with a graph and the same
+    randomness, and back-propagate. A process with one part only keeps its graph instead of
+    projecting twice. "micro": plain accumulation, negatives from the micro-batch alone (the paper).
+    forward: the model, or it compiled or in DistributedDataParallel, which averages gradients
     ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
     """
-    parts = [slice(i, i + micro) for i in range(0, batch, micro)]
-    exact = negatives == "batch" and len(parts) > 1
-    loss, squares = 0.0, [0.0, 0.0]
-    if exact:
+    processes, mine = ranks()[1], share(batch)
+    parts = [slice(i, i + micro) for i in range(mine.start, mine.stop, micro)]
+    squares, loss, kept = [0.0, 0.0], 0.0, None
+    if negatives == "batch":
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        with torch.no_grad(), frozen_statistics(model):
-            cached = torch.cat([project(model, views, keep, part, key, autocast)[1]
-                                for part in parts], dim=2)
-        cached.requires_grad_()
+        if len(parts) == 1:
+            kept = project(forward, views, keep, parts[0], key, autocast)
+            cached = kept[1].detach()
+        else:
+            plain = getattr(forward, "module", forward)
+            with torch.no_grad(), frozen_statistics(plain):
+                cached = torch.cat([project(plain, views, keep, part, key, autocast)[1]
+                                    for part in parts], dim=2)
+        cached = gather(cached, 2).requires_grad_()
         whole = total_loss(cached, tau, aux_weight)
         (grad,) = torch.autograd.grad(whole, cached)
         loss = float(whole.detach())
-    for part in parts:
-        output, projections = project(model, views, keep, part, key, autocast)
-        streams = [h for h in (output.time, output.channel) if h is not None]
-        for h in streams:
-            h.retain_grad()
-        if exact:
-            projections.backward(grad[:, :, part])
-        else:
-            part_loss = total_loss(projections, tau, aux_weight) / len(parts)
-            part_loss.backward()
-            loss += float(part_loss.detach())
-        for i, h in enumerate(streams):
-            squares[i] += h.grad.float().square().sum()
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1  # gradients are exchanged after it
+        with nullcontext() if last or processes == 1 else forward.no_sync():
+            output, projections = kept or project(forward, views, keep, part, key, autocast)
+            streams = [h for h in (output.time, output.channel) if h is not None]
+            for h in streams:
+                h.retain_grad()
+            if negatives == "batch":
+                projections.backward(processes * grad[:, :, part])
+            else:
+                part_loss = total_loss(projections, tau, aux_weight) * processes * micro / batch
+                part_loss.backward()
+                loss += float(part_loss.detach())  # mean over this process's parts
+        for j, h in enumerate(streams):
+            squares[j] += h.grad.float().square().sum() / processes ** 2
         del output, projections, streams  # before the next part's graph is made
-        if exact and part.start // micro % 4 == 0:
+        if negatives == "batch" and i % 4 == 0 and not last:
             return_memory()
+    if processes > 1:
+        sums = torch.tensor([loss / processes, *squares], device=next(forward.parameters()).device)
+        dist.all_reduce(sums)
+        loss, *squares = sums.tolist()
     return loss, [math.sqrt(s) for s in squares]
 
 
@@ -336,18 +434,19 @@ def validate(model, cache, rows, step, config, args, plan, device, autocast):
     Raises FloatingPointError, before anything is saved, when one of them is not finite.
     """
     model.eval()
-    B, micro, losses = plan["val_batch"], plan["micro"], []
+    B, micro, losses, mine = plan["val_batch"], plan["micro"], [], share(plan["val_batch"])
     order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
     for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
         keep = draw_keep(config, B, args.seed, VAL_KEY, i)
-        parts = [slice(j, min(j + micro, B)) for j in range(0, B, micro)]
+        parts = [slice(j, min(j + micro, mine.stop)) for j in range(mine.start, mine.stop, micro)]
         projections = torch.cat([project(model, views, keep, part, (0,), autocast)[1]
                                  for part in parts], dim=2)
-        losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
+        losses.append(float(total_loss(gather(projections, 2), args.tau, args.aux_weight)))
     labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
-    z = extract(lambda x: embed(model, x, config.view).mean(1), cache, rows[single], device,
-                autocast, micro)
+    z = extract(lambda x: embed(model, x, config.view).mean(1), cache,
+                rows[single][share(single.sum())], device, autocast, micro)
+    z = gather(torch.from_numpy(z), 0).numpy()
     if not (np.isfinite(losses).all() and np.isfinite(z).all()):
         raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
     return dict(val_loss=float(np.mean(losses)), **clustering(z, labels[single].argmax(1)))
@@ -428,6 +527,7 @@ def restore(run, model, optimizer):
 def summary(sums, batch, n_tokens):
     """Means over the n steps of an epoch, from the sums of their statistics."""
     mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
+    mean["data_share"] = mean.pop("waited") / mean["seconds"]
     if STREAMS[0] in mean:
         mean |= stream_norms([mean[key] for key in STREAMS], n_tokens)
     else:  # a ResNet has no streams
@@ -454,8 +554,9 @@ def pick_autocast(precision, device):
     if precision == "auto":
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if has_it else "float32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
-    return precision, nullcontext if precision == "float32" else (
+    return precision, nullcontext if precision != "bfloat16" else (
         lambda: torch.autocast(device.type, torch.bfloat16))
 
 
@@ -488,12 +589,20 @@ def show(row, epochs):
             ("grad_norm_ratio", "channel/time", ".2f"),
             ("grad_norm_ratio_corrected", "corrected", ".2f"), ("silhouette", "sil", "+.3f"),
             ("davies_bouldin", "DB", ".2f"), ("calinski_harabasz", "CH", ".2f"),
-            ("records_per_second", "rec/s", ".0f")):
+            ("records_per_second", "rec/s", ".0f"), ("data_share", "data", ".1%")):
         parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
     tqdm.write("  ".join(parts))
 
 
-def compute_gradient(model, optimizer, views, step, config, args, plan, autocast):
+def record(writer, row):
+    """The numbers of an epoch, for TensorBoard."""
+    for key, value in row.items():
+        if value is not None:
+            writer.add_scalar(key, value, row["epoch"])
+    writer.flush()
+
+
+def compute_gradient(model, forward, optimizer, views, step, config, args, plan, autocast):
     """Gradient and learning rate of one effective batch, ready to step; return its statistics.
 
     Raises FloatingPointError, before the weights change, when loss or gradient is not finite.
@@ -504,7 +613,7 @@ def compute_gradient(model, optimizer, views, step, config, args, plan, autocast
     model.train()
     optimizer.zero_grad(set_to_none=True)
     keep = draw_keep(config, plan["batch"], args.seed, step, 1)
-    loss, norms = backward(model, views, keep, plan["batch"], plan["micro"], (args.seed, step),
+    loss, norms = backward(forward, views, keep, plan["batch"], plan["micro"], (args.seed, step),
                            args.tau, args.aux_weight, args.negatives, autocast)
     stats = dict(loss=loss)
     if hasattr(model.encoder, "stream_parameters"):
@@ -516,6 +625,40 @@ def compute_gradient(model, optimizer, views, step, config, args, plan, autocast
     return stats | dict(lr=lr)
 
 
+def check_folds(cache):
+    """Rows of folds 1-8 and of fold 9; raise InputError when one of these folds is empty."""
+    empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
+    if empty:
+        raise InputError(f"{cache.folder} has no records in fold {', '.join(map(str, empty))}; "
+                         "folds 1-8 train and 9 validates: see python data.py info")
+    return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
+
+
+def open_folder(args, config, record):
+    """The run folder, locked and checked; every process but the first waits for that."""
+    run, lock = Path(args.run or f"runs/{config.view}-s{args.seed}"), None
+    if any(path.is_file() for path in (run, *run.parents)):
+        raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
+    if ranks()[0] == 0:
+        lock = lock_run(run)
+        check_run(run, record)
+    if dist.is_initialized():
+        dist.barrier()
+    return run, lock
+
+
+def accelerate(model, args):
+    """The model as training calls it: its blocks compiled if asked for, shared by all processes."""
+    if args.compile:
+        # else dropout would not repeat between the two passes of backward()
+        torch._inductor.config.fallback_random = True
+        torch._dynamo.config.recompile_limit = 64  # two streams, with and without a graph, ...
+        for module in model.modules():
+            if isinstance(module, (TimeStem, Layer, Block)):
+                module.compile()
+    return model if ranks()[1] == 1 else DistributedDataParallel(model)
+
+
 def train(args):
     """Pretrain and write the run folder. Raises InputError, before work starts, for bad input."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -523,13 +666,9 @@ def train(args):
     config, size = from_args(ViewConfig, args), from_args(Config, args)
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
-    rows = cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
-    empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
-    if empty:
-        raise InputError(f"{args.cache} has no records in fold {', '.join(map(str, empty))}; folds "
-                         "1-8 train and 9 validates: see python data.py info")
-    plan, notes = settle(args, len(rows[0]), len(rows[1]))
-    device = pick_device(args.device)
+    rows = check_folds(cache)
+    device = join_processes(pick_device(args.device))
+    plan, notes = settle(args, len(rows[0]), len(rows[1]), ranks()[1])
     precision, autocast = pick_autocast(args.precision, device)
     if config.view == "stochastic":
         pool(config, cache.meta["rate"])  # checks the band against the rate
@@ -538,36 +677,35 @@ def train(args):
         raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
     n_tokens = samples // size.time_stride, len(LEADS)
     set_seed(args.seed)
-    model = Contrastive(size).to(device)
-    run = Path(args.run or f"runs/{config.view}-s{args.seed}")
-    if any(path.is_file() for path in (run, *run.parents)):
-        raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
-    lock = lock_run(run)
-    check_run(run, describe_run(args, model, cache, plan, device))
+    model, first = Contrastive(size).to(device), ranks()[0] == 0
+    run, lock = open_folder(args, config, describe_run(args, model, cache, plan, device))
     if (run / "model.pt").exists():
-        return print(f"{run}: finished, nothing to do; remove the folder to train again")
+        return first and print(f"{run}: finished, nothing to do; remove the folder to train again")
 
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
     start, sums, log = restore(run, model, optimizer)
     if start:
         notes.append(f"resumed at step {start} of {plan['total']}")
     where = (f"{size.arch}, {n_parameters(model):,} parameters, {samples} samples a view, on "
-             f"{device} in {precision}; -> {run}")
-    announce(config, cache, rows, plan, notes, where, args)
-
-    writer = SummaryWriter(run / "tensorboard", purge_step=len(log) + 1)
-    bar = tqdm(total=plan["total"], initial=start, desc=run.name, unit="step", disable=None)
+             f"{device} in {precision}{', compiled' * args.compile}; -> {run}")
+    if first:
+        announce(config, cache, rows, plan, notes, where, args)
+    forward, clock = accelerate(model, args), Clock()
+    writer = SummaryWriter(run / "tensorboard", purge_step=len(log) + 1) if first else None
+    bar = tqdm(total=plan["total"], initial=start, desc=run.name, unit="step",
+               disable=None if first else True)
     order = epoch_order(rows[0], plan["batch"], args.seed, start, plan["total"])
     saved = tick = time.monotonic()
-    feed = batches(cache, config, args.seed, order, device, args.workers)
+    feed = batches(cache, config, args.seed, order, device, args.workers, clock)
     for step, views in enumerate(feed, start):
-        stats = compute_gradient(model, optimizer, views, step, config, args, plan, autocast)
-        if time.monotonic() - saved > 60 * args.save_minutes:  # these weights gave a finite loss
-            save(run, model, optimizer, step, sums, log)
+        stats = compute_gradient(model, forward, optimizer, views, step, config, args, plan,
+                                 autocast)
+        if first and time.monotonic() - saved > 60 * args.save_minutes:
+            save(run, model, optimizer, step, sums, log)  # these weights gave a finite loss
             saved = time.monotonic()
         optimizer.step()
-        stats |= dict(n=1, seconds=time.monotonic() - tick)
-        tick = time.monotonic()
+        stats |= dict(n=1, seconds=time.monotonic() - tick, waited=clock.seconds)
+        tick, clock.seconds = time.monotonic(), 0.0
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
         bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
         bar.update()
@@ -576,19 +714,18 @@ def train(args):
             row |= summary(sums, plan["batch"], n_tokens) | dict(lr=stats["lr"])
             row |= validate(model, cache, rows[1], step, config, args, plan, device, autocast)
             log, sums = [*log, row], {}
-            show(row, math.ceil(plan["total"] / plan["steps"]))
-            for key, value in row.items():
-                if value is not None:
-                    writer.add_scalar(key, value, row["epoch"])
-            writer.flush()
-            save(run, model, optimizer, step + 1, sums, log)
+            if first:
+                show(row, math.ceil(plan["total"] / plan["steps"]))
+                record(writer, row)
+                save(run, model, optimizer, step + 1, sums, log)
             saved = tick = time.monotonic()
     bar.close()
-    writer.close()
-    final = dict(model=model.state_dict(), config=asdict(size))
-    write_atomic(run / "model.pt", lambda tmp: torch.save(final, tmp))
-    lock.close()
-    print(f"{run / 'model.pt'}: finished, {plan['total']} steps")
+    if first:
+        writer.close()
+        final = dict(model=model.state_dict(), config=asdict(size))
+        write_atomic(run / "model.pt", lambda tmp: torch.save(final, tmp))
+        lock.close()
+        print(f"{run / 'model.pt'}: finished, {plan['total']} steps")
 
 
 def get_args(argv=None):
@@ -621,9 +758,11 @@ def get_args(argv=None):
     g.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up from 0 (paper)")
     g.add_argument("--weight-decay", type=float, default=0.0, help="L2 penalty of Adam")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    g.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+    g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
                    help="of the encoder's arithmetic; weights and loss stay float32. auto: "
                    "bfloat16 on GPUs that have it")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
+                   " the model: a minute or more at the start, and a C++ compiler on a CPU")
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)
     return parse(parser, argv)

@@ -135,6 +135,19 @@ class BandPassFilter(E.EcgOnlyAugmentation):
         return ("sos",)
 
 
+class TimeWrap(E.RandomTimeWrap):
+    """The library's time warp on all leads at once: the same numbers, several times as fast."""
+
+    def apply(self, ecg, cells, ncells, **params):
+        T = len(ecg)
+        old, new = (T * cells).astype(int), (T * ncells).astype(int)
+        at = np.concatenate([np.linspace(a, b - 1, d - c) for a, b, c, d in zip(
+            old, old[1:], new, new[1:])])  # where each new sample lies in the old
+        left = at.astype(int).clip(max=T - 2)
+        share = (at - left)[:, None].astype(ecg.dtype)
+        return ecg[left] * (1 - share) + ecg[left + 1] * share
+
+
 class TimeCropResize(E.EcgOnlyAugmentation):
     """A random crop of at least `keep` of the record, stretched back to the full length."""
 
@@ -209,7 +222,7 @@ def pool(config, rate):
     if config.shipped_filter:
         band = E.BandPassFilter(p=p)  # untouched: its 500 Hz, its axis
     return E.Sequential([
-        E.RandomTimeWrap(wrap_limit=config.warp, p=p), TimeCropResize(config.crop, p=p), band,
+        TimeWrap(wrap_limit=config.warp, p=p), TimeCropResize(config.crop, p=p), band,
         E.GaussNoise(variance=config.noise, p=p),
         E.AmplitudeScale(scaling_range=(-config.scale, config.scale), p=p)])
 
