@@ -30,19 +30,19 @@ from tqdm import tqdm
 from wfdb.processing import xqrs_detect
 
 from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError,
-                  load_tables, normalize, open_cache, read_record, run_script, write_atomic)
-from evaluate import (CLASS_COLORS, describe, markdown, number, open_run, save_figure, untrained)
-from model import watch_attention
-from train import VAL_KEY, batches, draw_keep, pick_device
-from train import get_args as default_args
-from views import VIEWS, WORDS, BandPassFilter, ViewConfig, from_args, numpy_seed, pool, split
+                  load_tables, normalize, read_record, run_script, write_atomic)
+from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
+                      save_figure, untrained)
+from model import load_run, watch_attention
+from train import batches, draw_keep, pick_device
+from views import VIEWS, BandPassFilter, ViewConfig, from_args, numpy_seed, pool, split
 
 MM = 1 / 25.4  # inch
 PAPER_LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"),
                 ("II",))  # of a printed ECG: 2.5 s a lead, then a rhythm strip
 PEAK_S = 0.05  # a token within this of an R peak is on it
 BEAT_S = np.linspace(-0.3, 0.5, 81)  # around an R peak
-BAND_HZ = 0.5, 40.0  # where spectra are compared: inside the pass band of every filter here
+BAND_HZ = 1.0, 40.0  # where spectra are compared: inside the default pass band, 0.5 to 47 Hz
 AGE_HIDDEN = 300  # PTB-XL's code for an age above 89
 # Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
 VIEW_COLORS = dict(zip(VIEWS, ("#DDAA33", "#BB5566", "#004488")))
@@ -138,13 +138,14 @@ def around_peaks(values, seconds, peaks):
         return np.mean([np.interp(p + BEAT_S, seconds, values) for p in whole], axis=0)
 
 
-def study(model, look, device):
+def study(model, look, device, keep_maps=True):
     """Means over records of what attention does: {(stream, layer): {quantity: Mean}}."""
     found, seconds = defaultdict(lambda: defaultdict(Mean)), look.seconds
     for x, at_s in zip(tqdm(look.views, "records", leave=False, disable=None), look.beats):
         for key, at in observe(model, x[None].to(device)).items():
             means, received = found[key], at["received"].mean(0)
-            means["map"].add(at["map"])
+            if keep_maps:
+                means["map"].add(at["map"])
             means["received"].add(received)
             means["entropy"].add(at["entropy"].mean())
             means["entropy_heads"].add(at["entropy"])
@@ -165,16 +166,18 @@ def table(found, name):
     rows = []
     for (stream, layer), means in sorted(found.items(), key=lambda kv: [*STREAMS].index(kv[0][0])):
         row = dict(encoder=name, attention=STREAMS[stream], layer=layer + 1,
-                   records=means["entropy"].n, keys=means["map"].mean.shape[1],
+                   records=means["entropy"].n, keys=len(means["received"].mean),
                    entropy=means["entropy"].mean, entropy_half=float(means["entropy"].half),
                    entropy_head_min=means["entropy_heads"].mean.min(),
                    entropy_head_max=means["entropy_heads"].mean.max())
         if "lift" in means:
-            row |= dict(peak_share=means["share"].mean, peak_chance=means["chance"].mean,
-                        peak_lift=means["lift"].mean, peak_lift_half=float(means["lift"].half),
+            row |= dict(peak_records=means["lift"].n, peak_share=means["share"].mean,
+                        peak_chance=means["chance"].mean, peak_lift=means["lift"].mean,
+                        peak_lift_half=float(means["lift"].half),
                         peak_lift_head_min=means["lift_heads"].mean.min(),
-                        peak_lift_head_max=means["lift_heads"].mean.max(),
-                        null_low=means["null"].mean[0], null_high=means["null"].mean[1])
+                        peak_lift_head_max=means["lift_heads"].mean.max())
+            if means["lift"].n == 1:
+                row |= dict(zip(("null_low", "null_high"), means["null"].mean))
         rows.append(row)
     return rows
 
@@ -245,7 +248,7 @@ def canvas(look, height):
     width, ecg_height, *_ = ecg_size(look.mv)
     figure = Figure((width, ecg_height + height), layout="constrained")
     top, below = figure.subfigures(2, 1, height_ratios=(ecg_height, height), hspace=0)
-    top.text(0.5, 1 - 4 * MM / ecg_height, look.title.split("\n")[0], ha="center", fontsize=10)
+    top.text(0.5, 1 - 4 * MM / ecg_height, look.subject, ha="center", fontsize=10)
     draw_ecg(top, look.mv, look.span)
     return figure, below
 
@@ -257,9 +260,11 @@ def shown(means, raw):
 
 
 def bound(values, raw):
-    """The largest weight to show, or the largest factor above and below uniform."""
-    most = max(np.quantile(v[::3], 0.995) for v in values)
-    return most if raw else next((f for f in (1.1, 1.25, 1.5, 2, 3, 4, 8) if f >= most), 16)
+    """The largest weight to show, or the largest factor above and below uniform, at most 16."""
+    some = [v.ravel()[::max(1, v.size // 10 ** 6)] for v in values]
+    low, high = np.quantile(np.concatenate(some), (0.005, 0.995))
+    most = max(high, 1 / max(low, 1e-9))
+    return high if raw else next((f for f in (1.1, 1.25, 1.5, 2, 3, 4, 8) if f >= most), 16)
 
 
 def draw_map(axis, values, extent, raw, limit):
@@ -280,9 +285,9 @@ def draw_bar(figure, image, axes, raw, limit):
         bar.minorticks_off()
 
 
-def name_leads(axis, which):
-    """Lead names along x or y."""
-    axis.set(**{f"{which}ticks": range(len(LEADS)), f"{which}ticklabels": LEADS})
+def name_leads(axis, which, look):
+    """Names of the channel tokens along x or y."""
+    axis.set(**{f"{which}ticks": range(len(LEADS)), f"{which}ticklabels": look.tokens})
     axis.tick_params(axis=which, labelsize=7, rotation=90 if which == "x" else 0)
 
 
@@ -306,7 +311,7 @@ def draw_time(axis, means, look):
         axis.patch.set_visible(False)
 
 
-def draw_leads(axis, means, which):
+def draw_leads(axis, means, which, look):
     """Attention that leads receive, along x or y, with its interval for several records."""
     at, mean = np.arange(len(LEADS)), means["received"].mean
     half = means["received"].half if means["received"].n > 1 else None
@@ -314,12 +319,12 @@ def draw_leads(axis, means, which):
     if which == "x":
         axis.errorbar(at, mean, half, fmt="o", markersize=4, capsize=2, color="black")
         axis.axhline(1, **line)
-        axis.set(xlabel="key: lead", ylabel="received /\nuniform")
+        axis.set(xlabel=f"key: {look.token}", ylabel="received /\nuniform")
     else:
         axis.errorbar(mean, at, xerr=half, fmt="o", markersize=4, capsize=2, color="black")
         axis.axvline(1, **line)
         axis.set(xlabel="received / uniform", ylim=(len(LEADS) - 0.5, -0.5))
-    name_leads(axis, which)
+    name_leads(axis, which, look)
 
 
 def arrays(layers, look):
@@ -331,7 +336,7 @@ def arrays(layers, look):
                 for key in ("map", "received")}
     else:
         out["millivolt"] = look.mv
-    return out | dict(seconds=look.seconds, leads=LEADS, ecg_id=look.ecg_id)
+    return out | dict(seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id)
 
 
 def plot_self(found, stream, look, path):
@@ -340,7 +345,7 @@ def plot_self(found, stream, look, path):
     layers = [means for (name, _), means in found.items() if name == stream]
     values = [shown(means, look.raw) for means in layers]
     limit, edge = bound(values, look.raw), len(LEADS) - 0.5
-    extent = (0, look.span, look.span, 0) if stream == "time" else (-0.5, edge, edge, -0.5)
+    extent = (0, look.end, look.end, 0) if stream == "time" else (-0.5, edge, edge, -0.5)
     height = min(4.0, 9 / len(layers))
     figure, below = canvas(look, height + 2.2)
     axes = below.subplots(2, len(layers), squeeze=False, height_ratios=(height, 1.2), sharex=True,
@@ -351,10 +356,10 @@ def plot_self(found, stream, look, path):
         if stream == "time":
             draw_time(received, means, look)
         else:
-            name_leads(axis, "y")
-            draw_leads(received, means, "x")
+            name_leads(axis, "y", look)
+            draw_leads(received, means, "x", look)
         received.label_outer()
-    axes[0, 0].set_ylabel("query: time (s)" if stream == "time" else "query: lead")
+    axes[0, 0].set_ylabel(f"query: {'time (s)' if stream == 'time' else look.token}")
     draw_bar(below, image, axes[0], look.raw, limit)
     below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}", fontsize=10)
     save_figure(figure, path, arrays(layers, look))
@@ -369,13 +374,13 @@ def plot_cross(found, look, path):
     axes = below.subplots(3, 2, width_ratios=(6, 1), height_ratios=(2, 2, 1.1))
     for axis, (name, means) in zip(axes[:, 0], both.items()):
         image = draw_map(axis, values[name].T if name == "time_to_channel" else values[name],
-                         (0, look.span, edge, -0.5), look.raw, limit)
+                         (0, look.end, edge, -0.5), look.raw, limit)
         axis.set_title(f"{STREAMS[name]}: entropy / ln(keys) {means['entropy'].mean:.3f}",
                        fontsize=9)
-        name_leads(axis, "y")
-    axes[0, 0].set(xlabel="query: time (s)", ylabel="key: lead")
-    axes[1, 0].set(xlabel="key: time (s)", ylabel="query: lead")
-    draw_leads(axes[0, 1], both["time_to_channel"], "y")
+        name_leads(axis, "y", look)
+    axes[0, 0].set(xlabel="query: time (s)", ylabel=f"key: {look.token}", xlim=(0, look.span))
+    axes[1, 0].set(xlabel="key: time (s)", ylabel=f"query: {look.token}", xlim=(0, look.span))
+    draw_leads(axes[0, 1], both["time_to_channel"], "y", look)
     draw_time(axes[2, 0], both["channel_to_time"], look)
     for axis in axes[1:, 1]:
         axis.set_axis_off()
@@ -443,33 +448,40 @@ def name_record(index, row):
             f"{index.strat_fold[row]}")
 
 
-def choose(cache, view, stride, args):
-    """Which records to look at, and how: rows, views, R peaks, times, titles.
+def choose(cache, saved, args):
+    """Which records to look at, and how: views, R peaks, times of the tokens, titles.
 
     Raises InputError for an ecg_id or a superclass that is not there.
     """
-    index, rate = cache.index, cache.meta["rate"]
+    index, config, view = cache.index, saved["config"], saved["args"]["view"]
     if args.superclass:
+        if args.records < 2:
+            raise InputError(f"--records {args.records}: an interval needs at least 2")
         ours = index[index.strat_fold.isin((VAL_FOLD, TEST_FOLD)) & (index[args.superclass] == 1)]
-        rows = ours.drop_duplicates("patient_id").index.to_numpy()[:args.records]
+        ours = ours.sample(frac=1, random_state=0).drop_duplicates("patient_id")
+        rows = np.sort(ours.index.to_numpy()[:args.records])
         if len(rows) < 2:
             raise InputError(f"--superclass {args.superclass}: {len(rows)} patients of folds 9 and "
-                             f"10 in {cache.folder}, of at most --records {args.records}; an "
-                             "interval needs 2")
-        title = (f"{len(rows)} records of folds 9 and 10 with {args.superclass}, one a patient: "
-                 "mean, 95 % interval")
+                             f"10 have it in {cache.folder}; an interval needs 2")
+        subject = (f"{len(rows)} records of folds 9 and 10 with {args.superclass}, one a patient: "
+                   "mean, 95 % interval")
     else:
         rows = np.array([find_record(index, args.ecg_id)])
-        title = name_record(index, rows[0])
+        subject = name_record(index, rows[0])
     span = SECONDS / 2 if view == "contig" else SECONDS
-    signals = cache.signals[rows]
+    signals, several = cache.signals[rows], len(rows) > 1
     views = split(normalize(torch.from_numpy(signals)), view)[0]
-    beats = [p[p < span] for p in (r_peaks(signal, rate) for signal in signals)]
+    seconds = token_times(views.shape[1], config["time_stride"], span)
+    beats = [p[p < span] for p in (r_peaks(signal, cache.meta["rate"]) for signal in signals)]
+    mixed = config["mix_leads"]  # token i is then not lead i
     return Namespace(
-        views=views, beats=beats, span=span, title=title, raw=args.raw, x=views[0].numpy(),
-        peaks=beats[0], seconds=token_times(views.shape[1], stride, span),
-        ecg_id=index.ecg_id.to_numpy()[rows],
-        mv=signals[0] / np.float32(1000) if len(rows) == 1 else None,
+        views=views, beats=beats, span=span, seconds=seconds, subject=subject, raw=args.raw,
+        end=len(seconds) * config["time_stride"] * span / views.shape[1], x=views[0].numpy(),
+        title=f"{subject}{'; beats are not aligned' * several}\n{describe(saved, cache.meta)}",
+        peaks=beats[0], ecg_id=index.ecg_id.to_numpy()[rows],
+        mv=None if several else signals[0] / np.float32(1000),
+        tokens=[str(i + 1) for i in range(len(LEADS))] if mixed else LEADS,
+        token="mixed channel token" if mixed else "lead",
         name=args.superclass or f"ecg{index.ecg_id[rows[0]]}")
 
 
@@ -495,27 +507,27 @@ def attention_table(rows):
 def maps(args):
     """Attention maps, table and beats of a run, for one record or for a superclass."""
     device = pick_device(args.device)
-    model, saved, trained, cache = open_run(args.run, args.cache, device)
-    look = choose(cache, trained["view"], saved["config"]["time_stride"], args)
-    encoders = {"this run": model,
-                "untrained": untrained(saved["config"], trained["seed"], device)}
-    both = {name: study(encoder, look, device) for name, encoder in encoders.items()}
-    about = describe(saved, cache.meta)
+    model, saved = load_run(args.run, device)
+    trained, cache = open_data(args.run, saved, args.cache)
+    fresh = untrained(saved["config"], trained["seed"], device)
+    look = choose(cache, saved, args)
+    both = {"this run": study(model, look, device),
+            "untrained": study(fresh, look, device, keep_maps=False)}
     rows = [row for name, found in both.items() for row in table(found, name)]
-    text = (f"# Attention\n{look.title}. {about}\n\nFirst view, unmasked. Entropy: of the queries' "
-            "weights over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the "
-            f"attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such "
-            "keys; ratio: of the two; shifted: its central 95 % when the peaks are shifted "
-            f"in time, all together.\n\n{attention_table(rows)}\n")
-    look.title += f"\n{about}"
-    folder, end = Path(args.run) / "figures", f"{look.name}{'-raw' * args.raw}.{args.format}"
+    text = (f"# Attention\n{look.title}\n\nFirst view, unmasked. Entropy: of the queries' weights "
+            "over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the attention on "
+            f"keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such keys; ratio: "
+            "of the two, mean over records; shifted: central 95 % of one record's ratio when its "
+            f"peaks are shifted in time, all together.\n\n{attention_table(rows)}\n")
+    folder = Path(args.out or Path(args.run) / "figures")
     write_atomic(folder / f"attention-{look.name}.md", lambda tmp: tmp.write_text(text))
     write_atomic(folder / f"attention-{look.name}.csv", lambda tmp: pd.DataFrame(rows).to_csv(
         tmp, index=False, float_format="%.6g"))
+    end = f"{look.name}.{args.format}"
     for stream in ("time", "channel"):
         plot_self(both["this run"], stream, look, folder / f"attention-{stream}-{end}")
     plot_cross(both["this run"], look, folder / f"attention-cross-{end}")
-    plot_beats(both, look, folder / f"attention-beats-{look.name}.{args.format}")
+    plot_beats(both, look, folder / f"attention-beats-{end}")
     print(f"{text}\n-> {folder}/attention-*{look.name}*")
 
 
@@ -535,8 +547,8 @@ def read_log(folder):
                          "least one epoch done, or train one: make pretrain VIEW=noncontig"
                          ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"args.json or log.jsonl in {folder} is damaged ({error}); train again"
-                         ) from error
+        raise InputError(f"args.json or log.jsonl in {folder} is damaged ({error}); mend it, or "
+                         "train again") from error
 
 
 def draw_curves(axis, runs, columns):
@@ -572,11 +584,12 @@ def plot_loss(runs, path):
     draw_curves(axis, runs, {"loss": ("-", ", training"), "val_loss": ("--", ", fold 9")})
     for saved, log in runs.values():
         args, plan = saved["args"], saved["in_effect"]
-        negatives = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
+        seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
         terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
-        axis.axhline(terms * math.log(2 * negatives - 1), color="0.5", linewidth=0.8,
-                     linestyle=":")
-    axis.set(ylabel="NT-Xent (nats); dotted: chance", ylim=(0, None))
+        for n, style in ((seen, (0, (1, 3))), (plan["val_batch"], (3, (3, 5)))):
+            axis.axhline(terms * math.log(2 * n - 1), color="0.5", linewidth=0.8, linestyle=style)
+    axis.set(ylabel="NT-Xent (nats); grey: chance, dots\nin training, dashes on fold 9",
+             ylim=(0, None))
     finish_curves(figure, [axis], runs, "Loss along training", path)
 
 
@@ -640,9 +653,9 @@ def plot_ages(index, about, path):
     low, median, high = known.quantile((0.25, 0.5, 0.75))  # ranks: 300 is above all the others
     axis.set(xlabel="age (years), in bins of 5; PTB-XL hides ages above 89 (coded 300)",
              ylabel="records")
-    axis.set_title(f"Ages: median {median:g}, quartiles {low:g} and {high:g}; "
-                   f"{(index.sex == 0).mean():.0%} male; {index.age.isna().sum()} unknown\n{about}",
-                   fontsize=9)
+    axis.set_title(f"Ages of {len(index)} records: median {median:g}, quartiles {low:g} and "
+                   f"{high:g}; {index.age.isna().sum()} unknown; {(index.sex == 0).mean():.0%} "
+                   f"male\n{about}", fontsize=9)
     save_figure(figure, path, [*(dict(age_from=a, age_below=b, records=n) for a, b, n in zip(
         edges, edges[1:], counts)), dict(age_from=90, records=hidden.sum())])
 
@@ -712,12 +725,18 @@ def plot_rates(folder, ecg_id, about, path):
 # Views
 
 def example(cache, config, seed, row):
-    """Both views of a record as training makes them: views (2, T', C), leads kept (2, C) bool."""
-    order = [(VAL_KEY, np.array([row]))]
-    (make,) = batches(cache, config, seed, order, "cpu", 0)
-    keep = draw_keep(config, 1, seed, VAL_KEY, row)
-    kept = np.ones((2, len(LEADS)), bool) if keep is None else keep[:, 0].numpy()
-    return torch.cat(list(make(slice(0, 1)))).numpy(), kept
+    """Both views of a record as training makes them: views (2, T', C), leads kept (2, C) bool.
+
+    Of an epoch in which both stochastic views differ from the record: none may be transformed.
+    """
+    x = normalize(torch.from_numpy(cache.signals[[row]]))
+    for epoch in range(100):
+        (make,) = batches(cache, config, seed, [(epoch, np.array([row]))], "cpu", 0)
+        pair = torch.cat(list(make(slice(0, 1))))
+        if config.view != "stochastic" or (pair != x).any((1, 2)).all():
+            break
+    keep = draw_keep(config, 1, seed, epoch, row)
+    return pair.numpy(), np.ones((2, len(LEADS)), bool) if keep is None else keep[:, 0].numpy()
 
 
 def draw_leads_apart(axis, x, seconds, kept, offsets, color, title):
@@ -730,7 +749,6 @@ def draw_leads_apart(axis, x, seconds, kept, offsets, color, title):
                       ha="center", va="center", backgroundcolor="white")
     axis.set_yticks(offsets, LEADS, fontsize=7)
     axis.set_title(title, fontsize=9)
-    axis.set_xlabel("time (s)")
     axis.margins(x=0.01, y=0.02)
 
 
@@ -753,6 +771,7 @@ def plot_views(cache, config, seed, row, about, path):
     draw_leads_apart(axes[1], x[0].numpy(), t, every, offsets, "black",
                      "normalised; bar: 5 deviations")
     for axis, size in zip(axes, (1, 5)):
+        axis.set_xlabel("time (s)")
         axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
     span = SECONDS / 2 if config.view == "contig" else SECONDS
     at = np.arange(pair.shape[1]) * span / pair.shape[1]
@@ -760,7 +779,8 @@ def plot_views(cache, config, seed, row, about, path):
         starts = i * span * (config.view == "contig" and not config.shift)
         draw_leads_apart(axis, pair[i], starts + at, kept[i], offsets, color,
                          f"view {i + 1}: {kept[i].sum()} of 12 leads")
-        axis.set_ylim(axes[1].get_ylim())
+        axis.set(ylim=axes[1].get_ylim(), xlabel="time from the view's start (s)" if config.shift
+                 else "time (s)")
 
     axis, lead = below.subplots(), LEADS.index("II")
     peaks = r_peaks(signal, rate)
@@ -776,9 +796,9 @@ def plot_views(cache, config, seed, row, about, path):
         axis.plot(s, y, style, color=color, markersize=4, linewidth=0.8, label=f"view {i + 1}",
                   markerfacecolor=color if i == 0 else "white")
     axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)",
-             ylabel="lead II, unmasked\n(z-score)")
+             ylabel=f"lead II, unmasked{', unshifted' * config.shift}\n(z-score)")
     axis.legend(fontsize=8, loc="upper right")
-    figure.suptitle(f"{config.view}: {WORDS[config.view]}. {about}", fontsize=10)
+    figure.suptitle(f"{config.describe()}\n{about}", fontsize=10)
     save_figure(figure, path, dict(millivolt=mv, normalized=x[0].numpy(), views=pair, kept=kept,
                                    leads=LEADS))
 
@@ -862,41 +882,44 @@ def plot_spectra(cache, trained, about, path):
 
 def plots(args):
     """Every figure of a run, in its folder; of several runs their curves of training together."""
-    names = [Path(run).name for run in args.runs]
-    runs = {name if names.count(name) == 1 else str(run): read_log(run)
-            for name, run in zip(names, args.runs)}
-    several, end = len(runs) > 1, args.format
-    out = Path(args.out if several else args.runs[0]) / ("" if several else "figures")
-    folder = Path(args.runs[0])
-    if not several:  # opened before anything is drawn, so that an error comes at once
+    folders, end, several = [Path(run) for run in args.runs], args.format, len(args.runs) > 1
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(f"the same run twice: {' '.join(args.runs)}")
+    if several and args.ecg_id is not None:
+        raise InputError("--ecg-id is for the figures of one run; give one run folder")
+    names = [folder.name for folder in folders]
+    runs = {name if names.count(name) == 1 else str(folder): read_log(folder)
+            for name, folder in zip(names, folders)}
+    out = Path(args.out or ("runs/plots" if several else folders[0] / "figures"))
+    if not several:  # before anything is drawn, so that an error comes at once
         saved = next(iter(runs.values()))[0]
-        trained = vars(default_args([])) | saved["args"]
-        cache = open_cache(args.cache or trained["cache"])
+        trained, cache = open_data(folders[0], saved, args.cache)
         row = find_record(cache.index, args.ecg_id)
-        about = describe(saved, cache.meta).split("; ", 1)[1]  # the data alone
     plot_loss(runs, out / f"training-loss.{end}")
     plot_gradients(runs, out / f"training-gradients.{end}")
     plot_clustering(runs, out / f"training-clustering.{end}")
     if several:
         return print(f"-> {out}/training-*")
-    plot_ages(cache.index, about, out / f"data-ages.{end}")
-    plot_superclasses(cache.index, about, out / f"data-superclasses.{end}")
-    plot_rates(cache.meta["data"], int(cache.index.ecg_id[row]), about.rsplit(" at ", 1)[0],
-               out / f"data-rates.{end}")
+    data, record = describe_data(cache.meta), name_record(cache.index, row)
+    at = f"{data} at {cache.meta['rate']} Hz"
+    plot_ages(cache.index, data, out / f"data-ages.{end}")
+    plot_superclasses(cache.index, data, out / f"data-superclasses.{end}")
+    plot_rates(cache.meta["data"], int(cache.index.ecg_id[row]), data, out / f"data-rates.{end}")
     for view in VIEWS:
         settings = trained if view == trained["view"] else trained | dict(
             view=view, mask_leads=None, shift=False)
         config = from_args(ViewConfig, Namespace(**settings))
-        plot_views(cache, config, trained["seed"], row, f"{name_record(cache.index, row)}\n{about}",
+        plot_views(cache, config, trained["seed"], row, f"{record}, {at}",
                    out / f"views-{view}.{end}")
-    plot_spectra(cache, trained, about, out / f"spectra.{end}")
-    if not (folder / "model.pt").exists():
+    plot_spectra(cache, trained, at, out / f"spectra.{end}")
+    if not (folders[0] / "model.pt").exists():
         print("note: no attention maps before the run is finished")
     elif saved["config"]["arch"] == "resnet18":
         print("note: no attention maps: this run is a ResNet-18")
     else:
         maps(Namespace(**vars(get_args(["maps"])) | dict(
-            run=folder, cache=args.cache, ecg_id=args.ecg_id, device=args.device, format=end)))
+            run=folders[0], cache=args.cache, ecg_id=args.ecg_id, device=args.device, format=end,
+            out=args.out)))
     print(f"-> {out}: training-*, data-*, views-*, spectra, attention-*")
 
 
@@ -912,6 +935,7 @@ def get_args(argv=None):
     g.add_argument("--superclass", choices=CLASSES, help="the mean over records of folds 9 and 10 "
                    "with this superclass, with intervals, instead of one record")
     p.add_argument("--records", type=int, default=64, help="at most so many for --superclass")
+    p.add_argument("--out", help="folder; by default the run's figures/")
     p.add_argument("--raw", action="store_true", help="colours show the weights; by default their "
                    "ratio to uniform attention (weight x number of keys)")
     p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
@@ -920,7 +944,7 @@ def get_args(argv=None):
     p = commands.add_parser("plots", help="every figure of a run, or curves of several", **style)
     p.add_argument("runs", nargs="+", help="run folders. One: all figures, into its figures/. "
                    "Several: their curves of training together")
-    p.add_argument("--out", default="runs/plots", help="folder for the curves of several runs")
+    p.add_argument("--out", help="folder; by default the run's figures/, runs/plots for several")
     p.add_argument("--ecg-id", type=int, help="the record to show; by default as for maps")
     p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

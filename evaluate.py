@@ -439,19 +439,19 @@ def save_arrays(path, arrays):
     write_atomic(path, write)
 
 
-def open_run(folder, cache=None, device="cpu"):
-    """A finished run and the records to look at: (model, args.json, its arguments, Cache).
+def open_data(folder, saved, cache=None):
+    """What a run was trained with and the records to look at: (its arguments as a dict, Cache).
 
-    cache: a folder; by default the run's own. Raises InputError when its rate is another one.
+    saved: its args.json; cache: a folder, by default the run's own. Raises InputError when its rate
+    is another one.
     """
-    model, saved = load_run(folder, device)
     trained = vars(default_args([])) | saved["args"]  # a flag may be younger than the run
     cache = open_cache(cache or trained["cache"])
     rate, was = cache.meta["rate"], saved["data"]["rate"]
     if rate != was:
         raise InputError(f"{folder} was trained at {was} Hz, {cache.folder} is at {rate} Hz: give "
                          f"a --cache at {was} Hz (make cache RATE={was} DATA=...)")
-    return model, saved, trained, cache
+    return trained, cache
 
 
 def untrained(config, seed, device):
@@ -460,11 +460,16 @@ def untrained(config, seed, device):
     return Contrastive(Config(**config)).to(device).eval()
 
 
+def describe_data(meta):
+    """The data of a cache in a few words, for titles."""
+    return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{Path(meta['data']).name}"
+
+
 def describe(saved, meta):
     """A run and its data in one line, for titles; meta: of the cache."""
     return (f"View {saved['args']['view']}, seed {saved['args']['seed']}, "
-            f"{saved['config']['arch']}; {'SYNTHETIC data ' if meta['synthetic'] else ''}"
-            f"{Path(meta['data']).name}, {meta['records']} records at {meta['rate']} Hz")
+            f"{saved['config']['arch']}; {describe_data(meta)}, {meta['records']} records at "
+            f"{meta['rate']} Hz")
 
 
 class Evaluation:
@@ -473,7 +478,8 @@ class Evaluation:
     def __init__(self, args):
         self.args, self.run = args, Path(args.run)
         self.device = pick_device(args.device)
-        self.model, self.saved, trained, self.cache = open_run(self.run, args.cache, self.device)
+        self.model, self.saved = load_run(self.run, self.device)
+        trained, self.cache = open_data(self.run, self.saved, args.cache)
         self.trained, self.view, self.seed = trained, trained["view"], trained["seed"]
         self.micro, self.n_views = trained["micro_batch"], 1 if args.first_view else None
         precision, self.autocast = pick_autocast(trained["precision"], self.device)

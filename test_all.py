@@ -1710,7 +1710,8 @@ def beats(rate, every=0.8, first=0.5):
 @pytest.fixture(scope="session")
 def drawn(finished, tmp_path_factory):
     """A copy of the finished run with every figure, and what was printed."""
-    run = Path(shutil.copytree(finished[0], tmp_path_factory.mktemp("drawn") / "one"))
+    run = Path(shutil.copytree(finished[0], tmp_path_factory.mktemp("drawn") / "one",
+                               ignore=shutil.ignore_patterns("figures")))
     return run, script("attention.py", "plots", run)
 
 
@@ -1804,30 +1805,82 @@ class TestAttention:
         mid = np.concatenate([np.repeat(np.median(mv[:, i]), 250) for i in (1, 4, 7, 10)])
         np.testing.assert_allclose(rows[:, 1], lead - mid)
 
-    def test_maps_have_queries_and_keys_where_the_labels_say(self, finished, tmp_path, monkeypatch):
+    def capture(self, monkeypatch, *argv):
+        """The figures that a command draws, by file name."""
         figures = {}
-        monkeypatch.setattr(attention, "save_figure",
-                            lambda figure, path, numbers: figures.__setitem__(path.name, figure))
-        run = Path(shutil.copytree(finished[0], tmp_path / "run"))
-        run_attention("maps", "--run", run, "--ecg-id", 5, "--raw")
+
+        def keep(figure, path, numbers):
+            figure.numbers, figures[path.stem] = numbers, figure
+
+        monkeypatch.setattr(attention, "save_figure", keep)
+        run_attention(*argv)
+        return figures
+
+    def patients(self, run, ids, n):
+        """Views of records that --superclass NORM chose, checked to be of n patients."""
         cache = data.open_cache(json.loads((run / "args.json").read_text())["args"]["cache"])
-        x = data.normalize(torch.from_numpy(cache.signals[[4]].copy()))[:, ::2]
-        found = attention.observe(model.load_run(run)[0], x)
+        chosen = cache.index[cache.index.ecg_id.isin(ids)]
+        assert len(chosen) == n and chosen.patient_id.is_unique and (chosen.NORM == 1).all()
+        assert chosen.strat_fold.isin([9, 10]).all()
+        return data.normalize(torch.from_numpy(cache.signals[chosen.index]))[:, ::2]
+
+    @pytest.mark.parametrize("flags, word", [([], "lead"),
+                                             (["--mix-leads"], "mixed channel token")])
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, monkeypatch,
+                                                             flags, word):
+        run_train(cache, tmp_path, "--max-steps", 1, "--time-stride", 64, *flags)  # 7 tokens of 64
+        figures = self.capture(monkeypatch, "maps", "--run", tmp_path, "--ecg-id", 5, "--raw")
+        signal = data.open_cache(cache).signals[[4]]
+        x = data.normalize(torch.from_numpy(signal))[:, ::2]
+        found = attention.observe(model.load_run(tmp_path)[0], x)
+        end = 7 * 64 * .02  # s: an interleaved view has a sample each 20 ms
         pictures = {}
         for name, figure in figures.items():
             for axis in (a for sub in figure.subfigs for a in sub.axes if a.images):
-                key = axis.get_title().split(":")[0]
-                pictures[name.split("-")[1], key] = (axis.images[0].get_array().data,
-                                                     axis.get_xlabel(), axis.get_ylabel())
-        for name, want, x_label, y_label in (
-                (("time", "layer 1"), found["time", 0]["map"], "", "query: time (s)"),
-                (("channel", "layer 1"), found["channel", 0]["map"], "", "query: lead"),
+                pictures[name.split("-")[1], axis.get_title().split(":")[0]] = axis
+        for name, want, extent, x_label, y_label in (
+                (("time", "layer 1"), found["time", 0]["map"], (0, end, end, 0), "",
+                 "query: time (s)"),
+                (("channel", "layer 1"), found["channel", 0]["map"], (-.5, 11.5, 11.5, -.5), "",
+                 f"query: {word}"),
                 (("cross", "time attends to channels"), found["time_to_channel", 0]["map"].T,
-                 "query: time (s)", "key: lead"),
+                 (0, end, 11.5, -.5), "query: time (s)", f"key: {word}"),
                 (("cross", "channels attend to time"), found["channel_to_time", 0]["map"],
-                 "key: time (s)", "query: lead")):
-            np.testing.assert_allclose(pictures[name][0], want, atol=1e-6)
-            assert pictures[name][1:] == (x_label, y_label)
+                 (0, end, 11.5, -.5), "key: time (s)", f"query: {word}")):
+            axis = pictures[name]
+            np.testing.assert_allclose(axis.images[0].get_array().data, want, atol=1e-6)
+            np.testing.assert_allclose(axis.images[0].get_extent(), extent)
+            assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
+        names = [text.get_text() for text in pictures["channel", "layer 1"].get_yticklabels()]
+        assert names == list(LEADS) if word == "lead" else "aVR" not in names
+        curve = figures["attention-time-ecg5"].subfigs[1].axes[1].lines[0]
+        np.testing.assert_allclose(curve.get_xdata(), (np.arange(7) * 64 + 31.5) * .02)
+        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0]["map"].mean(0),
+                                   rtol=1e-5)
+        figure = figures["attention-time-ecg5"]  # the ECG that is saved is to scale too
+        figure.set_dpi(254)
+        figure.draw_without_rendering()
+        at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
+        np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
+
+    def test_intervals_and_chance_are_drawn_where_they_are(self, finished, drawn, monkeypatch):
+        figures = self.capture(monkeypatch, "maps", "--run", drawn[0], "--superclass", "NORM")
+        axis = figures["attention-channel-NORM"].subfigs[0].axes[1]
+        ids = figures["attention-channel-NORM"].numbers["ecg_id"]
+        x = self.patients(drawn[0], ids, len(ids))
+        m = model.load_run(drawn[0])[0]
+        each = np.array([attention.observe(m, one[None])["channel", 0]["received"].mean(0)
+                         for one in x])
+        (container,) = axis.containers
+        drawn_ends = np.array([segment[:, 1] for segment in container[2][0].get_segments()])
+        want = scipy.stats.t.interval(.95, len(x) - 1, each.mean(0), scipy.stats.sem(each))
+        np.testing.assert_allclose(drawn_ends, np.stack(want, 1), rtol=1e-4)
+        figures = self.capture(monkeypatch, "plots", drawn[0])
+        lines = figures["training-loss"].axes[0].lines
+        flat = sorted(line.get_ydata()[0] for line in lines if line.get_label().startswith("_"))
+        plan = json.loads((drawn[0] / "args.json").read_text())["in_effect"]
+        assert flat == pytest.approx(sorted([math.log(2 * plan["batch"] - 1),
+                                             math.log(2 * plan["val_batch"] - 1)]))
 
     def test_the_saved_maps_are_the_runs_and_relative_means_times_keys(self, drawn):
         run, said = drawn
@@ -1874,10 +1927,11 @@ class TestAttention:
             x = data.normalize(torch.from_numpy(c.signals[[row]].copy()))
             for got, want in zip(numbers["views"], views.noncontig(x)):
                 np.testing.assert_allclose(got, want[0], atol=1e-6)
-            keep = train.draw_keep(config, 1, saved["seed"], train.VAL_KEY, row)
+            keep = train.draw_keep(config, 1, saved["seed"], 0, row)
             np.testing.assert_array_equal(numbers["kept"], keep[:, 0])
-        figure = Figure()
-        axis = figure.subplots()
+        with np.load(drawn[0] / "figures" / "views-stochastic.npz") as numbers:
+            assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
+        axis = Figure().subplots()
         attention.draw_leads_apart(axis, x[0].numpy(), np.arange(1000), keep[0, 0].numpy(),
                                    np.arange(12), "red", "")
         assert len(axis.texts) == (~keep[0, 0]).sum()
@@ -1915,14 +1969,10 @@ class TestAttention:
     def test_a_superclass_is_the_mean_over_its_patients(self, drawn):
         run_attention("maps", "--run", drawn[0], "--superclass", "NORM", "--records", 3,
                       "--format", "pdf")
-        cache = data.open_cache(json.loads((drawn[0] / "args.json").read_text())["args"]["cache"])
-        index, folder = cache.index, drawn[0] / "figures"
-        ours = index[index.strat_fold.isin([9, 10]) & (index.NORM == 1)]
-        rows = ours.drop_duplicates("patient_id").index[:3]
-        x = data.normalize(torch.from_numpy(cache.signals[rows]))[:, ::2]
-        m = model.load_run(drawn[0])[0]
-        each = [attention.observe(m, one[None])["channel", 0] for one in x]
+        folder, m = drawn[0] / "figures", model.load_run(drawn[0])[0]
         with np.load(folder / "attention-channel-NORM.npz") as saved:
+            x = self.patients(drawn[0], saved["ecg_id"], 3)
+            each = [attention.observe(m, one[None])["channel", 0] for one in x]
             np.testing.assert_allclose(saved["map"][0], np.mean([e["map"] for e in each], 0),
                                        atol=1e-6)
             half = scipy.stats.sem([e["map"] for e in each]) * scipy.stats.t.ppf(.975, 2)
@@ -1947,8 +1997,12 @@ class TestAttention:
     def test_bad_input_is_named(self, finished, cache, tmp_path, capsys):
         with pytest.raises(InputError, match="--ecg-id 999 is not in the data.*such as 1, 2"):
             run_attention("maps", "--run", finished[0], "--ecg-id", 999)
-        with pytest.raises(InputError, match="--superclass HYP: 1 patients.*needs 2"):
+        with pytest.raises(InputError, match="--records 1: an interval needs at least 2"):
             run_attention("maps", "--run", finished[0], "--superclass", "HYP", "--records", 1)
+        with pytest.raises(InputError, match="the same run twice"):
+            run_attention("plots", finished[0], finished[0])
+        with pytest.raises(InputError, match="--ecg-id is for the figures of one run"):
+            run_attention("plots", finished[0], tmp_path, "--ecg-id", 3)
         with pytest.raises(InputError, match="none has no args.json.*make pretrain"):
             run_attention("plots", tmp_path / "none")
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
