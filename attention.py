@@ -38,14 +38,16 @@ from train import batches, draw_keep, pick_device
 from views import VIEWS, BandPassFilter, ViewConfig, from_args, numpy_seed, pool, split
 
 MM = 1 / 25.4  # inch
-PAPER_LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"),
-                ("II",))  # of a printed ECG: 2.5 s a lead, then a rhythm strip
+# Rows of a printed ECG, for 10 s: 2.5 s a lead, one after another, and a rhythm strip; for 5 s: two
+# leads at the same time.
+LAYOUTS = {10: (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"),
+                ("II",)), 5: tuple(zip(LEADS[:6], LEADS[6:]))}
 PEAK_S = 0.05  # a token within this of an R peak is on it
 BEAT_S = np.linspace(-0.3, 0.5, 81)  # around an R peak
 BAND_HZ = 1.0, 40.0  # where spectra are compared: inside the default pass band, 0.5 to 47 Hz
 AGE_HIDDEN = 300  # PTB-XL's code for an age above 89
-# Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
-VIEW_COLORS = dict(zip(VIEWS, ("#DDAA33", "#BB5566", "#004488")))
+# After Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
+VIEW_COLORS = dict(zip(VIEWS, ("#997700", "#BB5566", "#004488")))
 LAYER_COLORS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 STREAMS = {"time": "time stream", "channel": "channel stream",
            "time_to_channel": "time attends to channels",
@@ -96,21 +98,27 @@ class Mean:
 
 
 def r_peaks(signal, rate):
-    """Times of the R peaks of a record in s, by wfdb's XQRS detector; empty when it finds none.
+    """Times of the R peaks of a record in s; empty when no QRS complexes are found.
 
+    Complexes are found by wfdb's XQRS in one lead; the peak of each is where the root mean square
+    over all leads is largest, so that it is no matter which way a lead deflects.
     signal: (T, C) int16 microvolt
     """
+    x = resample_poly(signal / 1000, 500 // rate, 1)  # at 100 Hz XQRS takes T waves for beats
+    size, reach = rms(x - np.median(x, axis=0)), round(PEAK_S * 500)
     for lead in ("II", "V2", "V5", "I"):  # the first in which it finds beats
-        x = signal[:, LEADS.index(lead)] / 1000
-        x = resample_poly(x, 500 // rate, 1)  # at 100 Hz it takes T waves for beats
-        if x.std() == 0:
-            continue
-        peaks, reach = xqrs_detect(x, fs=500, verbose=False), round(PEAK_S * 500)
-        peaks = [p for p in peaks if reach <= p < len(x) - reach]
-        if len(peaks) > 2:
-            x = np.abs(x - np.median(x))
-            return np.array([p + x[p - reach:p + reach].argmax() - reach for p in peaks]) / 500
+        if x[:, LEADS.index(lead)].std() > 0:
+            peaks = xqrs_detect(x[:, LEADS.index(lead)], fs=500, verbose=False)
+            peaks = [p for p in peaks if reach <= p < len(x) - reach]
+            if len(peaks) > 2:
+                return np.array([p + size[p - reach:p + reach].argmax() - reach
+                                 for p in peaks]) / 500
     return np.array([])
+
+
+def rms(x):
+    """Root mean square over the leads: (T, C) -> (T,)."""
+    return np.sqrt((x ** 2).mean(1))
 
 
 def token_times(T, stride, span):
@@ -190,30 +198,50 @@ def rows_apart(signals, gap):
     return -np.cumsum([0, *(high[1:] - low[:-1] + gap)])
 
 
-def draw_ecg(figure, mv, until):
+def ecg_rows(mv):
+    """The rows of a printed ECG: names of their leads, (rows, T') traces in mV, offsets in mV.
+
+    mv: (T, C) millivolt, 5 or 10 s; each lead's median is at its row's line
+    """
+    leads = LAYOUTS[5 if len(mv) in {5 * rate for rate in RATES} else 10]
+    mv, rows = mv - np.median(mv, axis=0), []
+    for row in leads:
+        parts = [mv] * 2 if len(leads) == 6 else np.split(mv, len(row))
+        rows.append(np.concatenate([part[:, LEADS.index(lead)] for part, lead in zip(parts, row)]))
+    rows = np.stack(rows)
+    return leads, rows, rows_apart(rows.T.clip(-4, 4), 0.6)
+
+
+def ecg_size(mv):
+    """Width and height in inches of a record (T, C) in mV when drawn."""
+    _, rows, offsets = ecg_rows(mv)
+    span = rows[0].max() + 0.6 - offsets[-1] - rows[-1].min() + 0.3  # mV
+    return (10.5 * 25 + 8) * MM, (10 * span + 17) * MM
+
+
+def draw_ecg(figure, mv, title):
     """A record as a clinician reads it: 12 leads, 25 mm/s and 10 mm/mV when printed at 100 %.
 
-    figure: a (sub)figure of ecg_size(mv); mv: (T, C) millivolt; until: s, from where on it is pale,
-    since the view ends there
+    figure: a (sub)figure of ecg_size(mv); mv: (T, C) millivolt, 5 or 10 s
     """
-    width, height, offsets, layout = ecg_size(mv)
+    (width, height), (leads, rows, offsets) = ecg_size(mv), ecg_rows(mv)
     axis = figure.add_axes((4 * MM / width, 9 * MM / height, 1 - 8 * MM / width,
                             1 - 17 * MM / height))
-    rate = len(mv) // SECONDS
-    t = np.arange(len(mv)) / rate
-    for leads, offset, row in zip(PAPER_LAYOUT, offsets, layout.T):
+    figure.text(0.5, 1 - 4 * MM / height, title, ha="center", fontsize=10)
+    n, both = rows.shape[1], len(leads) == 6
+    for names, offset, row in zip(leads, offsets, rows):
         axis.plot([-0.45, -0.4, -0.4, -0.2, -0.2, -0.15], np.array([0, 0, 1, 1, 0, 0]) + offset,
-                  color="black", linewidth=0.8)  # calibration: 1 mV, 0.2 s
-        axis.plot(t, row + offset, color="black", linewidth=0.7)
-        for i, lead in enumerate(leads):
-            start = i * SECONDS / len(leads)
-            part = row[int(start * rate):int((start + 0.6) * rate)]
-            axis.text(start + 0.06, offset + part.max() + 0.12, lead, fontsize=8, weight="bold")
-            axis.plot([start] * 2, [offset - 0.25, offset + 0.25], color="black", linewidth=0.8)
-    axis.axvspan(until, SECONDS, color="white", alpha=0.65, linewidth=0)
-    axis.set(xlim=(-0.5, SECONDS), ylim=(offsets[-1] + layout[:, -1].min() - 0.3,
-                                         layout[:, 0].max() + 0.6))
-    axis.set_xticks(range(SECONDS + 1))
+                  color="black", linewidth=0.8)
+        axis.plot(np.arange(n) * SECONDS / n, row + offset, color="black", linewidth=0.7)
+        for i, lead in enumerate(names):
+            start = i * n // len(names)
+            high = row[start:start + int(0.06 * n)].max()
+            axis.text(start * SECONDS / n + 0.06, offset + high + 0.12, lead, fontsize=8,
+                      weight="bold")
+            axis.plot([start * SECONDS / n] * 2, [offset - 0.25, offset + 0.25], color="black",
+                      linewidth=0.8)
+    axis.set(xlim=(-0.5, SECONDS), ylim=(offsets[-1] + rows[-1].min() - 0.3, rows[0].max() + 0.6))
+    axis.set_xticks(range(SECONDS + 1), [i if i < 5 or not both else i - 5 for i in range(11)])
     for step, color in ((0.1, "#F8DDDD"), (0.5, "#E9A8A8")):  # 1 mm and 5 mm
         low, high = np.ceil(np.array(axis.get_ylim()) / step) * step
         axis.hlines(np.arange(low, high, step), -0.5, SECONDS, color=color, linewidth=0.4, zorder=0)
@@ -221,21 +249,10 @@ def draw_ecg(figure, mv, until):
                     linewidth=0.4, zorder=0)
     axis.tick_params(length=0, labelsize=7)
     axis.set_yticks([])
-    axis.set_xlabel("time (s); 25 mm/s, 10 mm/mV, the pulse at the left is 1 mV and 0.2 s",
-                    fontsize=7, labelpad=1)
+    axis.set_xlabel("time (s); 25 mm/s and 10 mm/mV when printed at 100 %; the pulse is 1 mV and "
+                    "0.2 s", fontsize=7, labelpad=1)
     for side in axis.spines.values():
         side.set_visible(False)
-
-
-def ecg_size(mv):
-    """Width and height in inches of a drawn ECG (T, C), offsets of its rows, rows (T, 4) in mV."""
-    mv = mv - np.median(mv, axis=0)
-    layout = np.stack([np.concatenate([
-        part[:, LEADS.index(lead)] for part, lead in zip(np.split(mv, len(leads)), leads)])
-        for leads in PAPER_LAYOUT], axis=1)
-    offsets = rows_apart(layout.clip(-4, 4), 0.6)
-    span = layout[:, 0].max() + 0.6 - offsets[-1] - layout[:, -1].min() + 0.3  # mV
-    return (10.5 * 25 + 8) * MM, (10 * span + 17) * MM, offsets, layout
 
 
 # Drawing attention. `look` is what choose() gives: the record or records, and how to draw.
@@ -245,11 +262,10 @@ def canvas(look, height):
     if look.mv is None:
         figure = Figure((10.7, height), layout="constrained")
         return figure, figure.subfigures()
-    width, ecg_height, *_ = ecg_size(look.mv)
+    width, ecg_height = ecg_size(look.mv)
     figure = Figure((width, ecg_height + height), layout="constrained")
     top, below = figure.subfigures(2, 1, height_ratios=(ecg_height, height), hspace=0)
-    top.text(0.5, 1 - 4 * MM / ecg_height, look.subject, ha="center", fontsize=10)
-    draw_ecg(top, look.mv, look.span)
+    draw_ecg(top, look.mv, look.subject)
     return figure, below
 
 
@@ -275,14 +291,15 @@ def draw_map(axis, values, extent, raw, limit):
     return axis.imshow(values, aspect="auto", extent=extent, interpolation="antialiased", **style)
 
 
-def draw_bar(figure, image, axes, raw, limit):
-    """The colour bar of maps."""
+def draw_bar(figure, image, axes, raw, limit, keys):
+    """The colour bar of maps; a line where attention is uniform."""
     bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max" if raw else "both",
-                          label="attention weight" if raw else "attention / uniform attention")
-    if not raw:
-        ticks = limit ** np.array([-1, -0.5, 0, 0.5, 1])
-        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
-        bar.minorticks_off()
+                          label="weight; line: uniform" if raw else "attention / uniform")
+    if raw:
+        return bar.ax.axhline(1 / keys, color="white")
+    ticks = limit ** np.array([-1, -0.5, 0, 0.5, 1])
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    bar.minorticks_off()
 
 
 def name_leads(axis, which, look):
@@ -328,15 +345,16 @@ def draw_leads(axis, means, which, look):
 
 
 def arrays(layers, look):
-    """The numbers behind maps of some layers, for NPZ."""
-    out = {key: np.stack([means[key].mean for means in layers]).astype(np.float32)
-           for key in ("map", "received")}
+    """The numbers behind maps of some layers, for NPZ: weights, and what keys receive / uniform."""
+    out = dict(map=[means["map"].mean for means in layers],
+               received_ratio=[means["received"].mean for means in layers])
     if look.mv is None:
-        out |= {f"{key}_half": np.stack([means[key].half for means in layers]).astype(np.float32)
-                for key in ("map", "received")}
+        out |= dict(map_half=[means["map"].half for means in layers],
+                    received_ratio_half=[means["received"].half for means in layers])
     else:
-        out["millivolt"] = look.mv
-    return out | dict(seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id)
+        out |= dict(millivolt=look.mv, r_peaks=look.peaks)
+    return {key: np.stack(value).astype(np.float32) for key, value in out.items()} | dict(
+        seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id, data=look.data)
 
 
 def plot_self(found, stream, look, path):
@@ -360,7 +378,7 @@ def plot_self(found, stream, look, path):
             draw_leads(received, means, "x", look)
         received.label_outer()
     axes[0, 0].set_ylabel(f"query: {'time (s)' if stream == 'time' else look.token}")
-    draw_bar(below, image, axes[0], look.raw, limit)
+    draw_bar(below, image, axes[0], look.raw, limit, values[0].shape[1])
     below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}", fontsize=10)
     save_figure(figure, path, arrays(layers, look))
 
@@ -368,13 +386,14 @@ def plot_self(found, stream, look, path):
 def plot_cross(found, look, path):
     """Both directions of the cross-attention, time along x in both: Fig. 14 of the paper."""
     both = {name: found[name, 0] for name in ("time_to_channel", "channel_to_time")}
-    values = {name: shown(means, look.raw) for name, means in both.items()}
-    limit, edge = bound(values.values(), look.raw), len(LEADS) - 0.5
     figure, below = canvas(look, 6.4)
     axes = below.subplots(3, 2, width_ratios=(6, 1), height_ratios=(2, 2, 1.1))
     for axis, (name, means) in zip(axes[:, 0], both.items()):
-        image = draw_map(axis, values[name].T if name == "time_to_channel" else values[name],
+        values, edge = shown(means, look.raw), len(LEADS) - 0.5
+        limit = bound([values], look.raw)
+        image = draw_map(axis, values.T if name == "time_to_channel" else values,
                          (0, look.end, edge, -0.5), look.raw, limit)
+        draw_bar(below, image, axis, look.raw, limit, values.shape[1])
         axis.set_title(f"{STREAMS[name]}: entropy / ln(keys) {means['entropy'].mean:.3f}",
                        fontsize=9)
         name_leads(axis, "y", look)
@@ -384,7 +403,6 @@ def plot_cross(found, look, path):
     draw_time(axes[2, 0], both["channel_to_time"], look)
     for axis in axes[1:, 1]:
         axis.set_axis_off()
-    draw_bar(below, image, axes[1:, 1], look.raw, limit)
     below.suptitle(f"Cross-attention. {look.title}", fontsize=10)
     save_figure(figure, path, {f"{name}/{key}": value for name, means in both.items()
                                for key, value in arrays([means], look).items()})
@@ -396,14 +414,15 @@ def plot_beats(both, look, path):
     both: {encoder: what study() found}
     """
     t = np.arange(look.views.shape[1]) * look.span / look.views.shape[1]
-    beats = [around_peaks(x[:, LEADS.index("II")], t, peaks)
-             for x, peaks in zip(look.views.numpy(), look.beats)]
+    beats = [around_peaks(rms(x), t, peaks) for x, peaks in zip(look.views.numpy(), look.beats)]
     beats = [beat for beat in beats if beat is not None]
     if not beats:
         return print(f"note: no whole beat was found, so that {path} is not drawn")
     beat = np.mean(beats, axis=0)
     figure = Figure((9.5, 5.6), layout="constrained")
-    axes, rows = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 2)), []
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 2))
+    rows = [dict(attention="root mean square of the leads", seconds=s, received=b)
+            for s, b in zip(BEAT_S, beat)]
     for (name, found), (above, axis) in zip(both.items(), axes.T):
         above.plot(BEAT_S, beat, color="black")
         above.set(title=name)
@@ -420,7 +439,7 @@ def plot_beats(both, look, path):
                           half=h) for s, m, h in zip(BEAT_S, means.mean, means.half)]
         axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
         axis.set(xlabel="time from the R peak (s)")
-    axes[0, 0].set_ylabel("lead II (z-score)")
+    axes[0, 0].set_ylabel("leads, root mean\nsquare (z-score)")
     axes[1, 0].set_ylabel("attention received / uniform")
     axes[1, 1].legend(fontsize=8)
     figure.suptitle(f"Attention around the R peaks. {look.title}", fontsize=10)
@@ -468,7 +487,8 @@ def choose(cache, saved, args):
     else:
         rows = np.array([find_record(index, args.ecg_id)])
         subject = name_record(index, rows[0])
-    span = SECONDS / 2 if view == "contig" else SECONDS
+    data, span = describe_data(cache.meta), SECONDS / 2 if view == "contig" else SECONDS
+    subject = f"{data}: {subject}"
     signals, several = cache.signals[rows], len(rows) > 1
     views = split(normalize(torch.from_numpy(signals)), view)[0]
     seconds = token_times(views.shape[1], config["time_stride"], span)
@@ -477,9 +497,12 @@ def choose(cache, saved, args):
     return Namespace(
         views=views, beats=beats, span=span, seconds=seconds, subject=subject, raw=args.raw,
         end=len(seconds) * config["time_stride"] * span / views.shape[1], x=views[0].numpy(),
-        title=f"{subject}{'; beats are not aligned' * several}\n{describe(saved, cache.meta)}",
+        title=f"{subject}\n{Path(args.run).resolve().name}: {describe(saved, cache.meta)}\n" + (
+            "Beats are not aligned: for those see attention-beats" if several else
+            "Black: attention that a key receives, mean over queries; blue: lead II; triangles: R "
+            "peaks"), data=data,
         peaks=beats[0], ecg_id=index.ecg_id.to_numpy()[rows],
-        mv=None if several else signals[0] / np.float32(1000),
+        mv=None if several else signals[0, :round(span * cache.meta["rate"])] / np.float32(1000),
         tokens=[str(i + 1) for i in range(len(LEADS))] if mixed else LEADS,
         token="mixed channel token" if mixed else "lead",
         name=args.superclass or f"ecg{index.ecg_id[rows[0]]}")
@@ -513,9 +536,11 @@ def maps(args):
     look = choose(cache, saved, args)
     both = {"this run": study(model, look, device),
             "untrained": study(fresh, look, device, keep_maps=False)}
-    rows = [row for name, found in both.items() for row in table(found, name)]
-    text = (f"# Attention\n{look.title}\n\nFirst view, unmasked. Entropy: of the queries' weights "
-            "over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the attention on "
+    rows = [row | dict(data=look.data) for name, found in both.items()
+            for row in table(found, name)]
+    text = (f"# Attention\n{look.title.rsplit(chr(10), 1)[0]}\n\nFirst view, unmasked. Entropy: of "
+            "the queries' weights over ln(keys), 1 is uniform; mean over heads. On R peaks: share "
+            "of the attention on "
             f"keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such keys; ratio: "
             "of the two, mean over records; shifted: central 95 % of one record's ratio when its "
             f"peaks are shifted in time, all together.\n\n{attention_table(rows)}\n")
@@ -559,7 +584,8 @@ def draw_curves(axis, runs, columns):
                 == saved["args"]["view"]].index(name)  # a marker tells runs of one view apart
         for column, (style, words) in columns.items():
             axis.plot(log.index, log[column].astype(float), style, color=color,
-                      marker=[None if len(log) > 1 else ".", *"osD^vPX"][same % 8], markersize=3,
+                      marker=[None if len(log) > 1 else ".x"[style != "-"], *"osD^vPX"][same % 8],
+                      markersize=4,
                       markevery=max(len(log) // 8, 1), label=f"{name}{words}")
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -571,8 +597,7 @@ def finish_curves(figure, axes, runs, title, path):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3),
                   fontsize=8)
-    synthetic = any(saved["data"]["synthetic"] for saved, _ in runs.values())
-    figure.suptitle(f"{title}{'; SYNTHETIC data' * synthetic}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     numbers = pd.concat({name: log for name, (_, log) in runs.items()}, names=["run"])
     save_figure(figure, path, numbers.reset_index())
 
@@ -587,8 +612,9 @@ def plot_loss(runs, path):
         seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
         terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
         for n, style in ((seen, (0, (1, 3))), (plan["val_batch"], (3, (3, 5)))):
-            axis.axhline(terms * math.log(2 * n - 1), color="0.5", linewidth=0.8, linestyle=style)
-    axis.set(ylabel="NT-Xent (nats); grey: chance, dots\nin training, dashes on fold 9",
+            axis.axhline(terms * math.log(2 * n - 1), linewidth=0.8, linestyle=style,
+                         color=VIEW_COLORS[args["view"]])
+    axis.set(ylabel="NT-Xent (nats); thin: chance, dots\nin training, dashes on fold 9",
              ylim=(0, None))
     finish_curves(figure, [axis], runs, "Loss along training", path)
 
@@ -612,7 +638,7 @@ def plot_gradients(runs, path):
             for name, (saved, log) in runs.items()}
         draw_curves(below, ratios, {"ratio": ("-", "")})
         below.set(yscale="log")
-        below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.yaxis.set_minor_locator(NullLocator())
         below.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
@@ -797,7 +823,7 @@ def plot_views(cache, config, seed, row, about, path):
                   markerfacecolor=color if i == 0 else "white")
     axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)",
              ylabel=f"lead II, unmasked{', unshifted' * config.shift}\n(z-score)")
-    axis.legend(fontsize=8, loc="upper right")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{config.describe()}\n{about}", fontsize=10)
     save_figure(figure, path, dict(millivolt=mv, normalized=x[0].numpy(), views=pair, kept=kept,
                                    leads=LEADS))
@@ -888,13 +914,17 @@ def plots(args):
     if several and args.ecg_id is not None:
         raise InputError("--ecg-id is for the figures of one run; give one run folder")
     names = [folder.name for folder in folders]
-    runs = {name if names.count(name) == 1 else str(folder): read_log(folder)
-            for name, folder in zip(names, folders)}
+    runs = {}
+    for name, folder in zip(names, folders):
+        saved, log = read_log(folder)
+        name = name if names.count(name) == 1 else str(folder)
+        runs[name + ", SYNTHETIC" * saved["data"]["synthetic"]] = saved, log
     out = Path(args.out or ("runs/plots" if several else folders[0] / "figures"))
     if not several:  # before anything is drawn, so that an error comes at once
-        saved = next(iter(runs.values()))[0]
         trained, cache = open_data(folders[0], saved, args.cache)
         row = find_record(cache.index, args.ecg_id)
+        if cache.meta["fingerprint"] != saved["data"]["fingerprint"]:
+            print(f"note: trained on {saved['data']['data']}, drawn with {cache.meta['data']}")
     plot_loss(runs, out / f"training-loss.{end}")
     plot_gradients(runs, out / f"training-gradients.{end}")
     plot_clustering(runs, out / f"training-clustering.{end}")
@@ -912,6 +942,7 @@ def plots(args):
         plot_views(cache, config, trained["seed"], row, f"{record}, {at}",
                    out / f"views-{view}.{end}")
     plot_spectra(cache, trained, at, out / f"spectra.{end}")
+    print(f"-> {out}: training-*, data-*, views-*, spectra")
     if not (folders[0] / "model.pt").exists():
         print("note: no attention maps before the run is finished")
     elif saved["config"]["arch"] == "resnet18":
@@ -920,7 +951,6 @@ def plots(args):
         maps(Namespace(**vars(get_args(["maps"])) | dict(
             run=folders[0], cache=args.cache, ecg_id=args.ecg_id, device=args.device, format=end,
             out=args.out)))
-    print(f"-> {out}: training-*, data-*, views-*, spectra, attention-*")
 
 
 def get_args(argv=None):

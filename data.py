@@ -52,7 +52,7 @@ def run_script(main):
     """Call main(); errors of the user and Ctrl-C end in one line, not in a traceback."""
     try:
         main()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")

@@ -12,11 +12,14 @@ Out: in that folder metrics.json (every number), report.md, figures/ and eval/: 
 import argparse
 import json
 import math
+import multiprocessing
 import re
+import resource
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from itertools import combinations
 from pathlib import Path
@@ -38,12 +41,13 @@ from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, normalize,
                   open_cache, run_script, sha256, write_atomic)
 from model import C, Config, Contrastive, DualView, embed, load_run
-from train import (NOT_A_RESULT, VAL_KEY, batches, clustering, draw_keep, extract, pick_autocast,
-                   pick_device, project, set_seed, train)
+from train import (NOT_A_RESULT, VAL_KEY, Clock, accelerate, backward, batches, clustering,
+                   draw_keep, extract, pick_autocast, pick_device, project, set_seed, train)
 from train import get_args as default_args
 from views import VIEWS, ViewConfig, from_args, shift
 
@@ -1202,6 +1206,121 @@ def compare(args):
     write_atomic(f"{path}.json", lambda tmp: tmp.write_text(json.dumps(plain(dict(
         rows=rows.to_dict("records"), differences=found, published=PUBLISHED)), indent=1)))
     print(f"{text}-> {path}.md, .csv, .json")
+
+
+# What it costs
+
+def seconds_of_call(function, device, repeats=5):
+    """Median wall seconds of a call, after one that does not count."""
+    def once():
+        began = time.monotonic()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic() - began
+
+    once()
+    return float(np.median([once() for _ in range(repeats)]))
+
+
+def peak_bytes(device):
+    """Peak memory of this process, or on its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # ru_maxrss would begin with what the parent had
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def apart(function, *args):
+    """function(*args) in a fresh process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+class PlainCross(nn.Module):
+    """CrossAttention written with torch.nn.MultiheadAttention, to compare with."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H = config.width, config.heads
+        self.t, self.c = (nn.MultiheadAttention(D, H, batch_first=True) for _ in "tc")
+        self.norm_time, self.norm_channel = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, t, c):
+        return (self.norm_time(t + self.dropout(self.t(t, c, c, need_weights=False)[0])),
+                self.norm_channel(c + self.dropout(self.c(c, t, t, need_weights=False)[0])))
+
+
+def plain_modules(model):
+    """A copy of a model with torch.nn's encoder layers and attention in the place of ours."""
+    model = deepcopy(model)
+    config, encoder = model.config, model.encoder
+    for layers in (encoder.time_layers, encoder.channel_layers):
+        for i in range(config.depth):
+            layers[i] = nn.TransformerEncoderLayer(
+                config.width, config.heads, config.ff_mult * config.width, config.dropout, "gelu",
+                batch_first=True, norm_first=True)
+    encoder.cross = PlainCross(config)
+    return model
+
+
+def measure_step(folder, argv, batch, every=1, modules="ours"):
+    """One training step of `batch` records from a cache, in a process of its own.
+
+    argv: of train.py; every: take each so-manieth sample; modules: "ours" or "torch.nn"
+    ->  dict of seconds (of a step; of its parts), peak_bytes, flop of a step
+    """
+    args, cache = default_args(argv), open_cache(folder)
+    config, size, device = from_args(ViewConfig, args), from_args(Config, args), pick_device(
+        args.device)
+    if every > 1:
+        cache = replace(cache, signals=np.ascontiguousarray(cache.signals[:, ::every]))
+    _, autocast = pick_autocast(args.precision, device)
+    set_seed(0)
+    model = Contrastive(size)
+    model = (model if modules == "ours" else plain_modules(model)).to(device).train()
+    forward, clock = accelerate(model, args), Clock()
+    optimizer = torch.optim.Adam(model.parameters())
+    rows, micro = np.resize(cache.rows(TRAIN_FOLDS), batch), min(args.micro_batch, batch)
+    (views,) = batches(cache, config, 0, [(0, rows)], device, 0, clock)
+    keep = draw_keep(config, batch, 0)
+
+    def step():
+        backward(forward, views, keep, batch, micro, (0,), negatives=args.negatives,
+                 autocast=autocast)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def first_pass():
+        with torch.no_grad():
+            project(forward, views, keep, slice(0, micro), (0,), autocast)
+
+    def with_graph():
+        project(forward, views, keep, slice(0, micro), (0,), autocast)
+
+    def both_ways():
+        project(forward, views, keep, slice(0, micro), (0,), autocast)[1].sum().backward()
+
+    few = 3 if device.type == "cpu" else 10
+    out = dict(step=seconds_of_call(step, device, few), peak_bytes=peak_bytes(device))
+    clock.seconds = 0.0
+    out["read"] = seconds_of_call(lambda: [views(slice(i, i + micro)) for i in range(
+        0, batch, micro)], device, few)
+    parts = batch // micro
+    out["first_pass"] = seconds_of_call(first_pass, device, few) * parts * (
+        parts > 1 and args.negatives == "batch")
+    out["forward"] = seconds_of_call(with_graph, device, few) * parts
+    out["backward"] = seconds_of_call(both_ways, device, few) * parts - out["forward"]
+    out["optimiser"] = seconds_of_call(optimizer.step, device, few)
+    if not args.compile:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        out["flop"] = counter.get_total_flops()
+    return out | dict(batch=batch, micro_batch=micro, tokens=cache.signals.shape[1]
+                      // (1 if config.view == "stochastic" else 2) // size.time_stride)
 
 
 def get_args(argv=None):

@@ -1748,6 +1748,7 @@ class TestAttention:
         assert len(found) >= len(times) - 1  # the detector learns on the first
         assert np.abs(found[:, None] - times).min(1).max() < .01
         assert not len(attention.r_peaks(0 * signal, rate))
+        np.testing.assert_array_equal(attention.r_peaks(-signal, rate), found)  # either way up
         signal[:, LEADS.index("II")] = 0  # then another lead
         assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
 
@@ -1790,20 +1791,26 @@ class TestAttention:
         np.testing.assert_allclose(got, np.cos(2 * np.pi * attention.BEAT_S), atol=1e-3)
         assert attention.around_peaks(wave, seconds, np.array([.1])) is None
 
-    def test_an_ecg_is_drawn_at_25_mm_a_second_and_10_mm_a_millivolt(self):
-        mv = beats(100)[0] / 1000.
-        mv[:, 7] = -3 * mv[:, 7]
-        width, height, offsets, rows = attention.ecg_size(mv)
-        figure = Figure((width, height), dpi=254)  # ten dots a millimetre
-        attention.draw_ecg(figure, mv, 5)
-        at = figure.axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
+    @pytest.mark.parametrize("seconds", [10, 5])
+    def test_an_ecg_is_drawn_at_25_mm_a_second_and_10_mm_a_millivolt(self, seconds):
+        mv = beats(100)[0][:100 * seconds] / 1000. * np.arange(1, 13)
+        mv[:, 7] *= -.3
+        figure = Figure(attention.ecg_size(mv), dpi=254)  # ten dots a millimetre
+        attention.draw_ecg(figure, mv, "")
+        axis = figure.axes[0]
+        at = axis.transData.transform([(0, 0), (1, 0), (0, 1)])
         np.testing.assert_allclose(at[1] - at[0], [250, 0], atol=.01)
         np.testing.assert_allclose(at[2] - at[0], [0, 100], atol=.01)
-        drawn = rows + offsets
-        assert (drawn[:, :-1].min(0) - drawn[:, 1:].max(0) > .3).all()
-        lead = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
-        mid = np.concatenate([np.repeat(np.median(mv[:, i]), 250) for i in (1, 4, 7, 10)])
-        np.testing.assert_allclose(rows[:, 1], lead - mid)
+        _, rows, offsets = attention.ecg_rows(mv)
+        apart = (rows[:-1].clip(-4, 4).min(1) + offsets[:-1]) - (
+            rows[1:].clip(-4, 4).max(1) + offsets[1:])
+        np.testing.assert_allclose(apart, .6)
+        shown = [mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]] if seconds == 10 else [
+            mv[:, 1], mv[:, 7]]  # II aVL V2 V5 one after another; or II and V2 at the same time
+        middle = np.median(mv, axis=0)[[1, 4, 7, 10] if seconds == 10 else [1, 7]]
+        np.testing.assert_allclose(rows[1], np.concatenate(
+            [lead - m for lead, m in zip(shown, middle)]))
+        assert {text.get_text() for text in axis.texts} == set(LEADS)
 
     def capture(self, monkeypatch, *argv):
         """The figures that a command draws, by file name."""
@@ -1887,11 +1894,12 @@ class TestAttention:
         index = data.open_cache(json.loads((run / "args.json").read_text())["args"]["cache"]).index
         row = index[(index.strat_fold == 10) & (index.NORM == 1)
                     & (index[list(CLASSES)].sum(axis=1) == 1)].iloc[0]
-        assert f"ecg_id {row.ecg_id} (NORM), fold 10" in said and "SYNTHETIC" in said
+        assert f"SYNTHETIC data synth: ecg_id {row.ecg_id} (NORM), fold 10" in said
         with np.load(run / "figures" / f"attention-time-ecg{row.ecg_id}.npz") as saved:
             assert saved["map"].shape == (1, 25, 25) and saved["ecg_id"] == [row.ecg_id]
             np.testing.assert_allclose(saved["map"].sum(-1), 1, atol=1e-5)
-            np.testing.assert_allclose(saved["received"], 25 * saved["map"].mean(1), atol=1e-5)
+            np.testing.assert_allclose(saved["received_ratio"], 25 * saved["map"].mean(1),
+                                       atol=1e-5)
         means = attention.Mean()
         means.add(np.full((3, 8), 1 / 8))
         assert (attention.shown(dict(map=means), raw=False) == 1).all()
@@ -1990,7 +1998,7 @@ class TestAttention:
         (other / "model.pt").unlink()  # as in the middle of training
         run_attention("plots", drawn[0], other, "--out", tmp_path / "both")
         table = pd.read_csv(tmp_path / "both" / "training-gradients.csv")
-        assert set(table.run) == {"one", "other"} and len(table) == 4
+        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC"} and len(table) == 4
         assert {p.stem for p in (tmp_path / "both").iterdir()} == {
             "training-loss", "training-gradients", "training-clustering"}
 

@@ -206,7 +206,7 @@ def reader(cache, device):
 
 def read_ahead(signals, rows):
     """Have the system read these rows of a memory-mapped array while something else is computed."""
-    if hasattr(mmap, "MADV_WILLNEED"):
+    if hasattr(mmap, "MADV_WILLNEED") and hasattr(signals, "_mmap"):
         size = signals.strides[0]
         for start in rows * size:
             page = int(start) // mmap.PAGESIZE * mmap.PAGESIZE
