@@ -30,7 +30,7 @@ SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help download cache pretrain eval compare plots attention demo test info clean FORCE
+.PHONY: help download cache pretrain eval compare plots attention bench demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
 help: ## this text
@@ -67,6 +67,9 @@ plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" their tra
 
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
 	$(PY) attention.py maps --run $(RUN) $(ARGS)
+
+bench: $(CACHE)/meta.json | .venv/.done ## what loading and training cost here, into runs/bench.json
+	$(PY) evaluate.py bench --cache $(CACHE) $(ARGS)
 
 info: | .venv/.done ## records of DATA by fold and superclass
 	$(PY) data.py info --data "$(DATA)"

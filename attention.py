@@ -340,7 +340,7 @@ def draw_leads(axis, means, which, look):
     else:
         axis.errorbar(mean, at, xerr=half, fmt="o", markersize=4, capsize=2, color="black")
         axis.axvline(1, **line)
-        axis.set(xlabel="received / uniform", ylim=(len(LEADS) - 0.5, -0.5))
+        axis.set(xlabel="received /\nuniform", ylim=(len(LEADS) - 0.5, -0.5))
     name_leads(axis, which, look)
 
 
@@ -379,7 +379,8 @@ def plot_self(found, stream, look, path):
         received.label_outer()
     axes[0, 0].set_ylabel(f"query: {'time (s)' if stream == 'time' else look.token}")
     draw_bar(below, image, axes[0], look.raw, limit, values[0].shape[1])
-    below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}", fontsize=10)
+    below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}\n"
+                   f"{look.legend if stream == 'time' else ''}", fontsize=10)
     save_figure(figure, path, arrays(layers, look))
 
 
@@ -403,7 +404,7 @@ def plot_cross(found, look, path):
     draw_time(axes[2, 0], both["channel_to_time"], look)
     for axis in axes[1:, 1]:
         axis.set_axis_off()
-    below.suptitle(f"Cross-attention. {look.title}", fontsize=10)
+    below.suptitle(f"Cross-attention. {look.title}\n{look.legend}", fontsize=10)
     save_figure(figure, path, {f"{name}/{key}": value for name, means in both.items()
                                for key, value in arrays([means], look).items()})
 
@@ -497,8 +498,8 @@ def choose(cache, saved, args):
     return Namespace(
         views=views, beats=beats, span=span, seconds=seconds, subject=subject, raw=args.raw,
         end=len(seconds) * config["time_stride"] * span / views.shape[1], x=views[0].numpy(),
-        title=f"{subject}\n{Path(args.run).resolve().name}: {describe(saved, cache.meta)}\n" + (
-            "Beats are not aligned: for those see attention-beats" if several else
+        title=f"{subject}\n{Path(args.run).resolve().name}: {describe(saved, cache.meta)}",
+        legend="Beats are not aligned: for those see attention-beats" if several else (
             "Black: attention that a key receives, mean over queries; blue: lead II; triangles: R "
             "peaks"), data=data,
         peaks=beats[0], ecg_id=index.ecg_id.to_numpy()[rows],
@@ -538,9 +539,8 @@ def maps(args):
             "untrained": study(fresh, look, device, keep_maps=False)}
     rows = [row | dict(data=look.data) for name, found in both.items()
             for row in table(found, name)]
-    text = (f"# Attention\n{look.title.rsplit(chr(10), 1)[0]}\n\nFirst view, unmasked. Entropy: of "
-            "the queries' weights over ln(keys), 1 is uniform; mean over heads. On R peaks: share "
-            "of the attention on "
+    text = (f"# Attention\n{look.title}\n\nFirst view, unmasked. Entropy: of the queries' weights "
+            "over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the attention on "
             f"keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such keys; ratio: "
             "of the two, mean over records; shifted: central 95 % of one record's ratio when its "
             f"peaks are shifted in time, all together.\n\n{attention_table(rows)}\n")
@@ -823,6 +823,7 @@ def plot_views(cache, config, seed, row, about, path):
                   markerfacecolor=color if i == 0 else "white")
     axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)",
              ylabel=f"lead II, unmasked{', unshifted' * config.shift}\n(z-score)")
+    axis.yaxis.label.set_size(8)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{config.describe()}\n{about}", fontsize=10)
     save_figure(figure, path, dict(millivolt=mv, normalized=x[0].numpy(), views=pair, kept=kept,

@@ -13,8 +13,10 @@ import argparse
 import json
 import math
 import multiprocessing
+import platform
 import re
 import resource
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +31,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import wfdb
 from matplotlib.figure import Figure
 from scipy.spatial.distance import pdist
 from scipy.special import expit
@@ -41,10 +44,12 @@ from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
-from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, normalize,
-                  open_cache, run_script, sha256, write_atomic)
+from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, load_tables,
+                  normalize, open_cache, run_script, sha256, write_atomic)
 from model import C, Config, Contrastive, DualView, embed, load_run
 from train import (NOT_A_RESULT, VAL_KEY, Clock, accelerate, backward, batches, clustering,
                    draw_keep, extract, pick_autocast, pick_device, project, set_seed, train)
@@ -1263,30 +1268,49 @@ def plain_modules(model):
             layers[i] = nn.TransformerEncoderLayer(
                 config.width, config.heads, config.ff_mult * config.width, config.dropout, "gelu",
                 batch_first=True, norm_first=True)
+            layers[i].self_attn.dropout = 0.0  # as ours; with it the CPU has no fused kernel
     encoder.cross = PlainCross(config)
     return model
 
 
-def measure_step(folder, argv, batch, every=1, modules="ours"):
+def count_flops(step):
+    """Floating-point operations of a call, by PyTorch's counter; it lacks the CPU's attention."""
+    def forward(q, k, v, *rest, **more):
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad, q, k, v, *rest, **more):
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    aten = torch.ops.aten
+    with FlopCounterMode(display=False, custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measure_step(folder, argv, batch, every=1, theirs=False):
     """One training step of `batch` records from a cache, in a process of its own.
 
-    argv: of train.py; every: take each so-manieth sample; modules: "ours" or "torch.nn"
-    ->  dict of seconds (of a step; of its parts), peak_bytes, flop of a step
+    argv: of train.py; every: take one sample in so many; theirs: with torch.nn's modules
+    ->  dict: seconds of a step and of its parts, peak_bytes, flop of a step
     """
     args, cache = default_args(argv), open_cache(folder)
     config, size, device = from_args(ViewConfig, args), from_args(Config, args), pick_device(
         args.device)
-    if every > 1:
-        cache = replace(cache, signals=np.ascontiguousarray(cache.signals[:, ::every]))
+    cache = replace(cache, signals=np.ascontiguousarray(cache.signals[:, ::every])
+                    if every > 1 else cache.signals, meta=cache.meta | dict(
+                        rate=cache.meta["rate"] // every))
     _, autocast = pick_autocast(args.precision, device)
     set_seed(0)
     model = Contrastive(size)
-    model = (model if modules == "ours" else plain_modules(model)).to(device).train()
+    model = (plain_modules(model) if theirs else model).to(device).train()
     forward, clock = accelerate(model, args), Clock()
     optimizer = torch.optim.Adam(model.parameters())
     rows, micro = np.resize(cache.rows(TRAIN_FOLDS), batch), min(args.micro_batch, batch)
-    (views,) = batches(cache, config, 0, [(0, rows)], device, 0, clock)
-    keep = draw_keep(config, batch, 0)
+    (views,) = batches(cache, config, 0, [(0, rows)], device, args.workers, clock)
+    keep, parts = draw_keep(config, batch, 0), batch // micro
+    repeats = 3 if device.type == "cpu" else 10
 
     def step():
         backward(forward, views, keep, batch, micro, (0,), negatives=args.negatives,
@@ -1294,33 +1318,142 @@ def measure_step(folder, argv, batch, every=1, modules="ours"):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def first_pass():
-        with torch.no_grad():
-            project(forward, views, keep, slice(0, micro), (0,), autocast)
+    def once():
+        return project(forward, views, keep, slice(0, micro), (0,), autocast)[1]
 
-    def with_graph():
-        project(forward, views, keep, slice(0, micro), (0,), autocast)
+    def seconds(function):
+        return seconds_of_call(function, device, repeats)
 
-    def both_ways():
-        project(forward, views, keep, slice(0, micro), (0,), autocast)[1].sum().backward()
-
-    few = 3 if device.type == "cpu" else 10
-    out = dict(step=seconds_of_call(step, device, few), peak_bytes=peak_bytes(device))
+    out = dict(step=seconds(step), peak_bytes=peak_bytes(device), first_pass=0.0)
     clock.seconds = 0.0
-    out["read"] = seconds_of_call(lambda: [views(slice(i, i + micro)) for i in range(
-        0, batch, micro)], device, few)
-    parts = batch // micro
-    out["first_pass"] = seconds_of_call(first_pass, device, few) * parts * (
-        parts > 1 and args.negatives == "batch")
-    out["forward"] = seconds_of_call(with_graph, device, few) * parts
-    out["backward"] = seconds_of_call(both_ways, device, few) * parts - out["forward"]
-    out["optimiser"] = seconds_of_call(optimizer.step, device, few)
-    if not args.compile:
-        with FlopCounterMode(display=False) as counter:
-            step()
-        out["flop"] = counter.get_total_flops()
-    return out | dict(batch=batch, micro_batch=micro, tokens=cache.signals.shape[1]
-                      // (1 if config.view == "stochastic" else 2) // size.time_stride)
+    for _ in range(repeats):
+        step()
+    out["data"] = clock.seconds / repeats
+    if parts > 1 and args.negatives == "batch":
+        out["first_pass"] = parts * seconds(torch.no_grad()(once))
+    out["forward"] = parts * seconds(once)
+    out["backward"] = parts * seconds(lambda: once().sum().backward()) - out["forward"]
+    out["optimiser"] = seconds(optimizer.step)
+    return out | dict(flop=None if args.compile else count_flops(step), batch=batch,
+                      micro_batch=micro, records_per_second=batch / out["step"],
+                      tokens=views(slice(0, 1))[0].shape[1] // size.time_stride)
+
+
+class PerItem(Dataset):
+    """What many loaders do, to compare with: one float32 record at a time, NumPy's z-score."""
+
+    def __init__(self, signals):
+        self.signals = signals
+
+    def __len__(self):
+        return len(self.signals)
+
+    def __getitem__(self, i):
+        x = np.array(self.signals[i])
+        x = (x - x.mean(0)) / (x.std(0) + 1e-8)
+        return torch.from_numpy(np.stack([v * (np.random.rand(C) >= 0.5).astype(np.float32)
+                                          for v in (x[0::2], x[1::2])]))
+
+
+def measure_loading(cache, batch, device):
+    """Records a second: by wfdb, one float32 record at a time, and as training cuts each view."""
+    rows, out = np.resize(cache.rows(TRAIN_FOLDS), batch), {}
+
+    def rate(n, function):
+        return n / seconds_of_call(function, device, 3)
+
+    try:
+        table = load_tables(cache.meta["data"])
+        paths = [str(Path(cache.meta["data"]) / name) for name in table[RATES[cache.meta["rate"]]]]
+        out["wfdb"] = rate(len(paths[:64]), lambda: [wfdb.rdrecord(p) for p in paths[:64]])
+    except (InputError, OSError) as error:
+        print(f"note: nothing is read with wfdb: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (min(len(cache.signals), 512), *cache.signals.shape[1:])
+        signals = np.memmap(f"{folder}/float32", np.float32, "w+", shape=shape)
+        signals[:] = cache.signals[:len(signals)]
+        some = Subset(PerItem(signals), np.resize(np.arange(len(signals)), batch))
+        out["per item"] = rate(batch, lambda: list(DataLoader(some, batch_size=64)))
+    for name, flags in {"contig": {}, "noncontig": {}, "noncontig, 64 records": {},
+                        "noncontig, shift": dict(shift=True), "stochastic": {},
+                        "stochastic, workers": {}}.items():
+        config = ViewConfig(view=name.split(",")[0], **flags)
+        keep = draw_keep(config, batch, 0)
+        few = np.resize(rows[:64], batch) if "64" in name else (
+            rows[:256] if config.view == "stochastic" else rows)
+
+        def cut():
+            workers = multiprocessing.cpu_count() if "workers" in name else 0
+            (views,) = batches(cache, config, 0, [(0, few)], device, workers)
+            for i in range(0, len(few), 64):
+                pair = views(slice(i, min(i + 64, len(few))))
+                if keep is not None:
+                    pair = [v * k[i:i + 64, None].to(device) for v, k in zip(pair, keep)]
+
+        out[name] = rate(len(few), cut)
+    return out
+
+
+def bench(args):
+    """Measure what loading and training cost here: tables on the screen, numbers in args.out."""
+    cache, device = open_cache(args.cache), pick_device(args.device)
+    rate, cpu, found = cache.meta["rate"], device.type == "cpu", {}
+    if args.batch % 64 or args.batch < 64:
+        raise InputError(f"--batch {args.batch}: give a multiple of 64")
+    dtype, n = (torch.float32, 3072) if cpu else (torch.bfloat16, 8192)
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    peak = 2 * n ** 3 / seconds_of_call(lambda: matrix @ matrix, device)
+    found["loading"] = measure_loading(cache, args.batch, device)
+    print(f"{describe_data(cache.meta)}: {cache.meta['records']} records at {rate} Hz; {device}, "
+          f"{torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s in a {dtype} product\n\n"
+          + markdown(["loading and views", "records/s"], [[k, number(v, digits=0)]
+                                                          for k, v in found["loading"].items()]))
+    paper = (2, 1) if cpu else (args.batch, 32)  # batch, micro-batch
+    small, big = ["--preset", "small", "--micro-batch", "64"], ["--micro-batch", str(paper[1])]
+    plan = {"small": (small, args.batch),
+            "small, plain accumulation": ([*small, "--negatives", "micro"], args.batch),
+            "small, one micro-batch": (small, 64),
+            "small, micro-batch 16": ([*small[:2], "--micro-batch", "16"], 64),
+            "small, stochastic": ([*small, "--view", "stochastic"], 64)}
+    if not args.small:
+        plan |= {"paper": (big, paper[0]), "paper, torch.nn": (big, paper[0]),
+                 "paper, compiled": ([*big, "--compile"], paper[0])}
+        plan |= {f"paper, --time-stride {s}": ([*big, "--time-stride", str(s)], paper[0])
+                 for s in (2, 4, 8)}
+    found["steps"], lines = {}, []
+    for name, (argv, batch) in plan.items():
+        print(f"  {name}", flush=True)
+        row = apart(measure_step, args.cache, [*argv, "--device", args.device], batch,
+                    rate // 100 if name.startswith("small") else 1, "torch.nn" in name)
+        found["steps"][name] = row
+        flop = row["flop"] or math.nan
+        lines.append([name, row["tokens"], batch, row["micro_batch"], number(
+            row["records_per_second"], digits=2), *(f"{row[part] / row['step']:.1%}" for part in (
+                "data", "first_pass", "forward", "backward", "optimiser")),
+            f"{row['peak_bytes'] / 2 ** 20:.0f}", number(flop / batch / 1e9, digits=1),
+            number(flop / row["step"] / peak, digits=2)])
+    print("\n" + markdown(["step", "tokens", "batch", "micro", "records/s", "data", "first pass",
+                           "forward", "backward", "optimiser", "peak MiB", "GFLOP/record",
+                           "of peak"], lines))
+    steps, loading = found["steps"], found["loading"]
+    ratios = {"noncontig views over reading with wfdb": ("wfdb", "noncontig"),
+              "noncontig views over one record at a time": ("per item", "noncontig")}
+    ratios = {k: loading[b] / loading[a] for k, (a, b) in ratios.items() if a in loading}
+    one, exact = steps["small, one micro-batch"], steps["small"]
+    ratios["exact batch, memory over a micro-batch"] = exact["peak_bytes"] / one["peak_bytes"]
+    ratios["exact batch, time over plain accumulation"] = (
+        exact["step"] / steps["small, plain accumulation"]["step"])
+    if not args.small:
+        ours = steps["paper"]["step"]
+        ratios["paper, torch.nn over ours, time"] = steps["paper, torch.nn"]["step"] / ours
+        ratios["paper, ours over compiled, time"] = ours / steps["paper, compiled"]["step"]
+    print("\n" + markdown(["ratio", ""], [[k, number(v, digits=2)] for k, v in ratios.items()]))
+    found |= dict(ratios=ratios, peak_flops=peak, dtype=str(dtype), data=cache.meta["data"],
+                  rate=rate, records=cache.meta["records"], device=torch.cuda.get_device_name()
+                  if device.type == "cuda" else platform.processor() or platform.machine(),
+                  threads=torch.get_num_threads(), torch=torch.__version__)
+    write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(plain(found), indent=1)))
+    print(f"-> {args.out}")
 
 
 def get_args(argv=None):
@@ -1342,6 +1475,12 @@ def get_args(argv=None):
     p.add_argument("--bootstrap", type=int, default=1000, help="resamples, by patient")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
+    p = commands.add_parser("bench", help="what loading and training cost here", **style)
+    p.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
+    p.add_argument("--batch", type=int, default=1024, help="effective batch, for loading and steps")
+    p.add_argument("--small", action="store_true", help="leave out the paper preset")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--out", default="runs/bench.json", help="where the numbers go")
     p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
     p.add_argument("--out", default="runs/compare", help="tables go to OUT.md, OUT.csv, OUT.json")
@@ -1349,10 +1488,7 @@ def get_args(argv=None):
 
 
 def main(args):
-    if args.command == "run":
-        evaluate(args)
-    else:
-        compare(args)
+    dict(run=evaluate, bench=bench, compare=compare)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1694,6 +1694,49 @@ class TestEvaluate:
         assert not list(tmp_path.glob("x*"))
 
 
+class TestBench:
+    def test_operations_are_counted_as_by_hand(self):
+        q, w = torch.randn(2, 3, 50, 8, requires_grad=True), torch.randn(8, 16)
+        assert evaluate.count_flops(lambda: q @ w) == 2 * 2 * 3 * 50 * 8 * 16
+        attend = lambda: F.scaled_dot_product_attention(q, q, q)  # noqa: E731
+        products = 2 * 2 * 3 * 50 * 50 * 8  # one of the two
+        assert evaluate.count_flops(attend) == 2 * products
+        # backward: both again for the gradients of each factor, and the scores once more
+        assert evaluate.count_flops(lambda: attend().sum().backward()) == 7 * products
+
+    def test_the_yardstick_is_the_same_architecture(self):
+        ours = tiny(depth=2).eval()
+        theirs = evaluate.plain_modules(ours).eval()
+        assert model.n_parameters(ours) == model.n_parameters(theirs)
+        pairs = [(a, b) for layers in ("time_layers", "channel_layers") for a, b in zip(
+            getattr(ours.encoder, layers), getattr(theirs.encoder, layers))]
+        for a, b in pairs:
+            for mine, other in ((a.norm1, b.norm1), (a.norm2, b.norm2), (a.ff[0], b.linear1),
+                                (a.ff[2], b.linear2), (a.attention.out, b.self_attn.out_proj)):
+                other.load_state_dict(mine.state_dict())
+            b.self_attn.in_proj_weight, b.self_attn.in_proj_bias = (a.attention.qkv.weight,
+                                                                    a.attention.qkv.bias)
+        for a, b in ((ours.encoder.cross.time_to_channel, theirs.encoder.cross.t),
+                     (ours.encoder.cross.channel_to_time, theirs.encoder.cross.c)):
+            b.in_proj_weight, b.in_proj_bias, b.out_proj = a.qkv.weight, a.qkv.bias, a.out
+        x = torch.randn(3, 500, 12)
+        torch.testing.assert_close(ours(x)[1], theirs(x)[1], atol=1e-5, rtol=1e-4)
+
+    @slow
+    def test_a_benchmark_measures_and_saves_what_it_prints(self, cache, tmp_path):
+        said = script("evaluate.py", "bench", "--cache", cache, "--small", "--batch", 128, "--out",
+                      tmp_path / "bench.json")
+        found = json.loads((tmp_path / "bench.json").read_text())
+        step = found["steps"]["small"]
+        assert step["tokens"] == 125 and step["batch"] == 128 and step["step"] > 0
+        parts = sum(step[key] for key in ("data", "first_pass", "forward", "backward", "optimiser"))
+        assert .3 < parts / step["step"] < 3  # measured apart, on a machine with other work
+        assert set(found["loading"]) > {"wfdb", "per item", "contig", "noncontig", "stochastic"}
+        for name, ratio in found["ratios"].items():
+            assert f"{ratio:.2f}" in said and ratio > 0, name
+        assert "SYNTHETIC" in said
+
+
 def run_attention(*argv):
     """Draw in this process."""
     attention.main(attention.get_args([str(a) for a in argv]))
@@ -2039,7 +2082,7 @@ class TestMake:
     def test_make_alone_lists_every_public_target_and_variable(self):
         out = self.make()
         for word in ("demo", "test", "download", "cache", "pretrain", "eval", "compare", "plots",
-                     "attention", "clean",
+                     "attention", "bench", "NPROC", "clean",
                      "VIEW", "SEED", "RATE", "PRESET", "DATA", "RUN", "RUNS", "ARGS"):
             assert re.search(rf"\b{word}\b", out), word
 
@@ -2068,6 +2111,7 @@ class TestMake:
 
     @pytest.mark.parametrize("script, command", [
         (train, []), (model, []), (data, ["cache"]), (evaluate, ["run"]), (evaluate, ["compare"]),
+        (evaluate, ["bench"]),
         (attention, ["maps"]), (attention, ["plots"])])
     def test_help(self, script, command, capsys):
         with pytest.raises(SystemExit) as stop:
