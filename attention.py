@@ -757,7 +757,8 @@ def example(cache, config, seed, row):
     """
     x = normalize(torch.from_numpy(cache.signals[[row]]))
     for epoch in range(100):
-        (make,) = batches(cache, config, seed, [(epoch, np.array([row]))], "cpu", 0)
+        (make,) = batches(cache, config, seed, [(epoch, np.array([row]))],
+                          torch.device("cpu"), 0)
         pair = torch.cat(list(make(slice(0, 1))))
         if config.view != "stochastic" or (pair != x).any((1, 2)).all():
             break

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # diagnostic superclasses, in PTB-XL's order
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
-FLAT_MV = 1e-3  # a lead whose standard deviation is below one step of the recorder is flat
+FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10  # PTB-XL's recommended split
 URL = "https://physionet.org/files/ptb-xl/1.0.3/"
 TABLES = ("ptbxl_database.csv", "scp_statements.csv")
@@ -65,9 +65,11 @@ def normalize(signals):
 
     signals: (..., T, C) int16 microvolt  ->  (..., T, C) float32, mean 0 and deviation 1
     """
-    x = signals.float() / 1000  # millivolt
-    std, mean = torch.std_mean(x, dim=-2, keepdim=True, correction=0)
-    return torch.where(std < FLAT_MV, 0.0, (x - mean) / std.clamp(min=FLAT_MV))
+    x = signals.to(torch.float32, copy=True)  # one array, changed in place: memory is what costs
+    x -= x.mean(-2, keepdim=True)
+    std = (x * x).mean(-2, keepdim=True).sqrt()
+    x *= torch.where(std < FLAT_UV, 0.0, 1 / std.clamp(min=FLAT_UV))
+    return x
 
 
 # Files
@@ -256,6 +258,7 @@ class Cache:
     signals: np.ndarray
     index: pd.DataFrame
     meta: dict
+    copies: dict = field(default_factory=dict)  # device -> the signals as a tensor there
 
     def __reduce__(self):  # a spawned worker maps the file again, and gets no copy of it
         return open_cache, (self.folder,)

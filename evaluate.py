@@ -1385,10 +1385,10 @@ def measure_loading(cache, batch, device):
         def cut():
             workers = multiprocessing.cpu_count() if "workers" in name else 0
             (views,) = batches(cache, config, 0, [(0, few)], device, workers)
-            for i in range(0, len(few), 64):
-                pair = views(slice(i, min(i + 64, len(few))))
+            for i in range(0, len(few), 16):
+                pair = views(slice(i, min(i + 16, len(few))))
                 if keep is not None:
-                    pair = [v * k[i:i + 64, None].to(device) for v, k in zip(pair, keep)]
+                    pair = [v * k[i:i + 16, None].to(device) for v, k in zip(pair, keep)]
 
         out[name] = rate(len(few), cut)
     return out

@@ -52,6 +52,7 @@ HERE = Path(__file__).parent
 PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
+CPU = torch.device("cpu")
 TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
             fusion_width=32, rep_dim=16, proj_dim=8)
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"
@@ -942,14 +943,14 @@ class TestTrain:
         c, rows = data.open_cache(cache), np.array([5, 3, 40])
         x = data.normalize(torch.from_numpy(c.signals[rows]))
         for view in ("contig", "noncontig"):
-            (pair,) = train.batches(c, views.ViewConfig(view=view), 0, [(0, rows)], "cpu", 0)
+            (pair,) = train.batches(c, views.ViewConfig(view=view), 0, [(0, rows)], CPU, 0)
             for got, want in zip(pair(slice(1, 3)), views.split(x, view)):
                 torch.testing.assert_close(got, want[1:3])
 
     def test_shifted_views_are_views_that_start_elsewhere_each(self, cache):
-        c, rows, cpu = data.open_cache(cache), np.arange(12), torch.device("cpu")
+        c, rows = data.open_cache(cache), np.arange(12)
         config = views.ViewConfig(view="noncontig", shift=True)
-        (cut,) = train.batches(c, config, 5, [(3, rows)], cpu, 0)
+        (cut,) = train.batches(c, config, 5, [(3, rows)], CPU, 0)
         pair = views.split(data.normalize(torch.from_numpy(c.signals[rows])), "noncontig")
         found = []
         for got, view in zip(cut(slice(0, 12)), pair):
@@ -967,7 +968,7 @@ class TestTrain:
     def test_stochastic_batches_do_not_depend_on_the_workers(self, cache):
         c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
         order = [(0, np.array([5, 3])), (1, np.array([5, 8]))]
-        runs = [[pair(slice(0, 2)) for pair in train.batches(c, config, 0, order, "cpu", workers)]
+        runs = [[pair(slice(0, 2)) for pair in train.batches(c, config, 0, order, CPU, workers)]
                 for workers in (0, 2)]
         for alone, parallel in zip(*runs):
             for a, b in zip(alone, parallel):

@@ -192,16 +192,19 @@ class Clock:
         self.seconds += time.monotonic() - self.began
 
 
-def reader(cache, device):
-    """A function: row numbers -> (b, T, C) int16 on the device.
+def fetch(cache, rows, device):
+    """Records (b, T, C) int16 on the device, by their row numbers.
 
     The whole array lives on a GPU when it takes no more than a quarter of what is free there
     (2.6 GB for all of PTB-XL at 500 Hz); else rows come from the memory-mapped file.
     """
-    if device.type == "cuda" and cache.signals.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        whole = torch.from_numpy(np.array(cache.signals)).to(device)
-        return lambda rows: whole[torch.from_numpy(rows).to(device)]
-    return lambda rows: torch.from_numpy(cache.signals[rows]).to(device)
+    if device.type == "cuda" and device not in cache.copies:
+        fits = cache.signals.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+        cache.copies[device] = torch.tensor(cache.signals, device=device) if fits else None
+    whole = cache.copies.get(device)
+    if whole is None:
+        return torch.from_numpy(cache.signals[rows]).to(device)
+    return whole[torch.from_numpy(rows).to(device)]
 
 
 def read_ahead(signals, rows):
@@ -234,7 +237,7 @@ def batches(cache, config, seed, order, device, workers, clock=None):
             yield lambda part, x=x, first=first: x[part.start - first:part.stop - first].to(
                 device).unbind(1)
     else:
-        T, read = cache.signals.shape[1] // 2, reader(cache, torch.device(device))
+        T = cache.signals.shape[1] // 2
         for (epoch, rows), (_, following) in zip(order, [*order[1:], order[-1]]):
             read_ahead(cache.signals, following[share(len(following))])
             offsets = torch.randint(T, (2, len(rows)), generator=generator(
@@ -242,7 +245,7 @@ def batches(cache, config, seed, order, device, workers, clock=None):
 
             def cut(part, rows=rows, offsets=offsets):
                 with clock:
-                    x = read(rows[part])
+                    x = fetch(cache, rows[part], device)
                 pair = split(normalize(x), config.view)
                 return pair if offsets is None else [
                     shift(v, at) for v, at in zip(pair, offsets[:, part])]
@@ -400,7 +403,7 @@ def extract(function, cache, rows, device, autocast=nullcontext, size=64):
     parts = np.array_split(rows, math.ceil(max(len(rows), 1) / size))
     done = []
     for part in tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True):
-        x = normalize(torch.from_numpy(cache.signals[part]).to(device))
+        x = normalize(fetch(cache, part, device))
         with autocast():
             done.append(function(x).float().cpu().numpy())
     return np.concatenate(done)
