@@ -65,7 +65,7 @@ def normalize(signals):
 
     signals: (..., T, C) int16 microvolt  ->  (..., T, C) float32, mean 0 and deviation 1
     """
-    x = signals.to(torch.float32, copy=True)  # one array, changed in place: memory is what costs
+    x = signals.to(torch.float32, copy=True)  # then in place: fresh memory is what costs
     x -= x.mean(-2, keepdim=True)
     std = (x * x).mean(-2, keepdim=True).sqrt()
     x *= torch.where(std < FLAT_UV, 0.0, 1 / std.clamp(min=FLAT_UV))

@@ -106,18 +106,23 @@ def settle(args, n_train, n_val, processes=1):
                          f"that does, such as {math.gcd(micro, batch)}")
     if args.negatives == "micro" and micro == 1:
         raise InputError("--micro-batch 1 leaves no negatives with --negatives micro: at least 2")
-    if n_train < 4 or n_val < 2:
+    if n_train < 4 * processes or n_val < 2 * processes:
         raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
-                         "are needed; see: python data.py info")
+                         "are needed for each process; see: python data.py info")
     if batch > n_train or (args.batch_size is None and batch * MIN_STEPS > n_train):
         batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
         notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
                      f"records, and an epoch needs some {MIN_STEPS} steps")
-    if batch % processes:
+    if args.batch_size is None:
+        batch -= batch % processes
+    elif batch % processes:
+        fits = max(batch // (processes * micro), 1) * processes * micro
         raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
-                         f"--batch-size that they can, such as {batch - batch % processes}")
-    share = batch // processes
-    micro = math.gcd(share, min(micro, share))
+                         f"--batch-size that they can, such as {fits}")
+    alone, micro = micro, math.gcd(batch // processes, min(micro, batch // processes))
+    if micro < min(alone, batch):
+        notes.append(f"micro-batch {micro} instead of {alone}: a process has only "
+                     f"{batch // processes} records of a batch")
     if args.negatives == "micro" and micro == 1:
         raise InputError(f"a batch of {batch} leaves {processes} processes no negatives with "
                          "--negatives micro: give a larger --batch-size")
@@ -143,25 +148,40 @@ def share(n):
     return slice(rank * n // processes, (rank + 1) * n // processes)
 
 
-def gather(x, dim):
+def gather(x, dim, even=True):
     """The processes' tensors x, one after another along dim, on this one's device; no gradient."""
     if not dist.is_initialized():
         return x
-    parts = [None] * ranks()[1]
-    dist.all_gather_object(parts, x.cpu())  # shares may be uneven
-    return torch.cat(parts, dim).to(x.device)
+    parts = [torch.empty_like(x) if even else None for _ in range(ranks()[1])]
+    if even:
+        dist.all_gather(parts, x.contiguous())
+    else:
+        dist.all_gather_object(parts, x.cpu())
+    return torch.cat([part.to(x.device) for part in parts], dim)
 
 
-def join_processes(device):
+def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        else:  # torchrun leaves one thread each
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # torchrun leaves one thread each
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def share_statistics(model):
+    """Average BatchNorm's running statistics over the processes, which each saw their share."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= ranks()[1]
 
 
 # Batches: a batch is a function that gives the two views of a slice of it, on the device.
@@ -204,7 +224,7 @@ def fetch(cache, rows, device):
     whole = cache.copies.get(device)
     if whole is None:
         return torch.from_numpy(cache.signals[rows]).to(device)
-    return whole[torch.from_numpy(rows).to(device)]
+    return whole[torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)]
 
 
 def read_ahead(signals, rows):
@@ -239,7 +259,8 @@ def batches(cache, config, seed, order, device, workers, clock=None):
     else:
         T = cache.signals.shape[1] // 2
         for (epoch, rows), (_, following) in zip(order, [*order[1:], order[-1]]):
-            read_ahead(cache.signals, following[share(len(following))])
+            if cache.copies.get(device) is None:
+                read_ahead(cache.signals, following[share(len(following))])
             offsets = torch.randint(T, (2, len(rows)), generator=generator(
                 seed, epoch, int(rows[0]), 0)).to(device) if config.shift else None
 
@@ -324,32 +345,34 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
     negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
     Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
     respect to the projections of all processes; project again with a graph and the same
-    randomness, and back-propagate. A process with one part only keeps its graph instead of
-    projecting twice. "micro": plain accumulation, negatives from the micro-batch alone (the paper).
+    randomness, and back-propagate. The first part keeps its graph instead of a second projection.
+    "micro": plain accumulation, negatives from the micro-batch alone (the paper).
     forward: the model, or it compiled or in DistributedDataParallel, which averages gradients
     ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
     """
     processes, mine = ranks()[1], share(batch)
     parts = [slice(i, i + micro) for i in range(mine.start, mine.stop, micro)]
     squares, loss, kept = [0.0, 0.0], 0.0, None
+
+    def exchange(part):  # gradients are exchanged between processes after the last part alone
+        return nullcontext() if processes == 1 or part is parts[-1] else forward.no_sync()
+
     if negatives == "batch":
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        if len(parts) == 1:
+        plain = getattr(forward, "module", forward)
+        with torch.no_grad(), frozen_statistics(plain):
+            cached = [project(plain, views, keep, part, key, autocast)[1] for part in parts[1:]]
+        return_memory()
+        with exchange(parts[0]):
             kept = project(forward, views, keep, parts[0], key, autocast)
-            cached = kept[1].detach()
-        else:
-            plain = getattr(forward, "module", forward)
-            with torch.no_grad(), frozen_statistics(plain):
-                cached = torch.cat([project(plain, views, keep, part, key, autocast)[1]
-                                    for part in parts], dim=2)
-        cached = gather(cached, 2).requires_grad_()
+        cached = gather(torch.cat([kept[1].detach(), *cached], dim=2), 2).requires_grad_()
         whole = total_loss(cached, tau, aux_weight)
         (grad,) = torch.autograd.grad(whole, cached)
         loss = float(whole.detach())
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1  # gradients are exchanged after it
-        with nullcontext() if last or processes == 1 else forward.no_sync():
+        with exchange(part):
             output, projections = kept or project(forward, views, keep, part, key, autocast)
+            kept = None
             streams = [h for h in (output.time, output.channel) if h is not None]
             for h in streams:
                 h.retain_grad()
@@ -362,7 +385,7 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
         for j, h in enumerate(streams):
             squares[j] += h.grad.float().square().sum() / processes ** 2
         del output, projections, streams  # before the next part's graph is made
-        if negatives == "batch" and i % 4 == 0 and not last:
+        if negatives == "batch" and i % 2 == 0 and len(parts) > 1:
             return_memory()
     if processes > 1:
         sums = torch.tensor([loss / processes, *squares], device=next(forward.parameters()).device)
@@ -437,6 +460,7 @@ def validate(model, cache, rows, step, config, args, plan, device, autocast):
     Raises FloatingPointError, before anything is saved, when one of them is not finite.
     """
     model.eval()
+    share_statistics(model)
     B, micro, losses, mine = plan["val_batch"], plan["micro"], [], share(plan["val_batch"])
     order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
     for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
@@ -444,12 +468,13 @@ def validate(model, cache, rows, step, config, args, plan, device, autocast):
         parts = [slice(j, min(j + micro, mine.stop)) for j in range(mine.start, mine.stop, micro)]
         projections = torch.cat([project(model, views, keep, part, (0,), autocast)[1]
                                  for part in parts], dim=2)
-        losses.append(float(total_loss(gather(projections, 2), args.tau, args.aux_weight)))
+        projections = gather(projections, 2, even=False)
+        losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
     labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
     z = extract(lambda x: embed(model, x, config.view).mean(1), cache,
                 rows[single][share(single.sum())], device, autocast, micro)
-    z = gather(torch.from_numpy(z), 0).numpy()
+    z = gather(torch.from_numpy(z), 0, even=False).numpy()
     if not (np.isfinite(losses).all() and np.isfinite(z).all()):
         raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
     return dict(val_loss=float(np.mean(losses)), **clustering(z, labels[single].argmax(1)))
@@ -483,6 +508,9 @@ def check_run(run, record):
     differ = [f"--{k.replace('_', '-')}: {old['args'][k]} then, {v} now"
               for k, v in record["args"].items()
               if k not in NOT_A_RESULT and old["args"].get(k, v) != v]
+    if old["in_effect"]["micro"] != record["in_effect"]["micro"]:
+        differ.append(f"micro-batch in effect: {old['in_effect']['micro']} then, "
+                      f"{record['in_effect']['micro']} now, perhaps by another NPROC")
     if old["data"]["fingerprint"] != record["data"]["fingerprint"]:
         differ.append(f"data: {old['data']['data']} at {old['data']['rate']} Hz then, "
                       f"{record['data']['data']} at {record['data']['rate']} Hz now")
@@ -558,6 +586,7 @@ def pick_autocast(precision, device):
         has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if has_it else "float32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
     return precision, nullcontext if precision != "bfloat16" else (
         lambda: torch.autocast(device.type, torch.bfloat16))
@@ -616,6 +645,8 @@ def compute_gradient(model, forward, optimizer, views, step, config, args, plan,
     model.train()
     optimizer.zero_grad(set_to_none=True)
     keep = draw_keep(config, plan["batch"], args.seed, step, 1)
+    if keep is not None:
+        keep = keep.to(next(model.parameters()).device)  # once, since each copy waits for the GPU
     loss, norms = backward(forward, views, keep, plan["batch"], plan["micro"], (args.seed, step),
                            args.tau, args.aux_weight, args.negatives, autocast)
     stats = dict(loss=loss)
@@ -670,7 +701,7 @@ def train(args):
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
     rows = check_folds(cache)
-    device = join_processes(pick_device(args.device))
+    device = join_processes(args.device)
     plan, notes = settle(args, len(rows[0]), len(rows[1]), ranks()[1])
     precision, autocast = pick_autocast(args.precision, device)
     if config.view == "stochastic":
@@ -762,8 +793,8 @@ def get_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=0.0, help="L2 penalty of Adam")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
-                   help="of the encoder's arithmetic; weights and loss stay float32. auto: "
-                   "bfloat16 on GPUs that have it")
+                   help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the "
+                   "loss's products too). auto: bfloat16 on GPUs that have it")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
                    " the model: a minute or more at the start, and a C++ compiler on a CPU")
     add_flags(parser, "views", ViewConfig)
