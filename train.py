@@ -345,7 +345,7 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
     negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
     Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
     respect to the projections of all processes; project again with a graph and the same
-    randomness, and back-propagate. The first part keeps its graph instead of a second projection.
+    randomness, and back-propagate. A process with one part projects it once, and keeps the graph.
     "micro": plain accumulation, negatives from the micro-batch alone (the paper).
     forward: the model, or it compiled or in DistributedDataParallel, which averages gradients
     ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
@@ -360,15 +360,18 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
     if negatives == "batch":
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
         plain = getattr(forward, "module", forward)
-        with torch.no_grad(), frozen_statistics(plain):
-            cached = [project(plain, views, keep, part, key, autocast)[1] for part in parts[1:]]
-        return_memory()
-        with exchange(parts[0]):
+        if len(parts) == 1:  # then its graph is kept instead
             kept = project(forward, views, keep, parts[0], key, autocast)
-        cached = gather(torch.cat([kept[1].detach(), *cached], dim=2), 2).requires_grad_()
+            cached = kept[1].detach()
+        else:
+            with torch.no_grad(), frozen_statistics(plain):
+                cached = torch.cat([project(plain, views, keep, part, key, autocast)[1]
+                                    for part in parts], dim=2)
+        cached = gather(cached, 2).requires_grad_()
         whole = total_loss(cached, tau, aux_weight)
         (grad,) = torch.autograd.grad(whole, cached)
         loss = float(whole.detach())
+        return_memory()
     for i, part in enumerate(parts):
         with exchange(part):
             output, projections = kept or project(forward, views, keep, part, key, autocast)
@@ -385,7 +388,7 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
         for j, h in enumerate(streams):
             squares[j] += h.grad.float().square().sum() / processes ** 2
         del output, projections, streams  # before the next part's graph is made
-        if negatives == "batch" and i % 2 == 0 and len(parts) > 1:
+        if negatives == "batch" and i % 4 == 0 and len(parts) > 1:
             return_memory()
     if processes > 1:
         sums = torch.tensor([loss / processes, *squares], device=next(forward.parameters()).device)
