@@ -34,7 +34,7 @@ from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FO
 from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
                       save_figure, untrained)
 from model import load_run, watch_attention
-from train import batches, draw_keep, pick_device
+from train import batches, chance, draw_keep, pick_device
 from views import VIEWS, BandPassFilter, ViewConfig, from_args, numpy_seed, pool, split
 
 MM = 1 / 25.4  # inch
@@ -607,13 +607,11 @@ def plot_loss(runs, path):
     figure = Figure((8, 4.6), layout="constrained")
     axis = figure.subplots()
     draw_curves(axis, runs, {"loss": ("-", ", training"), "val_loss": ("--", ", fold 9")})
-    for saved, log in runs.values():
-        args, plan = saved["args"], saved["in_effect"]
-        seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
-        terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
-        for n, style in ((seen, (0, (1, 3))), (plan["val_batch"], (3, (3, 5)))):
-            axis.axhline(terms * math.log(2 * n - 1), linewidth=0.8, linestyle=style,
-                         color=VIEW_COLORS[args["view"]])
+    for saved, _ in runs.values():
+        for loss, style in zip(chance(saved["args"], saved["in_effect"]), (
+                (0, (1, 3)), (3, (3, 5)))):
+            axis.axhline(loss, linewidth=0.8, linestyle=style,
+                         color=VIEW_COLORS[saved["args"]["view"]])
     axis.set(ylabel="NT-Xent (nats); thin: chance, dots\nin training, dashes on fold 9",
              ylim=(0, None))
     finish_curves(figure, [axis], runs, "Loss along training", path)

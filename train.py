@@ -595,12 +595,17 @@ def pick_autocast(precision, device):
         lambda: torch.autocast(device.type, torch.bfloat16))
 
 
+def chance(args, plan):
+    """The loss at chance, in training and in validation. args: a dict; plan: of settle()."""
+    terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
+    seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
+    return [terms * math.log(2 * n - 1) for n in (seen, plan["val_batch"])]
+
+
 def announce(config, cache, rows, plan, notes, where, args):
     """Print what is about to be trained, on what, with which settings in effect."""
-    steps, total, meta = plan["steps"], plan["total"], cache.meta
-    terms = 1 + 2 * args.aux_weight * args.aux_losses
-    seen = plan["batch"] if args.negatives == "batch" else plan["micro"]
-    val = plan["val_batch"]
+    steps, total, meta, val = plan["steps"], plan["total"], cache.meta, plan["val_batch"]
+    chances = chance(vars(args), plan)
     print(f"view       {config.describe()}\n"
           f"data       {'SYNTHETIC, ' if meta['synthetic'] else ''}{meta['data']} at {meta['rate']}"
           f" Hz: {len(rows[0])} training records (folds 1-8), {len(rows[1])} validation (fold 9, "
@@ -610,8 +615,7 @@ def announce(config, cache, rows, plan, notes, where, args):
           f"{'whole batch' if args.negatives == 'batch' else 'micro-batch'}\n"
           f"schedule   {total} steps in {math.ceil(total / steps)} epochs of {steps}, warm-up "
           f"{plan['warmup']}, learning rate up to {args.max_lr:g}, then down to {args.final_lr:g}\n"
-          f"chance     a loss of {terms * math.log(2 * seen - 1):.2f}, in validation "
-          f"{terms * math.log(2 * val - 1):.2f}")
+          f"chance     a loss of {chances[0]:.2f}, in validation {chances[1]:.2f}")
     for note in notes:
         print(f"note       {note}")
 
