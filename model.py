@@ -122,6 +122,18 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with 16 random bits an element, in half its time, p to 1 / 65536."""
+
+    def forward(self, x):
+        cut = min(round(self.p * 2 ** 16), 2 ** 16 - 1)
+        if not self.training or not cut or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.randint(-2 ** 63, 2 ** 63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
+        keep = (bits[:x.numel()].view(x.shape) >= cut - 2 ** 15).to(x.dtype)
+        return x * keep.mul_(1 / (1 - cut / 2 ** 16))
+
+
 class Layer(nn.Module):
     """A pre-norm transformer encoder layer: (B, N, D) -> (B, N, D)."""
 
@@ -132,13 +144,14 @@ class Layer(nn.Module):
         self.attention = Attention(D, config.heads)
         self.ff = nn.Sequential(nn.Linear(D, config.ff_mult * D), nn.GELU(),
                                 nn.Linear(config.ff_mult * D, D))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.gates = nn.Parameter(torch.full((2,), 0.1)) if gated else None
 
     def forward(self, x):
-        g1, g2 = (1, 1) if self.gates is None else self.gates.sigmoid()
-        x = x + g1 * self.dropout(self.attention(self.norm1(x)))
-        return x + g2 * self.dropout(self.ff(self.norm2(x)))
+        y = self.dropout(self.attention(self.norm1(x)))
+        x = x + (y if self.gates is None else self.gates[0].sigmoid() * y)
+        y = self.dropout(self.ff(self.norm2(x)))
+        return x + (y if self.gates is None else self.gates[1].sigmoid() * y)
 
 
 class CrossAttention(nn.Module):
@@ -153,7 +166,7 @@ class CrossAttention(nn.Module):
         self.time_to_channel = Attention(D, config.heads)
         self.channel_to_time = Attention(D, config.heads)
         self.norm_time, self.norm_channel = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, t, c):
         return (self.norm_time(t + self.dropout(self.time_to_channel(t, c))),
