@@ -12,6 +12,7 @@ import argparse
 import ast
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -261,6 +262,8 @@ class Cache:
     copies: dict = field(default_factory=dict)  # device -> the signals as a tensor there
 
     def __reduce__(self):  # a spawned worker maps the file again, and gets no copy of it
+        if not isinstance(self.signals.base, mmap.mmap):  # not the file as it is
+            return Cache, (self.folder, self.signals, self.index, self.meta)
         return open_cache, (self.folder,)
 
     def rows(self, folds):

@@ -10,8 +10,8 @@ Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), m
 Everything random is a function of (seed, epoch, step): a resumed run repeats the interrupted one.
 """
 import argparse
-import ctypes
 import fcntl
+import gc
 import json
 import math
 import mmap
@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions' defaults would hold
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -36,8 +37,8 @@ from tqdm import tqdm
 
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
                   run_script, write_atomic)
-from model import (Block, Config, Contrastive, Layer, TimeStem, add_model_flags, embed,
-                   n_parameters, nt_xent, parse)
+from model import (Block, Config, Contrastive, CrossAttention, Layer, TimeStem, add_model_flags,
+                   embed, n_parameters, nt_xent, parse)
 from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, shift, split
 
 BATCH = 1024  # effective batch of the paper
@@ -164,6 +165,8 @@ def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(name)
+    if name.startswith("cuda:"):
+        raise InputError(f"--device {name}: several processes cannot share it; give --device cuda")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
@@ -171,8 +174,19 @@ def join_processes(name):
         torch.cuda.set_device(device)
     else:  # torchrun leaves one thread each
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device
+
+
+def leave_processes():
+    """Leave the group that join_processes() joined, when no shared model is in use any more.
+
+    That ends gloo's threads: one that still lets go of a tensor while Python ends would abort it.
+    """
+    if dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel lies in cycles, and holds the group
+        dist.destroy_process_group()
 
 
 def share_statistics(model):
@@ -242,7 +256,7 @@ def batches(cache, config, seed, order, device, workers, clock=None):
     Segment views are cut on the device when asked for, so that a large batch costs the memory of a
     slice; the system reads the next batch ahead. Stochastic ones come from worker processes ahead
     of time, in pieces of 16 records (shared memory can be small), and this process's share of a
-    batch is held: only its own slices may be asked for. clock: counts the waiting for data.
+    batch is held on the device: only its own slices may be asked for. clock: counts the waiting.
     """
     clock, order = clock or Clock(), list(order)
     if config.view == "stochastic":
@@ -252,10 +266,10 @@ def batches(cache, config, seed, order, device, workers, clock=None):
                                num_workers=workers))
         for (_, rows), keys in zip(order, mine):
             with clock:
-                x = torch.cat([next(made) for _ in range(0, len(keys), 16)])  # (b, 2, T, C)
-            first = share(len(rows)).start
-            yield lambda part, x=x, first=first: x[part.start - first:part.stop - first].to(
-                device).unbind(1)
+                x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(device)
+            # x: (b, 2, T, C)
+            yield lambda part, x=x, first=share(len(rows)).start: x[
+                part.start - first:part.stop - first].unbind(1)
     else:
         T = cache.signals.shape[1] // 2
         for (epoch, rows), (_, following) in zip(order, [*order[1:], order[-1]]):
@@ -285,11 +299,11 @@ def epoch_order(rows, batch, seed, start, total):
         yield epoch, shuffled[at:at + batch]
 
 
-def draw_keep(config, batch, *key):
+def draw_keep(config, batch, *key, device="cpu"):
     """Leads that each view of a batch keeps: (2, B, C) bool, or None without masking."""
     if not config.mask_leads:
         return None
-    return draw_leads((2, batch, len(LEADS)), config.mask_p, generator(*key))
+    return draw_leads((2, batch, len(LEADS)), config.mask_p, generator(*key)).to(device)
 
 
 # The loss of one effective batch, and its exact gradient in the memory of a micro-batch
@@ -314,14 +328,6 @@ def project(model, views, keep, part, key, autocast=nullcontext):
     with autocast():
         output, projections = model(torch.cat([x1, x2]), kept)
     return output, projections.unflatten(1, (2, -1))
-
-
-def return_memory():
-    """Hand freed heap pages back to Linux: glibc keeps them, a third more at the peak."""
-    if sys.platform == "linux" and not torch.cuda.is_initialized():
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
 
 
 @contextmanager
@@ -357,6 +363,9 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
     def exchange(part):  # gradients are exchanged between processes after the last part alone
         return nullcontext() if processes == 1 or part is parts[-1] else forward.no_sync()
 
+    # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
+    for p in forward.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if negatives == "batch":
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
         plain = getattr(forward, "module", forward)
@@ -364,15 +373,16 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
             kept = project(forward, views, keep, parts[0], key, autocast)
             cached = kept[1].detach()
         else:
+            cached = torch.empty(len(plain.heads), 2, mine.stop - mine.start,
+                                 plain.config.proj_dim, device=next(plain.parameters()).device)
             with torch.no_grad(), frozen_statistics(plain):
-                cached = torch.cat([project(plain, views, keep, part, key, autocast)[1]
-                                    for part in parts], dim=2)
+                for part, rows in zip(parts, cached.split(micro, dim=2)):
+                    rows.copy_(project(plain, views, keep, part, key, autocast)[1])
         cached = gather(cached, 2).requires_grad_()
         whole = total_loss(cached, tau, aux_weight)
         (grad,) = torch.autograd.grad(whole, cached)
-        loss = float(whole.detach())
-        return_memory()
-    for i, part in enumerate(parts):
+        loss = whole.detach()
+    for part in parts:
         with exchange(part):
             output, projections = kept or project(forward, views, keep, part, key, autocast)
             kept = None
@@ -384,17 +394,16 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
             else:
                 part_loss = total_loss(projections, tau, aux_weight) * processes * micro / batch
                 part_loss.backward()
-                loss += float(part_loss.detach())  # mean over this process's parts
+                loss += part_loss.detach()  # mean over this process's parts
         for j, h in enumerate(streams):
             squares[j] += h.grad.float().square().sum() / processes ** 2
         del output, projections, streams  # before the next part's graph is made
-        if negatives == "batch" and i % 4 == 0 and len(parts) > 1:
-            return_memory()
     if processes > 1:
         sums = torch.tensor([loss / processes, *squares], device=next(forward.parameters()).device)
         dist.all_reduce(sums)
         loss, *squares = sums.tolist()
-    return loss, [math.sqrt(s) for s in squares]
+        share_statistics(forward)
+    return float(loss), [math.sqrt(s) for s in squares]
 
 
 def stream_norms(norms, n_tokens):
@@ -414,7 +423,7 @@ def stream_norms(norms, n_tokens):
 def parameter_norms(model):
     """Gradient norms of each stream's parameters (stem and layers)."""
     return {f"param_grad_norm_{name}": float(torch.nn.utils.get_total_norm(
-        [p.grad for p in model.encoder.stream_parameters(name) if p.grad is not None]))
+        [p.grad for p in model.encoder.stream_parameters(name)]))
         for name in ("time", "channel")}
 
 
@@ -463,7 +472,6 @@ def validate(model, cache, rows, step, config, args, plan, device, autocast):
     Raises FloatingPointError, before anything is saved, when one of them is not finite.
     """
     model.eval()
-    share_statistics(model)
     B, micro, losses, mine = plan["val_batch"], plan["micro"], [], share(plan["val_batch"])
     order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
     for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
@@ -650,10 +658,9 @@ def compute_gradient(model, forward, optimizer, views, step, config, args, plan,
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
-    optimizer.zero_grad(set_to_none=True)
-    keep = draw_keep(config, plan["batch"], args.seed, step, 1)
-    if keep is not None:
-        keep = keep.to(next(model.parameters()).device)  # once, since each copy waits for the GPU
+    optimizer.zero_grad(set_to_none=False)  # backward() wants them allocated
+    keep = draw_keep(config, plan["batch"], args.seed, step, 1,  # once: each copy waits for the GPU
+                     device=next(model.parameters()).device)
     loss, norms = backward(forward, views, keep, plan["batch"], plan["micro"], (args.seed, step),
                            args.tau, args.aux_weight, args.negatives, autocast)
     stats = dict(loss=loss)
@@ -691,13 +698,14 @@ def open_folder(args, config, record):
 def accelerate(model, args):
     """The model as training calls it: its blocks compiled if asked for, shared by all processes."""
     if args.compile:
-        # else dropout would not repeat between the two passes of backward()
-        torch._inductor.config.fallback_random = True
+        # on a CPU the same dropout as without; elsewhere it is fused, and repeats in both passes
+        torch._inductor.config.fallback_random = next(model.parameters()).device.type == "cpu"
         torch._dynamo.config.recompile_limit = 64  # two streams, with and without a graph, ...
         for module in model.modules():
-            if isinstance(module, (TimeStem, Layer, Block)):
+            if isinstance(module, (TimeStem, Layer, CrossAttention, Block)):
                 module.compile()
-    return model if ranks()[1] == 1 else DistributedDataParallel(model)
+    # BatchNorm's averages are shared by share_statistics(), not replaced by the first process's
+    return model if ranks()[1] == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def train(args):
@@ -809,5 +817,10 @@ def get_args(argv=None):
     return parse(parser, argv)
 
 
+def main():
+    train(get_args())
+    leave_processes()
+
+
 if __name__ == "__main__":
-    run_script(lambda: train(get_args()))
+    run_script(main)
