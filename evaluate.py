@@ -8,18 +8,20 @@ Out: in that folder metrics.json (every number), report.md, figures/ and eval/: 
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
     python evaluate.py compare runs/noncontig-s0 runs/contig-s0 --out runs/compare
+    python evaluate.py bench --cache cache/ptbxl-500
 """
 import argparse
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import resource
+import socket
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -44,6 +46,7 @@ from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
                                       sdpa_flop_count)
@@ -52,7 +55,8 @@ from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, Input
                   normalize, open_cache, run_script, sha256, write_atomic)
 from model import C, Config, Contrastive, DualView, embed, load_run
 from train import (NOT_A_RESULT, VAL_KEY, Clock, accelerate, backward, batches, clustering,
-                   draw_keep, extract, pick_autocast, pick_device, project, set_seed, train)
+                   draw_keep, extract, fetch, join_processes, leave_processes, pick_autocast,
+                   pick_device, project, ranks, set_seed, share, train)
 from train import get_args as default_args
 from views import VIEWS, ViewConfig, from_args, shift
 
@@ -1220,8 +1224,8 @@ def seconds_of_call(function, device, repeats=5):
     def once():
         began = time.monotonic()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.monotonic() - began
 
     once()
@@ -1238,10 +1242,29 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def apart(function, *args):
-    """function(*args) in a fresh process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def as_rank(rank, processes, port, out, function, args, named):
+    """Run a function as one of several processes, which find each other as under torchrun."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                       LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost",
+                       MASTER_PORT=str(port))
+    found = function(*args, **named)
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    leave_processes()
+
+
+def apart(function, *args, processes=1, **named):
+    """A function's result in fresh processes, whose peak memory is their own; the first one's.
+
+    Raises ProcessException when one fails; the others are then ended.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/found"
+        spawn(as_rank, (processes, port, out, function, args, named), processes)
+        return json.loads(Path(out).read_text())
 
 
 class PlainCross(nn.Module):
@@ -1290,53 +1313,66 @@ def count_flops(step):
     return counter.get_total_flops()
 
 
-def measure_step(folder, argv, batch, every=1, theirs=False):
-    """One training step of `batch` records from a cache, in a process of its own.
+def measure_step(folder, argv, batch, every=1, theirs=False, repeats=0):
+    """Training steps of `batch` records from a cache, in processes of their own.
 
-    argv: of train.py; every: take one sample in so many; theirs: with torch.nn's modules
-    ->  dict: seconds of a step and of its parts, peak_bytes, flop of a step
+    argv: of train.py; every: take one sample in so many; theirs: with torch.nn's modules; repeats:
+    steps to take the median of, at least 3 on a CPU and 10 on a GPU
+    ->  dict: median seconds of a step and of its parts, peak_bytes, flop of a step
     """
     args, cache = default_args(argv), open_cache(folder)
-    config, size, device = from_args(ViewConfig, args), from_args(Config, args), pick_device(
+    config, size, device = from_args(ViewConfig, args), from_args(Config, args), join_processes(
         args.device)
-    cache = replace(cache, signals=np.ascontiguousarray(cache.signals[:, ::every])
-                    if every > 1 else cache.signals, meta=cache.meta | dict(
-                        rate=cache.meta["rate"] // every))
+    rows = cache.rows(TRAIN_FOLDS)[:batch]
+    if every > 1:
+        cache = replace(cache, signals=cache.signals[rows, ::every], meta=cache.meta | dict(
+            rate=cache.meta["rate"] // every))
+        rows = np.arange(len(rows))
     _, autocast = pick_autocast(args.precision, device)
     set_seed(0)
     model = Contrastive(size)
     model = (plain_modules(model) if theirs else model).to(device).train()
     forward, clock = accelerate(model, args), Clock()
     optimizer = torch.optim.Adam(model.parameters())
-    rows, micro = np.resize(cache.rows(TRAIN_FOLDS), batch), min(args.micro_batch, batch)
-    (views,) = batches(cache, config, 0, [(0, rows)], device, 0, clock)
-    keep, parts = draw_keep(config, batch, 0), batch // micro
-    repeats = 3 if device.type == "cpu" else 10
+    rows, mine = np.resize(rows, batch), share(batch)
+    keep = draw_keep(config, batch, 0, device=device)
+    micro = math.gcd(mine.stop - mine.start, min(args.micro_batch, mine.stop - mine.start))
+    parts = (mine.stop - mine.start) // micro
+    few = 3 if device.type == "cpu" else 10
+    repeats = max(few, repeats)
+    feed = batches(cache, config, 0, [(0, rows)] * (repeats + 4), device, args.workers, clock)
 
     def step():
-        backward(forward, views, keep, batch, micro, (0,), negatives=args.negatives,
+        backward(forward, next(feed), keep, batch, micro, (0,), negatives=args.negatives,
                  autocast=autocast)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
 
     def once():
-        return project(forward, views, keep, slice(0, micro), (0,), autocast)[1]
+        part = slice(mine.start, mine.start + micro)
+        return project(model, views, keep, part, (0,), autocast)[1]
 
     def seconds(function):
-        return seconds_of_call(function, device, repeats)
+        return seconds_of_call(function, device, few)
 
+    fetch(cache, rows[:1], device)
     before = peak_bytes(device)
-    out = dict(step=seconds(step), peak_bytes=peak_bytes(device), bytes_before=before,
-               first_pass=0.0)
-    out["data"] = clock.seconds / (repeats + 1)
+    step()
+    clock.seconds = 0.0  # workers have begun
+    out = dict(step=seconds_of_call(step, device, repeats), peak_bytes=peak_bytes(device),
+               bytes_before=before, first_pass=0.0, data=clock.seconds / (repeats + 1))
+    views = next(feed)
     if parts > 1 and args.negatives == "batch":
         out["first_pass"] = parts * seconds(torch.no_grad()(once))
     out["forward"] = parts * seconds(once)
     out["backward"] = parts * seconds(lambda: once().sum().backward()) - out["forward"]
     out["optimiser"] = seconds(optimizer.step)
-    return out | dict(flop=None if args.compile else count_flops(step), batch=batch,
-                      micro_batch=micro, records_per_second=batch / out["step"],
-                      tokens=views(slice(0, 1))[0].shape[1] // size.time_stride)
+    with torch.compiler.set_stance("force_eager"):
+        out["flop"] = count_flops(step) * ranks()[1]
+    return out | dict(batch=batch, micro_batch=micro, processes=ranks()[1],
+                      records_per_second=batch / out["step"],
+                      tokens=views(slice(mine.start, mine.start + 1))[0].shape[1]
+                      // size.time_stride)
 
 
 class PerItem(Dataset):
@@ -1379,7 +1415,7 @@ def measure_loading(cache, batch, device):
                         "noncontig, shift": dict(shift=True), "stochastic": {},
                         "stochastic, workers": {}}.items():
         config = ViewConfig(view=name.split(",")[0], **flags)
-        keep = draw_keep(config, batch, 0)
+        keep = draw_keep(config, batch, 0, device=device)
         few = np.resize(rows[:64], batch) if "64" in name else (
             rows[:256] if config.view == "stochastic" else rows)
 
@@ -1389,76 +1425,115 @@ def measure_loading(cache, batch, device):
             for i in range(0, len(few), 16):
                 pair = views(slice(i, min(i + 16, len(few))))
                 if keep is not None:
-                    pair = [v * k[i:i + 16, None].to(device) for v, k in zip(pair, keep)]
+                    pair = [v * k[i:i + 16, None] for v, k in zip(pair, keep)]
 
         out[name] = rate(len(few), cut)
     return out
 
 
+def bench_plan(args, rate, device):
+    """The steps to measure: name -> (argv of train.py, batch, more for measure_step)."""
+    cpu = device.type == "cpu"
+    n, micro = (2, 1) if cpu else (args.batch, 32)  # of `paper`
+    processes = 2 if cpu else 1
+    if args.device in ("auto", "cuda") and device.type == "cuda":
+        processes = math.gcd(args.batch, torch.cuda.device_count())
+    small, paper = ["--preset", "small", "--micro-batch"], ["--micro-batch", str(micro)]
+    accumulate = ["--negatives", "micro"]
+    plan = {"small": ([*small, "64"], args.batch, {}),
+            "small, plain accumulation": ([*small, "64", *accumulate], args.batch, {}),
+            # as many steps as the large batch has parts: the heap grows for a while
+            "small, one micro-batch": ([*small, "64"], 64, dict(repeats=3 * args.batch // 64)),
+            "small, micro-batch 16": ([*small, "16"], 64, {}),
+            "small, stochastic": ([*small, "64", "--view", "stochastic"], 64, dict(repeats=10))}
+    if processes > 1:
+        plan[f"small, {processes} processes"] = [*small, "64"], args.batch, dict(
+            processes=processes)
+    plan = {name: (argv, batch, dict(every=rate // 100) | more)
+            for name, (argv, batch, more) in plan.items()}
+    plan |= {f"small, {rate // every} Hz": ([*small, "64"], 64, dict(every=every))
+             for every in (1, 2) if rate == 500}
+    if not args.small:
+        plan |= {"paper": (paper, n, {}), "paper, torch.nn": (paper, n, dict(theirs=True)),
+                 "paper, compiled": ([*paper, "--compile"], n, {}),
+                 "paper, plain accumulation": ([*paper, *accumulate], n, {}),
+                 "paper, one micro-batch": (paper, micro, dict(repeats=3 * n // micro))}
+        plan |= {f"paper, --time-stride {s}": ([*paper, "--time-stride", str(s)], n, {})
+                 for s in (2, 4, 8)}
+    return plan
+
+
+def bench_ratios(loading, steps):
+    """What the rows say of each other; without those that could not be measured."""
+    ratios = {name: loading["noncontig"] / loading[base] for name, base in (
+        ("noncontig views over reading with wfdb", "wfdb"),
+        ("noncontig views over one record at a time", "per item")) if base in loading}
+
+    def add(name, key, above, below):
+        if above in steps and below in steps:
+            ratios[name] = key(steps[above]) / key(steps[below])
+
+    for preset in "small", "paper":
+        one = f"{preset}, one micro-batch"
+        add(f"{preset}, exact batch over a micro-batch, peak memory",
+            lambda row: row["peak_bytes"], preset, one)
+        add(f"{preset}, exact batch over a micro-batch, peak memory above the start",
+            lambda row: row["peak_bytes"] - row["bytes_before"], preset, one)
+        add(f"{preset}, exact batch over plain accumulation, time",
+            lambda row: row["step"], preset, f"{preset}, plain accumulation")
+    for name in steps:
+        if "processes" in name:
+            add(f"{name} over one, records/s", lambda row: row["records_per_second"], name, "small")
+    add("paper, torch.nn over ours, time", lambda row: row["step"], "paper, torch.nn", "paper")
+    add("paper, ours over compiled, time", lambda row: row["step"], "paper", "paper, compiled")
+    return ratios
+
+
 def bench(args):
     """Measure what loading and training cost here: tables on the screen, numbers in args.out."""
     cache, device = open_cache(args.cache), pick_device(args.device)
-    rate, cpu, found = cache.meta["rate"], device.type == "cpu", {}
-    if args.batch % 64 or args.batch < 64:
-        raise InputError(f"--batch {args.batch}: give a multiple of 64")
-    dtype, n = (torch.float32, 3072) if cpu else (torch.bfloat16, 8192)
+    rate = cache.meta["rate"]
+    if args.batch % 128 or args.batch < 128:
+        raise InputError(f"--batch {args.batch}: give a multiple of 128")
+    dtype, n = (torch.float32, 3072) if device.type == "cpu" else (torch.bfloat16, 8192)
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     peak = 2 * n ** 3 / seconds_of_call(lambda: matrix @ matrix, device)
-    found["loading"] = measure_loading(cache, args.batch, device)
+    found = dict(peak_flops=peak, dtype=str(dtype), data=cache.meta["data"], rate=rate,
+                 records=cache.meta["records"], device=torch.cuda.get_device_name()
+                 if device.type == "cuda" else platform.processor() or platform.machine(),
+                 threads=torch.get_num_threads(), torch=torch.__version__,
+                 loading=measure_loading(cache, args.batch, device))
     print(f"{describe_data(cache.meta)}: {cache.meta['records']} records at {rate} Hz; {device}, "
           f"{torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s in a {dtype} product\n\n"
           + markdown(["loading and views", "records/s"], [[k, number(v, digits=0)]
                                                           for k, v in found["loading"].items()]))
-    paper = (2, 1) if cpu else (args.batch, 32)  # batch, micro-batch
-    small, big = ["--preset", "small", "--micro-batch", "64"], ["--micro-batch", str(paper[1])]
-    plan = {"small": (small, args.batch),
-            "small, plain accumulation": ([*small, "--negatives", "micro"], args.batch),
-            "small, one micro-batch": (small, 64),
-            "small, micro-batch 16": ([*small[:2], "--micro-batch", "16"], 64),
-            "small, stochastic, made before": ([*small, "--view", "stochastic"], 64)}
-    if not args.small:
-        plan |= {"paper": (big, paper[0]), "paper, torch.nn": (big, paper[0]),
-                 "paper, compiled": ([*big, "--compile"], paper[0])}
-        plan |= {f"paper, --time-stride {s}": ([*big, "--time-stride", str(s)], paper[0])
-                 for s in (2, 4, 8)}
-    found["steps"], lines = {}, []
-    for name, (argv, batch) in plan.items():
-        print(f"  {name}", flush=True)
-        row = apart(measure_step, args.cache, [*argv, "--device", args.device], batch,
-                    rate // 100 if name.startswith("small") else 1, "torch.nn" in name)
-        found["steps"][name] = row
-        flop = row["flop"] or math.nan
+    steps, lines = {}, []
+
+    def save():
+        numbers = found | dict(steps=steps, ratios=bench_ratios(found["loading"], steps))
+        write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(plain(numbers), indent=1)))
+        return numbers["ratios"]
+
+    ratios = save()
+    for name, (argv, batch, more) in bench_plan(args, rate, device).items():
+        try:
+            row = apart(measure_step, args.cache, [*argv, "--device", args.device], batch, **more)
+        except ProcessException as error:  # no memory, or no compiler: other rows still count
+            print(f"  {name}: not measured: {str(error)[-300:]}", flush=True)
+            continue
+        print(f"  {name}: {row['records_per_second']:.2f} records/s", flush=True)
+        steps[name] = row
+        ratios = save()
+        devices = row["processes"] if device.type == "cuda" else 1
         lines.append([name, row["tokens"], batch, row["micro_batch"], number(
             row["records_per_second"], digits=2), *(f"{row[part] / row['step']:.1%}" for part in (
                 "data", "first_pass", "forward", "backward", "optimiser")),
-            f"{row['peak_bytes'] / 2 ** 20:.0f}", number(flop / batch / 1e9, digits=1),
-            number(flop / row["step"] / peak, digits=2)])
+            f"{row['peak_bytes'] / 2 ** 20:.0f}", number(row["flop"] / batch / 1e9, digits=1),
+            number(row["flop"] / row["step"] / peak / devices, digits=2)])
     print("\n" + markdown(["step", "tokens", "batch", "micro", "records/s", "data", "first pass",
                            "forward", "backward", "optimiser", "peak MiB", "GFLOP/record",
                            "of peak"], lines))
-    steps, loading = found["steps"], found["loading"]
-    ratios = {"noncontig views over reading with wfdb": ("wfdb", "noncontig"),
-              "noncontig views over one record at a time": ("per item", "noncontig")}
-    ratios = {k: loading[b] / loading[a] for k, (a, b) in ratios.items() if a in loading}
-    one, exact = steps["small, one micro-batch"], steps["small"]
-    ratios["exact batch, memory over a micro-batch"] = exact["peak_bytes"] / one["peak_bytes"]
-    ratios["exact batch, memory over a micro-batch, each above its start"] = (
-        exact["peak_bytes"] - exact["bytes_before"]) / (one["peak_bytes"] - one["bytes_before"])
-    ratios["exact batch, time over plain accumulation"] = (
-        exact["step"] / steps["small, plain accumulation"]["step"])
-    if not args.small:
-        p = steps["paper"]
-        ours = p["step"]
-        ratios["paper, exact over plain accumulation, from the parts of a step"] = (
-            1 + p["first_pass"] / (p["forward"] + p["backward"]))
-        ratios["paper, torch.nn over ours, time"] = steps["paper, torch.nn"]["step"] / ours
-        ratios["paper, ours over compiled, time"] = ours / steps["paper, compiled"]["step"]
     print("\n" + markdown(["ratio", ""], [[k, number(v, digits=2)] for k, v in ratios.items()]))
-    found |= dict(ratios=ratios, peak_flops=peak, dtype=str(dtype), data=cache.meta["data"],
-                  rate=rate, records=cache.meta["records"], device=torch.cuda.get_device_name()
-                  if device.type == "cuda" else platform.processor() or platform.machine(),
-                  threads=torch.get_num_threads(), torch=torch.__version__)
-    write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(plain(found), indent=1)))
     print(f"-> {args.out}")
 
 
@@ -1483,7 +1558,8 @@ def get_args(argv=None):
     p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
     p = commands.add_parser("bench", help="what loading and training cost here", **style)
     p.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
-    p.add_argument("--batch", type=int, default=1024, help="effective batch, for loading and steps")
+    p.add_argument("--batch", type=int, default=1024,
+                   help="effective batch, for loading and steps: a multiple of 128")
     p.add_argument("--small", action="store_true", help="leave out the paper preset")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--out", default="runs/bench.json", help="where the numbers go")
