@@ -1440,8 +1440,8 @@ def bench_plan(args, rate, device):
         processes = math.gcd(args.batch, torch.cuda.device_count())
     small, paper = ["--preset", "small", "--micro-batch"], ["--micro-batch", str(micro)]
     accumulate = ["--negatives", "micro"]
-    plan = {"small": ([*small, "64"], args.batch, {}),
-            "small, plain accumulation": ([*small, "64", *accumulate], args.batch, {}),
+    plan = {"small": ([*small, "64"], args.batch, dict(repeats=7)),
+            "small, plain accumulation": ([*small, "64", *accumulate], args.batch, dict(repeats=7)),
             # as many steps as the large batch has parts: the heap grows for a while
             "small, one micro-batch": ([*small, "64"], 64, dict(repeats=3 * args.batch // 64)),
             "small, micro-batch 16": ([*small, "16"], 64, {}),
