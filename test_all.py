@@ -1309,9 +1309,10 @@ class TestRun:
                 "m = model.Contrastive(model.Config(width=96, heads=4, depth=1))\n"
                 "x = torch.randn(16, 500, 12)\n"
                 "pair = lambda part: (x[:, :250], x[:, 250:])\n"
+                "before = evaluate.peak_bytes(torch.device('cpu'))\n"
                 "for _ in range(min(8, 1024 // n)):\n"  # the heap grows for a while
                 "    train.backward(m, pair, None, n, 16, (0, 0))\n"
-                "print(evaluate.peak_bytes(torch.device('cpu')))")
+                "print(evaluate.peak_bytes(torch.device('cpu')) - before)")
         small, large = (int(script("-c", code, n)) for n in (16, 1024))
         assert large < 1.15 * small, (small, large)
 
@@ -1791,6 +1792,7 @@ class TestBench:
 
     def test_several_processes_cannot_share_a_gpu(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         with pytest.raises(data.InputError, match="--device cuda:1"):
             train.join_processes("cuda:1")
 
@@ -1798,6 +1800,17 @@ class TestBench:
     def test_a_process_that_fails_ends_the_others(self):
         with pytest.raises(evaluate.ProcessException):  # bench: the next row
             evaluate.apart(fail_in_the_second, processes=2)
+
+    def test_rows_that_fail_are_named_in_the_end(self, cache, tmp_path, monkeypatch):
+        def fail(*args, **more):
+            raise evaluate.ProcessException("no memory", 0, 1)
+
+        monkeypatch.setattr(evaluate, "apart", fail)
+        monkeypatch.setattr(evaluate, "measure_loading", lambda *args: dict(noncontig=1.))
+        with pytest.raises(InputError, match="not measured: small; small, plain acc"):
+            run_evaluate("bench", "--cache", cache, "--small", "--batch", 128, "--out",
+                         tmp_path / "bench.json")
+        assert json.loads((tmp_path / "bench.json").read_text())["steps"] == {}
 
     def test_ratios_are_left_out_when_a_row_is_missing(self):
         row = dict(step=2., peak_bytes=30, bytes_before=10, records_per_second=5.)

@@ -165,7 +165,7 @@ def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(name)
-    if name.startswith("cuda:"):
+    if name.startswith("cuda:") and int(os.environ["LOCAL_WORLD_SIZE"]) > 1:
         raise InputError(f"--device {name}: several processes cannot share it; give --device cuda")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -704,7 +704,7 @@ def accelerate(model, args):
         for module in model.modules():
             if isinstance(module, (TimeStem, Layer, CrossAttention, Block)):
                 module.compile()
-    # BatchNorm's averages are shared by share_statistics(), not replaced by the first process's
+    # share_statistics() has made BatchNorm's averages equal: no need to send them round again
     return model if ranks()[1] == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
 
 
