@@ -178,7 +178,7 @@ def load_tables(folder):
     for name in TABLES:
         if not (folder / name).exists():
             raise InputError(f"no {name} in {folder}: give a folder in PTB-XL's layout with --data,"
-                             f" or get it: python data.py download --data {folder} --rate 500")
+                             f" or get it: python data.py download --data {folder} --rate 100|500")
     try:
         table = pd.read_csv(folder / TABLES[0])
         statements = pd.read_csv(folder / TABLES[1], index_col=0)

@@ -1495,8 +1495,9 @@ def bench(args):
     """Measure what loading and training cost here: tables on the screen, numbers in args.out."""
     cache, device = open_cache(args.cache), pick_device(args.device)
     rate = cache.meta["rate"]
-    if args.batch % 128 or args.batch < 128:
-        raise InputError(f"--batch {args.batch}: give a multiple of 128")
+    if args.batch % 256 or args.batch < 256:
+        raise InputError(f"--batch {args.batch}: give a multiple of 256, two parts for each of two "
+                         "processes")
     dtype, n = (torch.float32, 3072) if device.type == "cpu" else (torch.bfloat16, 8192)
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     peak = 2 * n ** 3 / seconds_of_call(lambda: matrix @ matrix, device)
@@ -1564,7 +1565,7 @@ def get_args(argv=None):
     p = commands.add_parser("bench", help="what loading and training cost here", **style)
     p.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
     p.add_argument("--batch", type=int, default=1024,
-                   help="effective batch, for loading and steps: a multiple of 128")
+                   help="effective batch, for loading and steps: a multiple of 256")
     p.add_argument("--small", action="store_true", help="leave out the paper preset")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--out", default="runs/bench.json", help="where the numbers go")

@@ -976,6 +976,8 @@ class TestTrain:
             self.settle(344, 78, "--batch-size", "64", processes=3)
         better = re.search(r"such as (\d+)", str(error.value))[1]
         assert self.settle(344, 78, "--batch-size", better, processes=3)[0]["micro"] == 16
+        for flags in (["600"], ["600", "--micro-batch", "8"], ["384", "--micro-batch", "128"]):
+            assert self.settle(344, 78, "--batch-size", *flags, processes=3)[0]["batch"] == 30
         _, notes = self.settle(344, 78, "--batch-size", "64", "--micro-batch", "32", processes=4)
         assert "micro-batch 16 instead of 32" in notes[0]
         with pytest.raises(InputError, match="for each process"):
@@ -1243,6 +1245,9 @@ class TestRun:
             assert a["grad_norm_ratio"] == pytest.approx(b["grad_norm_ratio"], rel=.01)
         assert "finished, nothing to do" in script(
             *TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags))
+        said = script(*TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags, "--tau", .2),
+                      ok=False)
+        assert said.count("made with other arguments") == 2 and 'train.py", line' not in said
 
     @slow
     def test_two_processes_that_were_stopped_resume(self, cache, tmp_path):
@@ -1808,7 +1813,7 @@ class TestBench:
         monkeypatch.setattr(evaluate, "apart", fail)
         monkeypatch.setattr(evaluate, "measure_loading", lambda *args: dict(noncontig=1.))
         with pytest.raises(InputError, match="not measured: small; small, plain acc"):
-            run_evaluate("bench", "--cache", cache, "--small", "--batch", 128, "--out",
+            run_evaluate("bench", "--cache", cache, "--small", "--batch", 256, "--out",
                          tmp_path / "bench.json")
         assert json.loads((tmp_path / "bench.json").read_text())["steps"] == {}
 
@@ -1853,12 +1858,12 @@ class TestBench:
         plan, rows = evaluate.bench_plan, ("small", "small, plain accumulation")
         monkeypatch.setattr(evaluate, "bench_plan", lambda *args: {  # .ci/run measures all of them
             name: row for name, row in plan(*args).items() if name in rows})
-        run_evaluate("bench", "--cache", cache, "--small", "--batch", 128, "--out",
+        run_evaluate("bench", "--cache", cache, "--small", "--batch", 256, "--out",
                      tmp_path / "bench.json")
         said, found = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
         assert set(found["steps"]) == set(rows)
         step = found["steps"]["small"]
-        assert step["tokens"] == 125 and step["batch"] == 128 and step["step"] > 0
+        assert step["tokens"] == 125 and step["batch"] == 256 and step["step"] > 0
         parts = sum(step[key] for key in ("data", "first_pass", "forward", "backward", "optimiser"))
         assert .3 < parts / step["step"] < 3  # measured apart, on a machine with other work
         assert set(found["loading"]) > {"wfdb", "per item", "contig", "noncontig", "stochastic"}

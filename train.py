@@ -110,14 +110,16 @@ def settle(args, n_train, n_val, processes=1):
     if n_train < 4 * processes or n_val < 2 * processes:
         raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
                          "are needed for each process; see: python data.py info")
-    if batch > n_train or (args.batch_size is None and batch * MIN_STEPS > n_train):
+    chosen = args.batch_size is not None and batch <= n_train
+    if not chosen and batch * MIN_STEPS > n_train:
         batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
         notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
                      f"records, and an epoch needs some {MIN_STEPS} steps")
-    if args.batch_size is None:
+    if not chosen:
         batch -= batch % processes
     elif batch % processes:
-        fits = max(batch // (processes * micro), 1) * processes * micro
+        unit = math.lcm(processes, min(micro, batch))
+        fits = max(batch // unit, 1) * unit
         raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
                          f"--batch-size that they can, such as {fits}")
     alone, micro = micro, math.gcd(batch // processes, min(micro, batch // processes))
@@ -683,15 +685,21 @@ def check_folds(cache):
 
 
 def open_folder(args, config, record):
-    """The run folder, locked and checked; every process but the first waits for that."""
+    """The run folder, locked and checked by the first process; what it raises, all raise."""
     run, lock = Path(args.run or f"runs/{config.view}-s{args.seed}"), None
+    refused = [None]
     if any(path.is_file() for path in (run, *run.parents)):
         raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
     if ranks()[0] == 0:
-        lock = lock_run(run)
-        check_run(run, record)
+        try:
+            lock = lock_run(run)
+            check_run(run, record)
+        except (InputError, OSError) as error:
+            refused = [error]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(refused)
+    if refused[0]:
+        raise refused[0]
     return run, lock
 
 
