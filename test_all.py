@@ -1247,7 +1247,7 @@ class TestRun:
             *TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags))
         said = script(*TORCHRUN, "train.py", *argv_of(cache, tmp_path / "two", *flags, "--tau", .2),
                       ok=False)
-        assert said.count("made with other arguments") == 2 and 'train.py", line' not in said
+        assert "made with other arguments" in said and 'train.py", line' not in said
 
     @slow
     def test_two_processes_that_were_stopped_resume(self, cache, tmp_path):
