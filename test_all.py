@@ -976,7 +976,7 @@ class TestTrain:
             self.settle(344, 78, "--batch-size", "64", processes=3)
         better = re.search(r"such as (\d+)", str(error.value))[1]
         assert self.settle(344, 78, "--batch-size", better, processes=3)[0]["micro"] == 16
-        for flags in (["600"], ["600", "--micro-batch", "8"], ["384", "--micro-batch", "128"]):
+        for flags in (["600", "--micro-batch", "8"], ["384", "--micro-batch", "128"]):
             assert self.settle(344, 78, "--batch-size", *flags, processes=3)[0]["batch"] == 30
         _, notes = self.settle(344, 78, "--batch-size", "64", "--micro-batch", "32", processes=4)
         assert "micro-batch 16 instead of 32" in notes[0]
