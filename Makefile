@@ -18,7 +18,8 @@ RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the p
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
-CACHE := cache/$(notdir $(abspath $(DATA)))-$(RATE)
+CACHES := cache/$(notdir $(abspath $(DATA)))
+CACHE := $(CACHES)-$(RATE)
 PY    := .venv/bin/python
 TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --)
 ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
@@ -26,10 +27,11 @@ $(error VIEW, DATA and RUN are one word each, without spaces)
 endif
 
 # Only the default folder is downloaded into.
-SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-$(RATE),$(wildcard $(DATA)/ptbxl_database.csv))
+SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%,$(wildcard $(DATA)/ptbxl_database.csv))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.SECONDARY:
 .PHONY: help download cache pretrain eval compare plots attention bench demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
@@ -68,8 +70,8 @@ plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" their tra
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
 	$(PY) attention.py maps --run $(RUN) $(ARGS)
 
-bench: $(CACHE)/meta.json | .venv/.done ## what loading and training cost here, into runs/bench.json
-	$(PY) evaluate.py bench --cache $(CACHE) $(ARGS)
+bench: $(CACHES)-100/meta.json $(CACHES)-500/meta.json ## what loading and training cost here, into runs/bench.json
+	$(PY) evaluate.py bench $(CACHES)-100 $(CACHES)-500 $(ARGS)
 
 info: | .venv/.done ## records of DATA by fold and superclass
 	$(PY) data.py info --data "$(DATA)"
@@ -89,8 +91,8 @@ data/synth/SHA256SUMS.txt: | .venv/.done
 	$(PY) data.py synth --out data/synth --records 300
 
 # FORCE: the scripts know better than time stamps whether there is something to do.
-$(CACHE)/meta.json: $(SOURCE) FORCE | .venv/.done
-	$(PY) data.py cache --data "$(DATA)" --rate $(RATE) --out $(CACHE)
+$(CACHES)-%/meta.json: $(SOURCE) FORCE | .venv/.done
+	$(PY) data.py cache --data "$(DATA)" --rate $* --out $(CACHES)-$*
 
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
 	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

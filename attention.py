@@ -11,47 +11,76 @@ Out: in RUN/figures a PNG (or PDF) a figure and the numbers behind it next to it
 Maps are of the first view of a record, unmasked, by the model's own softmax, averaged over heads.
 """
 import argparse
-import json
 import math
-from argparse import Namespace
 from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 
 import ecgmentations as E
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.signal import resample_poly, welch
 from scipy.stats import t as student
 from tqdm import tqdm
 from wfdb.processing import xqrs_detect
 
 from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError,
-                  load_tables, normalize, read_record, run_script, write_atomic)
+                  add_shared, bounded, from_args, load_tables, normalize, read_record, run_script,
+                  write_atomic)
 from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
                       save_figure, untrained)
-from model import load_run, watch_attention
-from train import batches, chance, draw_keep, pick_device
-from views import VIEWS, BandPassFilter, ViewConfig, from_args, numpy_seed, pool, split
+from model import load_run, read_args, read_log, watch_attention
+from train import Feed, chance, pick_device
+from views import VIEWS, BandPassFilter, ViewConfig, generator, numpy_state, pool, split
 
 MM = 1 / 25.4  # inch
-# Rows of a printed ECG, for 10 s: 2.5 s a lead, one after another, and a rhythm strip; for 5 s: two
+PAGE_MM = 297  # the long side of A4: no record is drawn higher
+# Rows of a printed ECG: 10 s are 2.5 s a lead, one after another, and a rhythm strip; 5 s are two
 # leads at the same time.
 LAYOUTS = {10: (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"),
                 ("II",)), 5: tuple(zip(LEADS[:6], LEADS[6:]))}
 PEAK_S = 0.05  # a token within this of an R peak is on it
 BEAT_S = np.linspace(-0.3, 0.5, 81)  # around an R peak
 BAND_HZ = 1.0, 40.0  # where spectra are compared: inside the default pass band, 0.5 to 47 Hz
-AGE_HIDDEN = 300  # PTB-XL's code for an age above 89
-# After Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
-VIEW_COLORS = dict(zip(VIEWS, ("#997700", "#BB5566", "#004488")))
-LAYER_COLORS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 STREAMS = {"time": "time stream", "channel": "channel stream",
            "time_to_channel": "time attends to channels",
            "channel_to_time": "channels attend to time"}
+KINDS = {"time": ("time", "time"), "channel": ("lead", "lead"), "time_to_channel": ("time", "lead"),
+         "channel_to_time": ("lead", "time")}  # what queries and keys are
+# After Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
+VIEW_COLORS = dict(zip(VIEWS, ("#997700", "#BB5566", "#004488")))
+STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
+         "legend.fontsize": 8, "lines.markersize": 4, "errorbar.capsize": 2,
+         # Okabe and Ito's, safe for the colour-blind
+         "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#E69F00", "#009E73", "#CC79A7",
+                                                     "#D55E00", "#56B4E9"])}
+DASHED = dict(color="0.5", linewidth=0.8, linestyle="--")
+# Columns of the report's table: (quantity, encoder).
+COLUMNS = {"entropy": ("entropy", "this run"), "untrained": ("entropy", "untrained"),
+           "on R peaks": ("share", "this run"), "chance": ("chance", "this run"),
+           "ratio": ("ratio", "this run"), "ratio, shifted": ("shifted", "this run"),
+           "ratio, untrained": ("ratio", "untrained")}
+# Figures of training: title, scale, size in inches; and rows of panels: a title, a y label and
+# columns of log.jsonl, the first drawn solid, the second dashed.
+TRAINING = {
+    "loss": ("Loss along training", "linear", (8, 4.6), [[
+        ("", "NT-Xent (nats); thin: chance, dots\nin training, dashes on fold 9",
+         ("loss", "val_loss"))]]),
+    "gradients": ("Gradient norms of the streams", "log", (11, 6.4), [[
+        ("at the tokens, as in the paper", "norm", ("grad_norm_time", "grad_norm_channel")),
+        ("tokens x sqrt(N)", "", ("grad_norm_time_corrected", "grad_norm_channel_corrected")),
+        ("over the parameters", "", ("param_grad_norm_time", "param_grad_norm_channel"))], [
+        ("", "channel / time; dashed: equal", ("grad_norm_ratio",)),
+        ("", "", ("grad_norm_ratio_corrected",)), ("", "", ("param_grad_norm_ratio",))]]),
+    "clustering": ("Clustering of fold 9's records with one superclass", "linear", (11, 3.8), [[
+        ("silhouette (higher is better)", "", ("silhouette",)),
+        ("Davies-Bouldin (lower is better)", "", ("davies_bouldin",)),
+        ("Calinski-Harabasz (higher is better)", "", ("calinski_harabasz",))]])}
 
 
 # What attention does
@@ -64,10 +93,10 @@ def observe(model, x):
     """
     found = {}
 
-    def see(name, layer, head, weights):
+    def see(stream, layer, head, weights):
         w, M = weights[0], weights.shape[-1]
-        at = found.setdefault((name, layer), dict(map=0, entropy=[], received=[]))
-        at["map"] = at["map"] + w
+        at = found.setdefault((stream, layer), dict(map=0, entropy=[], received=[]))
+        at["map"] = at["map"] + w  # not all heads at once: a map has up to 5000 x 5000 weights
         at["entropy"].append(float(torch.special.entr(w).sum(-1).mean()) / max(math.log(M), 1e-9))
         at["received"].append((w.mean(0) * M).cpu().numpy())
 
@@ -85,9 +114,9 @@ class Mean:
 
     def add(self, x):
         self.n += 1
-        d = x - self.mean
-        self.mean = self.mean + d / self.n
-        self.squares = self.squares + d * (x - self.mean)  # Welford's update
+        step = x - self.mean
+        self.mean = self.mean + step / self.n
+        self.squares = self.squares + step * (x - self.mean)  # Welford's update
 
     @property
     def half(self):
@@ -95,6 +124,11 @@ class Mean:
         if self.n < 2:
             return np.full_like(self.mean, np.nan)
         return student.ppf(0.975, self.n - 1) * np.sqrt(self.squares / (self.n - 1) / self.n)
+
+
+def rms(x):
+    """Root mean square over the leads: (T, C) -> (T,)."""
+    return np.sqrt((x ** 2).mean(1))
 
 
 def r_peaks(signal, rate):
@@ -107,18 +141,14 @@ def r_peaks(signal, rate):
     x = resample_poly(signal / 1000, 500 // rate, 1)  # at 100 Hz XQRS takes T waves for beats
     size, reach = rms(x - np.median(x, axis=0)), round(PEAK_S * 500)
     for lead in ("II", "V2", "V5", "I"):  # the first in which it finds beats
-        if x[:, LEADS.index(lead)].std() > 0:
-            peaks = xqrs_detect(x[:, LEADS.index(lead)], fs=500, verbose=False)
+        trace = x[:, LEADS.index(lead)]
+        if trace.std() > 0:
+            peaks = xqrs_detect(trace, fs=500, verbose=False)
             peaks = [p for p in peaks if reach <= p < len(x) - reach]
             if len(peaks) > 2:
-                return np.array([p + size[p - reach:p + reach].argmax() - reach
-                                 for p in peaks]) / 500
+                moved = [p - reach + size[p - reach:p + reach].argmax() for p in peaks]
+                return np.array(moved) / 500
     return np.array([])
-
-
-def rms(x):
-    """Root mean square over the leads: (T, C) -> (T,)."""
-    return np.sqrt((x ** 2).mean(1))
 
 
 def token_times(T, stride, span):
@@ -126,17 +156,15 @@ def token_times(T, stride, span):
     return (np.arange(T // stride) * stride + (stride - 1) / 2) * span / T
 
 
-def on_peaks(received, seconds, peaks):
-    """How much attention falls on R peaks: dict(share, chance, lift = share / chance, null).
+def on_peaks(received, near):
+    """How much attention falls on R peaks, a value a head (H,): share, chance, ratio of the two.
 
-    received: (H, M); seconds: (M,). Chance is the share of such keys, which is the mean over all
-    circular shifts of the keys too; null: the lift's central 95 % under those shifts.
+    received: (H, M); near: (M,) bool, the keys on peaks. Chance is their share of the keys. Last,
+    shifted (2,): the central 95 % of the heads' mean ratio over circular shifts of the keys.
     """
-    near = (np.abs(seconds[:, None] - peaks) <= PEAK_S).any(1)
-    share, chance = received @ near / len(near), near.mean()
-    shifted = [np.roll(near, i) @ received.mean(0) / near.sum() for i in range(len(near))]
-    return dict(share=share.mean(), chance=chance, lift=share.mean() / chance,
-                lift_heads=share / chance, null=np.quantile(shifted, (0.025, 0.975)))
+    share, chance = received @ near / len(near), np.full(len(received), near.mean())
+    ratios = [np.roll(near, i) @ received.mean(0) / near.sum() for i in range(len(near))]
+    return share, chance, share / chance, np.quantile(ratios, (0.025, 0.975))
 
 
 def around_peaks(values, seconds, peaks):
@@ -147,47 +175,60 @@ def around_peaks(values, seconds, peaks):
 
 
 def study(model, look, device, keep_maps=True):
-    """Means over records of what attention does: {(stream, layer): {quantity: Mean}}."""
-    found, seconds = defaultdict(lambda: defaultdict(Mean)), look.seconds
-    for x, at_s in zip(tqdm(look.views, "records", leave=False, disable=None), look.beats):
+    """Means over records of what attention does: {(stream, layer): {quantity: Mean}}.
+
+    Of entropy and of attention on peaks the mean over heads, then each head: (1 + H,).
+    """
+    found = defaultdict(lambda: defaultdict(Mean))
+    for x, peaks in zip(tqdm(look.views, "records", leave=False, disable=None), look.beats):
+        near = (np.abs(look.seconds[:, None] - peaks) <= PEAK_S).any(1)
         for key, at in observe(model, x[None].to(device)).items():
-            means, received = found[key], at["received"].mean(0)
+            received, heads, means = at["received"].mean(0), dict(entropy=at["entropy"]), found[key]
+            means["received"].add(received)
             if keep_maps:
                 means["map"].add(at["map"])
-            means["received"].add(received)
-            means["entropy"].add(at["entropy"].mean())
-            means["entropy_heads"].add(at["entropy"])
-            if key[0] not in ("time", "channel_to_time"):
-                continue
-            near = np.abs(seconds[:, None] - at_s) <= PEAK_S
-            if near.any():
-                for quantity, value in on_peaks(at["received"], seconds, at_s).items():
-                    means[quantity].add(value)
-            beat = around_peaks(received, seconds, at_s)
-            if beat is not None:
-                means["beat"].add(beat)
+            if key[0] in ("time", "channel_to_time"):  # keys are times
+                beat = around_peaks(received, look.seconds, peaks)
+                if beat is not None:
+                    means["beat"].add(beat)
+                if near.any():
+                    *on, shifted = on_peaks(at["received"], near)
+                    heads |= zip(("share", "chance", "ratio"), on)
+                    means["shifted"].add(shifted)
+            for quantity, values in heads.items():
+                means[quantity].add(np.append(values.mean(), values))
     return found
 
 
-def table(found, name):
-    """One row a stream and layer: entropies and attention on R peaks, with intervals or nulls."""
+def attention_rows(found, encoder):
+    """Rows of the table: a stream, layer and quantity each, with the 95 % interval over records and
+    the lowest and highest head; `shifted` is a range alone, of one record."""
     rows = []
-    for (stream, layer), means in sorted(found.items(), key=lambda kv: [*STREAMS].index(kv[0][0])):
-        row = dict(encoder=name, attention=STREAMS[stream], layer=layer + 1,
-                   records=means["entropy"].n, keys=len(means["received"].mean),
-                   entropy=means["entropy"].mean, entropy_half=float(means["entropy"].half),
-                   entropy_head_min=means["entropy_heads"].mean.min(),
-                   entropy_head_max=means["entropy_heads"].mean.max())
-        if "lift" in means:
-            row |= dict(peak_records=means["lift"].n, peak_share=means["share"].mean,
-                        peak_chance=means["chance"].mean, peak_lift=means["lift"].mean,
-                        peak_lift_half=float(means["lift"].half),
-                        peak_lift_head_min=means["lift_heads"].mean.min(),
-                        peak_lift_head_max=means["lift_heads"].mean.max())
-            if means["lift"].n == 1:
-                row |= dict(zip(("null_low", "null_high"), means["null"].mean))
-        rows.append(row)
+    for (stream, layer), means in found.items():
+        row = dict(encoder=encoder, attention=STREAMS[stream], layer=layer + 1,
+                   keys=len(means["received"].mean))
+        for quantity in ("entropy", "share", "chance", "ratio"):
+            if quantity in means:
+                n, (value, *heads) = means[quantity].n, means[quantity].mean
+                low, high = value - means[quantity].half[0], value + means[quantity].half[0]
+                bounds = (low, high) if n > 1 and quantity in ("entropy", "ratio") else None
+                rows.append(row | dict(
+                    quantity=quantity, records=n, value=value, low=low, high=high,
+                    head_min=min(heads), head_max=max(heads), text=number(value, bounds)))
+        if "shifted" in means and means["shifted"].n == 1:
+            low, high = means["shifted"].mean
+            rows.append(row | dict(quantity="shifted", records=1, low=low, high=high,
+                                   text=f"{number(low)} to {number(high)}"))
     return rows
+
+
+def attention_table(table):
+    """The table as Markdown: a row a stream and layer, this run beside the untrained encoder."""
+    cells = table.pivot_table("text", ["attention", "layer", "keys"], ["quantity", "encoder"],
+                              aggfunc="first", sort=False)
+    columns = pd.MultiIndex.from_tuples(COLUMNS.values())
+    cells = cells.reindex(columns=columns, fill_value="-").fillna("-")
+    return markdown([*cells.index.names, *COLUMNS], cells.reset_index().to_numpy())
 
 
 # Drawing an ECG
@@ -199,9 +240,9 @@ def rows_apart(signals, gap):
 
 
 def ecg_rows(mv):
-    """The rows of a printed ECG: names of their leads, (rows, T') traces in mV, offsets in mV.
+    """The rows of a printed ECG: names of their leads, traces (rows, T') in mV, where they hang.
 
-    mv: (T, C) millivolt, 5 or 10 s; each lead's median is at its row's line
+    mv: (T, C) millivolt, 5 or 10 s; each lead's median is at 0
     """
     leads = LAYOUTS[5 if len(mv) in {5 * rate for rate in RATES} else 10]
     mv, rows = mv - np.median(mv, axis=0), []
@@ -213,10 +254,14 @@ def ecg_rows(mv):
 
 
 def ecg_size(mv):
-    """Width and height in inches of a record (T, C) in mV when drawn."""
+    """(width, height) in inches, (lowest, highest) mV, and mm per mV of a record (T, C) as drawn.
+
+    10 mm/mV, or what a page has room for: at some sources amplitudes are no millivolts.
+    """
     _, rows, offsets = ecg_rows(mv)
-    span = rows[0].max() + 0.6 - offsets[-1] - rows[-1].min() + 0.3  # mV
-    return (10.5 * 25 + 8) * MM, (10 * span + 17) * MM
+    low, high = offsets[-1] + rows[-1].min() - 0.3, rows[0].max() + 0.6
+    scale = min(10, (PAGE_MM - 17) / (high - low))
+    return ((10.5 * 25 + 8) * MM, (scale * (high - low) + 17) * MM), (low, high), scale
 
 
 def draw_ecg(figure, mv, title):
@@ -224,437 +269,347 @@ def draw_ecg(figure, mv, title):
 
     figure: a (sub)figure of ecg_size(mv); mv: (T, C) millivolt, 5 or 10 s
     """
-    (width, height), (leads, rows, offsets) = ecg_size(mv), ecg_rows(mv)
+    (width, height), (low, high), scale = ecg_size(mv)
+    (leads, rows, offsets), ink = ecg_rows(mv), dict(color="black", linewidth=0.8)
     axis = figure.add_axes((4 * MM / width, 9 * MM / height, 1 - 8 * MM / width,
-                            1 - 17 * MM / height))
-    figure.text(0.5, 1 - 4 * MM / height, title, ha="center", fontsize=10)
-    n, both = rows.shape[1], len(leads) == 6
+                            1 - 17 * MM / height), frame_on=False)
+    seconds = np.linspace(0, SECONDS, rows.shape[1], endpoint=False)
     for names, offset, row in zip(leads, offsets, rows):
-        axis.plot([-0.45, -0.4, -0.4, -0.2, -0.2, -0.15], np.array([0, 0, 1, 1, 0, 0]) + offset,
-                  color="black", linewidth=0.8)
-        axis.plot(np.arange(n) * SECONDS / n, row + offset, color="black", linewidth=0.7)
-        for i, lead in enumerate(names):
-            start = i * n // len(names)
-            high = row[start:start + int(0.06 * n)].max()
-            axis.text(start * SECONDS / n + 0.06, offset + high + 0.12, lead, fontsize=8,
-                      weight="bold")
-            axis.plot([start * SECONDS / n] * 2, [offset - 0.25, offset + 0.25], color="black",
-                      linewidth=0.8)
-    axis.set(xlim=(-0.5, SECONDS), ylim=(offsets[-1] + rows[-1].min() - 0.3, rows[0].max() + 0.6))
-    axis.set_xticks(range(SECONDS + 1), [i if i < 5 or not both else i - 5 for i in range(11)])
-    for step, color in ((0.1, "#F8DDDD"), (0.5, "#E9A8A8")):  # 1 mm and 5 mm
-        low, high = np.ceil(np.array(axis.get_ylim()) / step) * step
-        axis.hlines(np.arange(low, high, step), -0.5, SECONDS, color=color, linewidth=0.4, zorder=0)
-        axis.vlines(np.arange(-0.4, SECONDS + 0.01, 0.4 * step), *axis.get_ylim(), color=color,
-                    linewidth=0.4, zorder=0)
+        axis.plot([-0.45, -0.4, -0.4, -0.2, -0.2, -0.15], offset + np.array([0, 0, 1, 1, 0, 0]),
+                  **ink)
+        axis.plot(seconds, row + offset, color="black", linewidth=0.7)
+        for lead, s, y in zip(names, *(np.split(a, len(names)) for a in (seconds, row + offset))):
+            axis.vlines(s[0], offset - 0.25, offset + 0.25, **ink)
+            top = y[s < s[0] + 0.6].max()  # of what is below the lead's name
+            axis.text(s[0] + 0.06, top + 0.12, lead, fontsize=8, weight="bold")
+    for mm, color in ((1, "#F8DDDD"), (5, "#E9A8A8")):
+        step, grid = mm / scale, dict(color=color, linewidth=0.4, zorder=0)
+        axis.hlines(np.arange(math.ceil(low / step) * step, high, step), -0.5, SECONDS, **grid)
+        axis.vlines(np.arange(-0.4, SECONDS + 0.01, mm / 25), low, high, **grid)
+    axis.set(xlim=(-0.5, SECONDS), ylim=(low, high), yticks=[])
+    axis.set_xticks(range(SECONDS + 1), [*range(5), *range(6)] if len(leads) == 6 else None)
     axis.tick_params(length=0, labelsize=7)
-    axis.set_yticks([])
-    axis.set_xlabel("time (s); 25 mm/s and 10 mm/mV when printed at 100 %; the pulse is 1 mV and "
+    volts = "10 mm/mV" if scale == 10 else f"{scale:.2g} mm/mV, not 10, for want of height,"
+    axis.set_xlabel(f"time (s); 25 mm/s and {volts} when printed at 100 %; the pulse is 1 mV and "
                     "0.2 s", fontsize=7, labelpad=1)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    figure.text(0.5, 1 - 4 * MM / height, title, ha="center", fontsize=10)
 
 
-# Drawing attention. `look` is what choose() gives: the record or records, and how to draw.
+# Drawing attention
+
+@dataclass
+class Look:
+    """The records whose attention is studied, as the encoder sees them, and what to call them."""
+
+    subject: str
+    title: str  # subject and run
+    data: str
+    ecg_id: np.ndarray  # (n,)
+    views: torch.Tensor  # (n, T, C), z-scored: the first view of each record
+    mv: np.ndarray  # (T, C) millivolt, the same of one record; None for several
+    beats: list  # of each record the times of its R peaks in s
+    seconds: np.ndarray  # (N,) middle of each time token
+    end: float  # of the last time token in s
+    span: float  # of a view in s
+    tokens: list  # names of the channel tokens
+
+    @property
+    def token(self):
+        return "lead" if self.tokens == LEADS else "mixed channel token"
+
+    @property
+    def legend(self):
+        return "Beats are not aligned: for those see attention-beats" if self.mv is None else (
+            "Black: attention that a key receives, mean over queries; blue: lead II; triangles: R "
+            "peaks")
+
 
 def canvas(look, height):
     """(figure, subfigure of that height in inches below the record's ECG, if it is one record)."""
     if look.mv is None:
-        figure = Figure((10.7, height), layout="constrained")
+        figure = Figure((10.7, height))
         return figure, figure.subfigures()
-    width, ecg_height = ecg_size(look.mv)
-    figure = Figure((width, ecg_height + height), layout="constrained")
+    (width, ecg_height), _, _ = ecg_size(look.mv)
+    figure = Figure((width, ecg_height + height))
     top, below = figure.subfigures(2, 1, height_ratios=(ecg_height, height), hspace=0)
     draw_ecg(top, look.mv, look.subject)
     return figure, below
 
 
-def shown(means, raw):
-    """A map as it is drawn: its weights, or times the number of keys, 1 where it is uniform."""
-    weights = means["map"].mean
-    return weights if raw else weights * weights.shape[1]
-
-
-def bound(values, raw):
-    """The largest weight to show, or the largest factor above and below uniform, at most 16."""
-    some = [v.ravel()[::max(1, v.size // 10 ** 6)] for v in values]
-    low, high = np.quantile(np.concatenate(some), (0.005, 0.995))
-    most = max(high, 1 / max(low, 1e-9))
-    return high if raw else next((f for f in (1.1, 1.25, 1.5, 2, 3, 4, 8) if f >= most), 16)
-
-
-def draw_map(axis, values, extent, raw, limit):
-    """An image of a map, on a log scale around 1 unless raw."""
-    style = dict(cmap="cividis", vmin=0, vmax=limit) if raw else dict(
-        cmap="PuOr_r", norm=LogNorm(1 / limit, limit))
-    values = values if raw else values.clip(1 / limit, limit)
-    return axis.imshow(values, aspect="auto", extent=extent, interpolation="antialiased", **style)
-
-
-def draw_bar(figure, image, axes, raw, limit, keys):
-    """The colour bar of maps; a line where attention is uniform."""
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max" if raw else "both",
-                          label="weight; line: uniform" if raw else "attention / uniform")
-    if raw:
-        return bar.ax.axhline(1 / keys, color="white")
-    ticks = limit ** np.array([-1, -0.5, 0, 0.5, 1])
-    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
-    bar.minorticks_off()
-
-
-def name_leads(axis, which, look):
-    """Names of the channel tokens along x or y."""
-    axis.set(**{f"{which}ticks": range(len(LEADS)), f"{which}ticklabels": look.tokens})
-    axis.tick_params(axis=which, labelsize=7, rotation=90 if which == "x" else 0)
-
-
-def draw_time(axis, means, look):
-    """Attention that time tokens receive; lead II and its R peaks behind it, for one record."""
-    mean, half = means["received"].mean, means["received"].half
-    axis.plot(look.seconds, mean, color="black", linewidth=0.9)
-    axis.fill_between(look.seconds, (mean - half).clip(0), mean + half, color="black", alpha=0.25,
-                      linewidth=0)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
-    axis.set(xlim=(0, look.span), xlabel="key: time (s)", ylabel="received /\nuniform")
-    if look.mv is not None:
-        behind = axis.twinx()
-        behind.plot(np.arange(len(look.x)) * look.span / len(look.x), look.x[:, LEADS.index("II")],
-                    linewidth=0.6, color="#56B4E9")
-        behind.plot(look.peaks, np.full(len(look.peaks), 1.02), "v", color="#D55E00", markersize=3,
-                    transform=behind.get_xaxis_transform(), clip_on=False)
-        behind.set_yticks([])
-        axis.set_zorder(behind.get_zorder() + 1)
-        axis.patch.set_visible(False)
-
-
-def draw_leads(axis, means, which, look):
-    """Attention that leads receive, along x or y, with its interval for several records."""
-    at, mean = np.arange(len(LEADS)), means["received"].mean
-    half = means["received"].half if means["received"].n > 1 else None
-    line = dict(color="0.5", linewidth=0.8, linestyle="--")
-    if which == "x":
-        axis.errorbar(at, mean, half, fmt="o", markersize=4, capsize=2, color="black")
-        axis.axhline(1, **line)
-        axis.set(xlabel=f"key: {look.token}", ylabel="received /\nuniform")
+def name_axis(axis, along, role, kind, look):
+    """What lies along x or y: queries or keys (role), of time or of leads (kind)."""
+    if kind == "time":
+        axis.set(**{f"{along}label": f"{role}: time (s)"})
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_xlim(0, look.span)
     else:
-        axis.errorbar(mean, at, xerr=half, fmt="o", markersize=4, capsize=2, color="black")
-        axis.axvline(1, **line)
+        axis.set(**{f"{along}label": f"{role}: {look.token}", f"{along}ticks": range(len(LEADS)),
+                    f"{along}ticklabels": look.tokens})
+        axis.tick_params(axis=along, labelsize=7, rotation=90 if along == "x" else 0)
+
+
+def draw_maps(axes, layers, stream, look, raw):
+    """A stream's maps (N, M), a layer an axis, on one scale: weights, or log2(weight x M), which is
+    0 where attention is uniform. Keys are along x, but time is where there is one."""
+    values, (query, key) = np.stack([means["map"].mean for means in layers]), KINDS[stream]
+    uniform, label = 1 / values.shape[2], "weight; line: uniform"
+    style = dict(cmap="cividis", vmin=0, vmax=np.quantile(values, 0.995))
+    if not raw:
+        values = np.log2((values / uniform).clip(1 / 16, 16))
+        limit = np.abs(np.quantile(values, (0.005, 0.995))).max()
+        style = dict(cmap="PuOr_r", vmin=-limit, vmax=limit)
+        uniform, label = 0, "log2(attention / uniform)"
+    x, y = ("key", key), ("query", query)
+    if stream == "time_to_channel":
+        values, x, y = values.swapaxes(1, 2), y, x
+    ends = dict(time=(0, look.end), lead=(-0.5, len(LEADS) - 0.5))
+    for i, (axis, shown, means) in enumerate(zip(axes, values, layers)):
+        image = axis.imshow(shown, aspect="auto", extent=(*ends[x[1]], *ends[y[1]][::-1]), **style)
+        axis.set_title(f"layer {i + 1}: entropy / ln(keys) {means['entropy'].mean[0]:.3f}")
+        name_axis(axis, "x", *x, look)
+        name_axis(axis, "y", *y, look)
+    bar = axis.figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label=label)
+    bar.ax.axhline(uniform, color="white")
+
+
+def draw_mean(axis, x, values, **style):
+    """A mean over records along x, in its 95 % interval."""
+    (line,) = axis.plot(x, values.mean, **style)
+    axis.fill_between(x, values.mean - values.half, values.mean + values.half, alpha=0.2,
+                      color=line.get_color(), linewidth=0)
+
+
+def draw_received(axis, received, kind, look, along="x"):
+    """What keys of a kind receive / uniform, along x or y, with intervals for several records;
+    behind time, of one record, lead II and its R peaks."""
+    leads, style = range(len(LEADS)), dict(fmt="o", color="black")
+    if along == "y":
+        axis.errorbar(received.mean, leads, xerr=received.half, **style)
+        axis.axvline(1, **DASHED)
         axis.set(xlabel="received /\nuniform", ylim=(len(LEADS) - 0.5, -0.5))
-    name_leads(axis, which, look)
+    else:
+        axis.axhline(1, **DASHED)
+        axis.set_ylabel("received /\nuniform")
+    if along == "x" and kind == "lead":
+        axis.errorbar(leads, received.mean, yerr=received.half, **style)
+    if kind == "time":
+        draw_mean(axis, look.seconds, received, color="black", linewidth=0.9)
+    if kind == "time" and look.mv is not None:
+        x, behind = look.views[0, :, LEADS.index("II")], axis.twinx()
+        behind.plot(np.arange(len(x)) * look.span / len(x), x, color="#56B4E9", linewidth=0.6)
+        behind.plot(look.beats[0], [x.max()] * len(look.beats[0]), "v", color="#D55E00")
+        behind.set_yticks([])
+    name_axis(axis, along, "key", kind, look)
 
 
 def arrays(layers, look):
     """The numbers behind maps of some layers, for NPZ: weights, and what keys receive / uniform."""
-    out = dict(map=[means["map"].mean for means in layers],
-               received_ratio=[means["received"].mean for means in layers])
-    if look.mv is None:
-        out |= dict(map_half=[means["map"].half for means in layers],
-                    received_ratio_half=[means["received"].half for means in layers])
-    else:
-        out |= dict(millivolt=look.mv, r_peaks=look.peaks)
-    return {key: np.stack(value).astype(np.float32) for key, value in out.items()} | dict(
-        seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id, data=look.data)
+    out = {}
+    for name, key in (("map", "map"), ("received_ratio", "received")):
+        out[name] = np.stack([means[key].mean for means in layers], dtype=np.float32)
+        if look.mv is None:
+            out[f"{name}_half"] = np.stack([means[key].half for means in layers], dtype=np.float32)
+    if look.mv is not None:
+        out |= dict(millivolt=look.mv, r_peaks=look.beats[0].astype(np.float32))
+    return out | dict(seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id,
+                      data=look.data)
 
 
-def plot_self(found, stream, look, path):
+def plot_self(found, stream, look, raw, path):
     """Self-attention of a stream, a column a layer: Figs. 12 (time) and 13 (channel) of the paper.
     """
     layers = [means for (name, _), means in found.items() if name == stream]
-    values = [shown(means, look.raw) for means in layers]
-    limit, edge = bound(values, look.raw), len(LEADS) - 0.5
-    extent = (0, look.end, look.end, 0) if stream == "time" else (-0.5, edge, edge, -0.5)
     height = min(4.0, 9 / len(layers))
     figure, below = canvas(look, height + 2.2)
     axes = below.subplots(2, len(layers), squeeze=False, height_ratios=(height, 1.2), sharex=True,
                           sharey="row")
-    for i, (means, axis, received) in enumerate(zip(layers, *axes)):
-        image = draw_map(axis, values[i], extent, look.raw, limit)
-        axis.set_title(f"layer {i + 1}: entropy / ln(keys) {means['entropy'].mean:.3f}", fontsize=8)
-        if stream == "time":
-            draw_time(received, means, look)
-        else:
-            name_leads(axis, "y", look)
-            draw_leads(received, means, "x", look)
-        received.label_outer()
-    axes[0, 0].set_ylabel(f"query: {'time (s)' if stream == 'time' else look.token}")
-    draw_bar(below, image, axes[0], look.raw, limit, values[0].shape[1])
-    below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}\n"
-                   f"{look.legend if stream == 'time' else ''}", fontsize=10)
+    draw_maps(axes[0], layers, stream, look, raw)
+    for axis, means in zip(axes[1], layers):
+        draw_received(axis, means["received"], KINDS[stream][1], look)
+    for axis in axes.flat:
+        axis.label_outer()
+    below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}\n{look.legend}")
     save_figure(figure, path, arrays(layers, look))
 
 
-def plot_cross(found, look, path):
+def plot_cross(found, look, raw, path):
     """Both directions of the cross-attention, time along x in both: Fig. 14 of the paper."""
-    both = {name: found[name, 0] for name in ("time_to_channel", "channel_to_time")}
+    both = {stream: [found[stream, 0]] for stream in ("time_to_channel", "channel_to_time")}
     figure, below = canvas(look, 6.4)
     axes = below.subplots(3, 2, width_ratios=(6, 1), height_ratios=(2, 2, 1.1))
-    for axis, (name, means) in zip(axes[:, 0], both.items()):
-        values, edge = shown(means, look.raw), len(LEADS) - 0.5
-        limit = bound([values], look.raw)
-        image = draw_map(axis, values.T if name == "time_to_channel" else values,
-                         (0, look.end, edge, -0.5), look.raw, limit)
-        draw_bar(below, image, axis, look.raw, limit, values.shape[1])
-        axis.set_title(f"{STREAMS[name]}: entropy / ln(keys) {means['entropy'].mean:.3f}",
-                       fontsize=9)
-        name_leads(axis, "y", look)
-    axes[0, 0].set(xlabel="query: time (s)", ylabel=f"key: {look.token}", xlim=(0, look.span))
-    axes[1, 0].set(xlabel="key: time (s)", ylabel=f"query: {look.token}", xlim=(0, look.span))
-    draw_leads(axes[0, 1], both["time_to_channel"], "y", look)
-    draw_time(axes[2, 0], both["channel_to_time"], look)
-    for axis in axes[1:, 1]:
-        axis.set_axis_off()
-    below.suptitle(f"Cross-attention. {look.title}\n{look.legend}", fontsize=10)
-    save_figure(figure, path, {f"{name}/{key}": value for name, means in both.items()
-                               for key, value in arrays([means], look).items()})
+    for axis, (stream, layers) in zip(axes[:, 0], both.items()):
+        draw_maps([axis], layers, stream, look, raw)
+        axis.set_title(f"{STREAMS[stream]}, {axis.get_title()}")
+    draw_received(axes[0, 1], found["time_to_channel", 0]["received"], "lead", look, along="y")
+    draw_received(axes[2, 0], found["channel_to_time", 0]["received"], "time", look)
+    axes[1, 1].set_axis_off()
+    axes[2, 1].set_axis_off()
+    below.suptitle(f"Cross-attention. {look.title}\n{look.legend}")
+    save_figure(figure, path, {f"{stream}/{key}": value for stream, layers in both.items()
+                               for key, value in arrays(layers, look).items()})
 
 
 def plot_beats(both, look, path):
-    """Attention that time tokens receive around the R peaks, here and before training.
-
-    both: {encoder: what study() found}
-    """
-    t = np.arange(look.views.shape[1]) * look.span / look.views.shape[1]
-    beats = [around_peaks(rms(x), t, peaks) for x, peaks in zip(look.views.numpy(), look.beats)]
-    beats = [beat for beat in beats if beat is not None]
-    if not beats:
-        return print(f"note: no whole beat was found, so that {path} is not drawn")
-    beat = np.mean(beats, axis=0)
-    figure = Figure((9.5, 5.6), layout="constrained")
+    """Attention that time tokens receive around the R peaks, of {encoder: what study() found}."""
+    T, signal = look.views.shape[1], Mean()
+    for x, peaks in zip(look.views.numpy(), look.beats):
+        beat = around_peaks(rms(x), np.arange(T) * look.span / T, peaks)
+        if beat is not None:
+            signal.add(beat)
+    if not signal.n:
+        print(f"note: no whole beat was found, so that {path} is not drawn")
+        return
+    figure = Figure((9.5, 5.6))
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 2))
-    rows = [dict(attention="root mean square of the leads", seconds=s, received=b)
-            for s, b in zip(BEAT_S, beat)]
-    for (name, found), (above, axis) in zip(both.items(), axes.T):
-        above.plot(BEAT_S, beat, color="black")
-        above.set(title=name)
-        keys = [key for key, means in found.items() if "beat" in means]
-        for i, (stream, layer) in enumerate(keys):
-            means = found[stream, layer]["beat"]
-            label, color = f"time stream, layer {layer + 1}", LAYER_COLORS[layer % 4]
-            if stream == "channel_to_time":
-                label, color = STREAMS[stream], "black"
-            axis.plot(BEAT_S, means.mean, ("-", "--", ":", "-.")[i % 4], color=color, label=label)
-            axis.fill_between(BEAT_S, means.mean - means.half, means.mean + means.half, alpha=0.2,
-                              color=color, linewidth=0)
-            rows += [dict(encoder=name, attention=stream, layer=layer + 1, seconds=s, received=m,
-                          half=h) for s, m, h in zip(BEAT_S, means.mean, means.half)]
-        axis.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
-        axis.set(xlabel="time from the R peak (s)")
+    numbers = [dict(attention="root mean square of the leads", received=signal.mean)]
+    for (above, axis), (encoder, found) in zip(axes.T, both.items()):
+        above.plot(BEAT_S, signal.mean, color="black")
+        above.set_title(encoder)
+        axis.axhline(1, **DASHED)
+        axis.set_xlabel("time from the R peak (s)")
+        beats = {key: means["beat"] for key, means in found.items() if "beat" in means}
+        for ((stream, layer), beat), style in zip(beats.items(), cycle(("-", "--", ":", "-."))):
+            draw_mean(axis, BEAT_S, beat, linestyle=style,
+                      label=f"{STREAMS[stream]}, layer {layer + 1}")
+            numbers.append(dict(encoder=encoder, attention=stream, layer=layer + 1,
+                                received=beat.mean, half=beat.half))
     axes[0, 0].set_ylabel("leads, root mean\nsquare (z-score)")
     axes[1, 0].set_ylabel("attention received / uniform")
-    axes[1, 1].legend(fontsize=8)
-    figure.suptitle(f"Attention around the R peaks. {look.title}", fontsize=10)
-    save_figure(figure, path, rows)
+    axes[1, 1].legend()
+    figure.suptitle(f"Attention around the R peaks. {look.title}")
+    save_figure(figure, path, pd.concat([pd.DataFrame(dict(seconds=BEAT_S, **part))
+                                         for part in numbers]))
 
 
 # Attention maps of a run
 
-def find_record(index, ecg_id=None):
-    """Row of a record; by default the first of fold 10 that is NORM alone, as in the paper."""
-    if ecg_id is None:
+def choose(cache, args):
+    """Rows of the records to show: one, or of a superclass several, one a patient.
+
+    By default the first of fold 10 that is NORM alone, as in the paper. Raises InputError for an
+    ecg_id or a superclass that is not there.
+    """
+    index, folds = cache.index, cache.index.strat_fold
+    if args.superclass:
+        ours = index[folds.isin((VAL_FOLD, TEST_FOLD)) & (index[args.superclass] == 1)]
+        ours = ours.sample(frac=1, random_state=0).drop_duplicates("patient_id")[:args.records]
+        if len(ours) < 2:
+            raise InputError(f"--superclass {args.superclass}: {len(ours)} patients of folds 9 and "
+                             f"10 have it in {cache.folder}; an interval needs 2")
+        return np.sort(ours.index)
+    if args.ecg_id is None:
         normal = (index[list(CLASSES)].sum(axis=1) == 1) & (index.NORM == 1)
-        return int((2 * normal + (index.strat_fold == TEST_FOLD)).to_numpy().argmax())
-    found = np.flatnonzero(index.ecg_id == ecg_id)
+        return np.array([np.argmax(2 * normal + (folds == TEST_FOLD))])
+    found = np.flatnonzero(index.ecg_id == args.ecg_id)
     if not len(found):
-        raise InputError(f"--ecg-id {ecg_id} is not in the data: it has {len(index)} records, such "
-                         f"as {', '.join(map(str, index.ecg_id[:5]))}")
-    return int(found[0])
+        raise InputError(f"--ecg-id {args.ecg_id} is not in the data: it has {len(index)} records, "
+                         f"such as {', '.join(map(str, index.ecg_id[:5]))}")
+    return found
 
 
 def name_record(index, row):
     """Such as: ecg_id 39 (NORM), fold 10."""
-    classes = [name for name in CLASSES if index[name][row]]
-    return (f"ecg_id {index.ecg_id[row]} ({', '.join(classes) or 'no superclass'}), fold "
-            f"{index.strat_fold[row]}")
+    classes = ", ".join(name for name in CLASSES if index[name][row]) or "no superclass"
+    return f"ecg_id {index.ecg_id[row]} ({classes}), fold {index.strat_fold[row]}"
 
 
-def choose(cache, saved, args):
-    """Which records to look at, and how: views, R peaks, times of the tokens, titles.
-
-    Raises InputError for an ecg_id or a superclass that is not there.
-    """
-    index, config, view = cache.index, saved["config"], saved["args"]["view"]
-    if args.superclass:
-        if args.records < 2:
-            raise InputError(f"--records {args.records}: an interval needs at least 2")
-        ours = index[index.strat_fold.isin((VAL_FOLD, TEST_FOLD)) & (index[args.superclass] == 1)]
-        ours = ours.sample(frac=1, random_state=0).drop_duplicates("patient_id")
-        rows = np.sort(ours.index.to_numpy()[:args.records])
-        if len(rows) < 2:
-            raise InputError(f"--superclass {args.superclass}: {len(rows)} patients of folds 9 and "
-                             f"10 have it in {cache.folder}; an interval needs 2")
-        subject = (f"{len(rows)} records of folds 9 and 10 with {args.superclass}, one a patient: "
-                   "mean, 95 % interval")
-    else:
-        rows = np.array([find_record(index, args.ecg_id)])
-        subject = name_record(index, rows[0])
-    data, span = describe_data(cache.meta), SECONDS / 2 if view == "contig" else SECONDS
-    subject = f"{data}: {subject}"
-    signals, several = cache.signals[rows], len(rows) > 1
+def look_at(cache, rows, saved, run, superclass=None):
+    """The Look of some rows of a cache; saved: the run's args.json."""
+    data, rate, signals = describe_data(cache.meta), cache.meta["rate"], cache.signals[rows]
+    view, stride = saved["args"]["view"], saved["config"]["time_stride"]
     views = split(normalize(torch.from_numpy(signals)), view)[0]
-    seconds = token_times(views.shape[1], config["time_stride"], span)
-    beats = [p[p < span] for p in (r_peaks(signal, cache.meta["rate"]) for signal in signals)]
-    mixed = config["mix_leads"]  # token i is then not lead i
-    return Namespace(
-        views=views, beats=beats, span=span, seconds=seconds, subject=subject, raw=args.raw,
-        end=len(seconds) * config["time_stride"] * span / views.shape[1], x=views[0].numpy(),
-        title=f"{subject}\n{Path(args.run).resolve().name}: {describe(saved, cache.meta)}",
-        legend="Beats are not aligned: for those see attention-beats" if several else (
-            "Black: attention that a key receives, mean over queries; blue: lead II; triangles: R "
-            "peaks"), data=data,
-        peaks=beats[0], ecg_id=index.ecg_id.to_numpy()[rows],
-        mv=None if several else signals[0, :round(span * cache.meta["rate"])] / np.float32(1000),
-        tokens=[str(i + 1) for i in range(len(LEADS))] if mixed else LEADS,
-        token="mixed channel token" if mixed else "lead",
-        name=args.superclass or f"ecg{index.ecg_id[rows[0]]}")
+    T, span = views.shape[1], SECONDS / 2 if view == "contig" else SECONDS
+    subject, mv = f"{data}: {name_record(cache.index, rows[0])}", None
+    if superclass:
+        subject = (f"{data}: {len(rows)} records of folds 9 and 10 with {superclass}, one a "
+                   "patient: mean, 95 % interval")
+    else:
+        mv = signals[0, :round(span * rate)] / np.float32(1000)
+    peaks = [r_peaks(signal, rate) for signal in signals]
+    numbered = [str(i + 1) for i in range(len(LEADS))]
+    return Look(
+        subject=subject, title=f"{subject}\n{run}: {describe(saved, cache.meta)}", data=data,
+        ecg_id=cache.index.ecg_id.to_numpy()[rows], views=views, mv=mv,
+        beats=[p[p < span] for p in peaks], seconds=token_times(T, stride, span),
+        end=T // stride * stride * span / T, span=span,
+        tokens=numbered if saved["config"]["mix_leads"] else LEADS)
 
 
-def attention_table(rows):
-    """The table of a run's and its untrained encoder's attention, as Markdown."""
-    half = len(rows) // 2
-    lines = []
-    for run, fresh in zip(rows[:half], rows[half:]):
-        def cell(row, key):
-            mean, h = row.get(key), row.get(f"{key}_half", math.nan)
-            return number(mean, None if math.isnan(h) else (mean - h, mean + h))
-
-        shifted = "-" if "null_low" not in run else " to ".join(
-            number(run[end]) for end in ("null_low", "null_high"))
-        lines.append([run["attention"], run["layer"], run["keys"], cell(run, "entropy"),
-                      cell(fresh, "entropy"), number(run.get("peak_share")),
-                      number(run.get("peak_chance")), cell(run, "peak_lift"), shifted,
-                      cell(fresh, "peak_lift")])
-    return markdown(["attention", "layer", "keys", "entropy", "untrained", "on R peaks", "chance",
-                     "ratio", "ratio, shifted", "ratio, untrained"], lines)
-
-
-def maps(args):
+def maps(run, args):
     """Attention maps, table and beats of a run, for one record or for a superclass."""
     device = pick_device(args.device)
-    model, saved = load_run(args.run, device)
-    trained, cache = open_data(args.run, saved, args.cache)
-    fresh = untrained(saved["config"], trained["seed"], device)
-    look = choose(cache, saved, args)
-    both = {"this run": study(model, look, device),
-            "untrained": study(fresh, look, device, keep_maps=False)}
-    rows = [row | dict(data=look.data) for name, found in both.items()
-            for row in table(found, name)]
+    model, saved = load_run(run, device)
+    trained, cache = open_data(run, saved, args.cache)
+    look = look_at(cache, choose(cache, args), saved, Path(run).resolve().name, args.superclass)
+    found = study(model, look, device)
+    fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
+    table = pd.DataFrame(attention_rows(found, "this run") + attention_rows(fresh, "untrained"))
     text = (f"# Attention\n{look.title}\n\nFirst view, unmasked. Entropy: of the queries' weights "
             "over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the attention on "
             f"keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such keys; ratio: "
             "of the two, mean over records; shifted: central 95 % of one record's ratio when its "
-            f"peaks are shifted in time, all together.\n\n{attention_table(rows)}\n")
-    folder = Path(args.out or Path(args.run) / "figures")
-    write_atomic(folder / f"attention-{look.name}.md", lambda tmp: tmp.write_text(text))
-    write_atomic(folder / f"attention-{look.name}.csv", lambda tmp: pd.DataFrame(rows).to_csv(
-        tmp, index=False, float_format="%.6g"))
-    end = f"{look.name}.{args.format}"
-    for stream in ("time", "channel"):
-        plot_self(both["this run"], stream, look, folder / f"attention-{stream}-{end}")
-    plot_cross(both["this run"], look, folder / f"attention-cross-{end}")
-    plot_beats(both, look, folder / f"attention-beats-{end}")
-    print(f"{text}\n-> {folder}/attention-*{look.name}*")
+            f"peaks are shifted in time, all together.\n\n{attention_table(table)}\n")
+    folder = Path(args.out or Path(run) / "figures")
+    name = args.superclass or f"ecg{look.ecg_id[0]}"
+    write_atomic(folder / f"attention-{name}.md", lambda tmp: tmp.write_text(text))
+    write_atomic(folder / f"attention-{name}.csv", lambda tmp: table.drop(
+        columns="text").assign(data=look.data).to_csv(tmp, index=False, float_format="%.6g"))
+    end = f"{name}.{args.format}"
+    plot_self(found, "time", look, args.raw, folder / f"attention-time-{end}")
+    plot_self(found, "channel", look, args.raw, folder / f"attention-channel-{end}")
+    plot_cross(found, look, args.raw, folder / f"attention-cross-{end}")
+    plot_beats({"this run": found, "untrained": fresh}, look, folder / f"attention-beats-{end}")
+    print(f"{text}\n-> {folder}/attention-*{name}*")
 
 
 # Curves of training: one colour a view, one run a line
 
-def read_log(folder):
-    """(args.json, log.jsonl as a table) of a run, finished or not; InputError when not there."""
-    folder = Path(folder)
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        if not log:
-            raise ValueError("log.jsonl is empty")
-        return saved, pd.DataFrame(log).set_index("epoch")
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {Path(error.filename).name}: give a run folder with at "
-                         "least one epoch done, or train one: make pretrain VIEW=noncontig"
-                         ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"args.json or log.jsonl in {folder} is damaged ({error}); mend it, or "
-                         "train again") from error
-
-
 def draw_curves(axis, runs, columns):
-    """Columns of the runs' logs by epoch; {column: (line style, words)}."""
-    for name, (saved, log) in runs.items():
+    """Columns of the runs' logs by epoch; markers tell runs of one view apart."""
+    for (name, (saved, log)), marker in zip(runs.items(), cycle("osD^vPX")):
         color = VIEW_COLORS[saved["args"]["view"]]
-        same = [n for n, (other, _) in runs.items() if other["args"]["view"]
-                == saved["args"]["view"]].index(name)  # a marker tells runs of one view apart
-        for column, (style, words) in columns.items():
-            axis.plot(log.index, log[column].astype(float), style, color=color,
-                      marker=[None if len(log) > 1 else ".x"[style != "-"], *"osD^vPX"][same % 8],
-                      markersize=4,
-                      markevery=max(len(log) // 8, 1), label=f"{name}{words}")
-    axis.set_xlabel("epoch")
+        for column, style, fill in zip(columns, ("-", "--"), ("full", "none")):
+            axis.plot(log.index, log[column].astype(float), style, color=color, marker=marker,
+                      fillstyle=fill, markevery=max(len(log) // 8, 1),
+                      label=name if len(columns) == 1 else f"{name}, {column}")
+        if "loss" in columns:
+            for level, style in zip(chance(saved["args"], saved["in_effect"]), (":", "--")):
+                axis.axhline(level, linestyle=style, linewidth=0.8, color=color)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlim(left=0)
 
 
-def finish_curves(figure, axes, runs, title, path):
-    """Legend, title and file of a figure of curves; the numbers are the logs'."""
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3),
-                  fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    numbers = pd.concat({name: log for name, (_, log) in runs.items()}, names=["run"])
-    save_figure(figure, path, numbers.reset_index())
+def plot_training(runs, out, end):
+    """The figures of TRAINING, Figs. 7 to 9 of the paper; runs: {name: (args.json, log)}."""
+    streams = {name: (saved, log.assign(param_grad_norm_ratio=log.param_grad_norm_channel
+                                        / log.param_grad_norm_time))
+               for name, (saved, log) in runs.items() if "param_grad_norm_time" in log}
+    plot_curves("loss", runs, out / f"training-loss.{end}")
+    plot_curves("clustering", runs, out / f"training-clustering.{end}")
+    if streams:
+        plot_curves("gradients", streams, out / f"training-gradients.{end}")
+    else:
+        print("note: no gradient norms of streams: a ResNet-18 has none")
 
 
-def plot_loss(runs, path):
-    """NT-Xent along training, with what chance gives: Fig. 7 of the paper."""
-    figure = Figure((8, 4.6), layout="constrained")
-    axis = figure.subplots()
-    draw_curves(axis, runs, {"loss": ("-", ", training"), "val_loss": ("--", ", fold 9")})
-    for saved, _ in runs.values():
-        for loss, style in zip(chance(saved["args"], saved["in_effect"]), (
-                (0, (1, 3)), (3, (3, 5)))):
-            axis.axhline(loss, linewidth=0.8, linestyle=style,
-                         color=VIEW_COLORS[saved["args"]["view"]])
-    axis.set(ylabel="NT-Xent (nats); thin: chance, dots\nin training, dashes on fold 9",
-             ylim=(0, None))
-    finish_curves(figure, [axis], runs, "Loss along training", path)
-
-
-def plot_gradients(runs, path):
-    """Gradient norms of the streams as the paper drew them, and corrected: Fig. 8 of the paper."""
-    runs = {name: run for name, run in runs.items() if "grad_norm_time_corrected" in run[1]
-            and run[1].grad_norm_time_corrected.notna().any()}
-    if not runs:
-        return print("note: no gradient norms of streams: a ResNet-18 has none")
-    figure = Figure((11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey="row")
-    for (above, below), key, title in zip(axes.T, ("grad_norm_{}", "grad_norm_{}_corrected",
-                                                   "param_grad_norm_{}"), (
-            "at the tokens, as in the paper", "at the tokens x sqrt(N)", "over the parameters")):
-        draw_curves(above, runs, {key.format("time"): ("-", ", time stream"),
-                                  key.format("channel"): ("--", ", channel stream")})
-        above.set(yscale="log", title=title, xlabel="")
-        ratios = {name: (saved, pd.DataFrame(dict(
-            ratio=log[key.format("channel")] / log[key.format("time")])))
-            for name, (saved, log) in runs.items()}
-        draw_curves(below, ratios, {"ratio": ("-", "")})
-        below.set(yscale="log")
-        below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        below.yaxis.set_minor_locator(NullLocator())
-        below.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
-    axes[0, 0].set_ylabel("gradient norm")
-    axes[1, 0].set_ylabel("channel / time; dotted: equal")
-    finish_curves(figure, axes.flat, runs, "Gradient norms of the streams", path)
-
-
-def plot_clustering(runs, path):
-    """Clustering scores along training: Fig. 9 of the paper."""
-    figure = Figure((11, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, column, title in zip(axes, ("silhouette", "davies_bouldin", "calinski_harabasz"), (
-            "silhouette (higher is better)", "Davies-Bouldin (lower is better)",
-            "Calinski-Harabasz (higher is better)")):
-        draw_curves(axis, runs, {column: ("-", "")})
-        axis.set_title(title, fontsize=10)
-    finish_curves(figure, axes, runs, "Clustering of fold 9's records with one superclass", path)
+def plot_curves(kind, runs, path):
+    """One figure of TRAINING; the numbers behind it are the logs'."""
+    title, scale, size, rows = TRAINING[kind]
+    figure = Figure(size)
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True,
+                           sharey="row" if kind == "gradients" else False)
+    for axis, (name, label, columns) in zip(axes.flat, chain(*rows)):
+        draw_curves(axis, runs, columns)
+        axis.set(title=name, ylabel=label, yscale=scale, xlim=(0, None))
+        if "ratio" in columns[0]:
+            axis.axhline(1, **DASHED)
+    if kind == "loss":
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    logs = {name: log for name, (_, log) in runs.items()}
+    save_figure(figure, path, pd.concat(logs, names=["run"]).reset_index())
 
 
 # Data
@@ -664,107 +619,99 @@ def plot_ages(index, about, path):
 
     index: a table with age and sex (0 male, 1 female), as in PTB-XL, where 300 means above 89
     """
-    hidden, known = index.age == AGE_HIDDEN, index.age.dropna()
-    counts, edges = np.histogram(index.age[~hidden].dropna(), np.arange(0, 91, 5))
-    figure = Figure((8, 4), layout="constrained")
+    starts = np.arange(0, 95, 5)
+    counts = np.histogram(index.age.dropna(), [*starts, np.inf])[0]  # 90 and above: all 300
+    figure = Figure((8, 4))
     axis = figure.subplots()
-    axis.bar(edges[:-1], counts, width=4.6, align="edge", color="#56B4E9", edgecolor="black",
-             linewidth=0.5)
-    axis.bar(95, hidden.sum(), width=4.6, align="edge", color="white", edgecolor="black",
-             hatch="///", linewidth=0.5)
-    axis.text(97.3, hidden.sum(), f"{hidden.sum()}", ha="center", va="bottom", fontsize=8)
-    axis.set_xticks([*range(0, 91, 10), 97.3], [*map(str, range(0, 91, 10)), "> 89"])
-    low, median, high = known.quantile((0.25, 0.5, 0.75))  # ranks: 300 is above all the others
-    axis.set(xlabel="age (years), in bins of 5; PTB-XL hides ages above 89 (coded 300)",
-             ylabel="records")
+    bars = axis.bar(starts, counts, width=4.6, align="edge", color=["#56B4E9"] * 18 + ["0.8"],
+                    edgecolor="black")
+    axis.bar_label(bars, fontsize=7)
+    axis.set(xlabel="age (years), in bins of 5; grey: above 89, which PTB-XL hides (coded 300)",
+             ylabel="records", xticks=range(0, 91, 10))
+    low, median, high = index.age.quantile((0.25, 0.5, 0.75))  # ranks: 300 is above all the others
     axis.set_title(f"Ages of {len(index)} records: median {median:g}, quartiles {low:g} and "
                    f"{high:g}; {index.age.isna().sum()} unknown; {(index.sex == 0).mean():.0%} "
-                   f"male\n{about}", fontsize=9)
-    save_figure(figure, path, [*(dict(age_from=a, age_below=b, records=n) for a, b, n in zip(
-        edges, edges[1:], counts)), dict(age_from=90, records=hidden.sum())])
+                   f"male\n{about}")
+    save_figure(figure, path, pd.DataFrame(dict(
+        age_from=starts, age_below=[*starts[1:], np.nan], records=counts)))
 
 
 def plot_superclasses(index, about, path):
     """How many records have each superclass, alone or not, and which occur together: Table 1."""
     has = index[list(CLASSES)].to_numpy()
-    counts, alone = has.T @ has, has[has.sum(1) == 1].sum(0)
-    figure = Figure((9, 4), layout="constrained")
+    counts, alone, none = has.T @ has, has[has.sum(1) == 1].sum(0), (has.sum(1) == 0).sum()
+    figure = Figure((9, 4))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    colors = [*CLASS_COLORS.values(), "#999999"]
-    bars = [*zip(alone, counts.diagonal()), ((has.sum(1) == 0).sum(),) * 2]
-    for i, (one, every) in enumerate(bars):
-        left.bar(i, every, color="white", edgecolor=colors[i], hatch="////")
-        left.bar(i, one, color=colors[i], edgecolor=colors[i])
-        left.text(i, every, f"{every}", ha="center", va="bottom", fontsize=8)
-    left.set_xticks(range(len(bars)), [*CLASSES, "none"])
-    left.set(ylabel="records; hatched: with another superclass")
+    names, colors = [*CLASSES, "none"], [*CLASS_COLORS.values(), "#999999"]
+    bars = left.bar(names, [*counts.diagonal(), none], color="white", edgecolor=colors, hatch="//")
+    left.bar_label(bars)
+    left.bar(names, [*alone, none], color=colors)
+    left.set_ylabel("records; hatched: with another superclass")
     share = counts / counts.diagonal()[:, None].clip(1)
-    right.imshow(share, cmap="Greys", vmin=0, vmax=1.3)
+    right.imshow(share, cmap="Greys", vmin=0, vmax=2)
     for i, j in np.ndindex(counts.shape):
-        right.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8,
-                   color="white" if share[i, j] > 0.6 else "black")
+        right.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8)
     right.set_xticks(range(len(CLASSES)), CLASSES)
     right.set_yticks(range(len(CLASSES)), CLASSES)
     right.set(xlabel="... and this one", ylabel="records with this superclass ...")
-    figure.suptitle(f"Superclasses of {len(index)} records; a record may have several\n{about}",
-                    fontsize=9)
-    save_figure(figure, path, [dict(superclass=a, alone=alone[i], **{
-        f"with_{b}": counts[i, j] for j, b in enumerate(CLASSES)}) for i, a in enumerate(CLASSES)])
+    figure.suptitle(f"Superclasses of {len(index)} records; a record may have several\n{about}")
+    table = pd.DataFrame(counts, columns=[f"with_{name}" for name in CLASSES])
+    save_figure(figure, path, table.assign(superclass=CLASSES, alone=alone))
 
 
 def plot_rates(folder, ecg_id, about, path):
-    """One record at both rates: a beat in three leads, and the spectra of all leads.
+    """One record at both rates: a beat in three leads, and the mean spectrum of all leads.
 
     folder: in PTB-XL's layout. A rate that was not downloaded is named, and nothing is drawn.
     """
     try:
         names = load_tables(folder).set_index("ecg_id").loc[ecg_id]
-        signals = {rate: read_record(Path(folder) / names[column], rate)
-                   for rate, column in RATES.items()}
+        signals = {rate: read_record(Path(folder) / names[RATES[rate]], rate)
+                   for rate in (500, 100)}
     except (InputError, KeyError) as error:
-        return print(f"note: one record at both rates is not drawn, for want of one: {error}")
+        print(f"note: one record at both rates is not drawn, for want of one: {error}")
+        return
     peaks = r_peaks(signals[500], 500)
     start = max(peaks[len(peaks) // 2] - 0.35, 0) if len(peaks) else 0
-    figure, rows = Figure((11, 3.8), layout="constrained"), []
-    axes = figure.subplots(1, 4)
-    for rate, style in ((500, dict(color="0.45", linewidth=1)),
-                        (100, dict(color="#D55E00", marker="o", markersize=3, linewidth=0))):
-        t, mv = np.arange(SECONDS * rate) / rate, signals[rate] / 1000
-        inside = (t >= start) & (t < start + 0.8)
+    figure, numbers = Figure((11, 3.8)), []
+    *axes, last = figure.subplots(1, 4)
+    for (rate, signal), style, color in zip(signals.items(), ("-", "o"), ("0.45", "#D55E00")):
+        mv, first = signal / 1000, math.ceil(start * rate)
+        beat = np.arange(first, first + int(0.8 * rate))
         for axis, lead in zip(axes, ("II", "V2", "V5")):
-            axis.plot(t[inside], mv[inside, LEADS.index(lead)], label=f"{rate} Hz", **style)
+            x, y = beat / rate, mv[beat, LEADS.index(lead)]
+            axis.plot(x, y, style, color=color, markersize=3, label=f"{rate} Hz")
             axis.set(title=f"lead {lead}", xlabel="time (s)", ylabel="mV")
-            rows += [dict(panel=lead, rate=rate, x=a, y=b) for a, b in
-                     zip(t[inside], mv[inside, LEADS.index(lead)])]
+            numbers.append(pd.DataFrame(dict(panel=lead, rate=rate, x=x, y=y)))
         f, power = welch(mv, rate, nperseg=2 * rate, axis=0)
-        axes[3].plot(f[1:], power[1:].mean(1), color=style["color"], label=f"{rate} Hz")
-        rows += [dict(panel="spectrum", rate=rate, x=a, y=b) for a, b in zip(f, power.mean(1))]
-    axes[0].legend(fontsize=8)
-    axes[3].set(yscale="log", title="mean over leads", xlabel="frequency (Hz)",
-                ylabel="power density (mV$^2$/Hz)")
-    figure.suptitle(f"ecg_id {ecg_id} at both rates. {about}", fontsize=10)
-    save_figure(figure, path, rows)
+        last.plot(f[1:], power[1:].mean(1), color=color)
+        numbers.append(pd.DataFrame(dict(panel="spectrum", rate=rate, x=f, y=power.mean(1))))
+    axes[0].legend()
+    last.set(yscale="log", title="mean over leads", xlabel="frequency (Hz)",
+             ylabel="power density (mV$^2$/Hz)")
+    figure.suptitle(f"ecg_id {ecg_id} at both rates. {about}")
+    save_figure(figure, path, pd.concat(numbers))
 
 
 # Views
 
 def example(cache, config, seed, row):
-    """Both views of a record as training makes them: views (2, T', C), leads kept (2, C) bool.
+    """Both views of a record (2, T', C) and the leads that they keep (2, C) bool.
 
-    Of an epoch in which both stochastic views differ from the record: none may be transformed.
+    Made by the code of training, for a batch of this record alone; of a step in which both
+    stochastic views differ from the record, since none may be transformed.
     """
     x = normalize(torch.from_numpy(cache.signals[[row]]))
-    for epoch in range(100):
-        (make,) = batches(cache, config, seed, [(epoch, np.array([row]))],
-                          torch.device("cpu"), 0)
-        pair = torch.cat(list(make(slice(0, 1))))
+    feed = Feed(cache, config, seed, torch.device("cpu"))
+    for batch in feed((step, np.array([row])) for step in range(100)):
+        pair = torch.cat(list(batch.cut(slice(0, 1))))
         if config.view != "stochastic" or (pair != x).any((1, 2)).all():
             break
-    keep = draw_keep(config, 1, seed, epoch, row)
-    return pair.numpy(), np.ones((2, len(LEADS)), bool) if keep is None else keep[:, 0].numpy()
+    kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else batch.keep[:, 0].numpy()
+    return pair.numpy(), kept
 
 
-def draw_leads_apart(axis, x, seconds, kept, offsets, color, title):
+def draw_leads_apart(axis, seconds, x, kept, offsets, color):
     """All leads of x (T, C) below one another; masked ones are flat, grey and marked."""
     for trace, offset, there in zip(x.T, offsets, kept):
         axis.plot(seconds, (trace if there else 0 * trace) + offset, linewidth=0.6,
@@ -773,8 +720,21 @@ def draw_leads_apart(axis, x, seconds, kept, offsets, color, title):
             axis.text(seconds[len(seconds) // 2], offset, "masked", fontsize=7, color="0.4",
                       ha="center", va="center", backgroundcolor="white")
     axis.set_yticks(offsets, LEADS, fontsize=7)
-    axis.set_title(title, fontsize=9)
     axis.margins(x=0.01, y=0.02)
+
+
+def draw_beat(axis, x, parts, peaks, color):
+    """Lead II of a record x (T, C) around a beat, with the (seconds, samples) of its two views."""
+    lead, styles = LEADS.index("II"), (("o-", "full"), ("s--", "none"))
+    axis.plot(np.arange(len(x)) * SECONDS / len(x), x[:, lead], color="0.6", linewidth=1.5,
+              label="normalised record")
+    for i, ((seconds, part), (style, fill)) in enumerate(zip(parts, styles)):
+        axis.plot(seconds, part[:, lead], style, fillstyle=fill, color=color, markersize=4,
+                  linewidth=0.8, label=f"view {i + 1}")
+    middle = min(peaks, key=lambda peak: abs(peak - SECONDS / 2), default=SECONDS / 2)
+    axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)")
+    axis.set_ylabel("lead II, unmasked and\nunshifted (z-score)", fontsize=8)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def plot_views(cache, config, seed, row, about, path):
@@ -782,211 +742,178 @@ def plot_views(cache, config, seed, row, about, path):
 
     Figs. 3 (stochastic), 4 (contig) and 5 (noncontig) of the paper.
     """
-    rate, signal = cache.meta["rate"], cache.signals[row]
+    signal, rate, color = cache.signals[row], cache.meta["rate"], VIEW_COLORS[config.view]
     mv, x = signal / np.float32(1000), normalize(torch.from_numpy(signal[None].copy()))
+    t, raw, every = np.arange(len(mv)) / rate, mv - np.median(mv, axis=0), np.ones(len(LEADS), bool)
     pair, kept = example(cache, config, seed, row)
-    figure = Figure((11, 9), layout="constrained")
-    top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
-    axes, every = top.subplots(1, 4), np.ones(len(LEADS), bool)
-    t, color = np.arange(len(mv)) / rate, VIEW_COLORS[config.view]
-    raw = mv - np.median(mv, axis=0)
-    draw_leads_apart(axes[0], raw, t, every, rows_apart(raw, 0.2), "black",
-                     "raw, medians aside; bar: 1 mV")
-    offsets = rows_apart(x[0].numpy(), 0.5)
-    draw_leads_apart(axes[1], x[0].numpy(), t, every, offsets, "black",
-                     "normalised; bar: 5 deviations")
-    for axis, size in zip(axes, (1, 5)):
-        axis.set_xlabel("time (s)")
-        axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
-    span = SECONDS / 2 if config.view == "contig" else SECONDS
-    at = np.arange(pair.shape[1]) * span / pair.shape[1]
-    for i, axis in enumerate(axes[2:]):
-        starts = i * span * (config.view == "contig" and not config.shift)
-        draw_leads_apart(axis, pair[i], starts + at, kept[i], offsets, color,
-                         f"view {i + 1}: {kept[i].sum()} of 12 leads")
-        axis.set(ylim=axes[1].get_ylim(), xlabel="time from the view's start (s)" if config.shift
-                 else "time (s)")
-
-    axis, lead = below.subplots(), LEADS.index("II")
-    peaks = r_peaks(signal, rate)
-    middle = peaks[np.abs(peaks - SECONDS / 2).argmin()] if len(peaks) else SECONDS / 2
-    axis.plot(t, x[0, :, lead], color="0.6", linewidth=1.5, label="normalised record")
+    times = [part[0, :, 0].numpy() for part in split(torch.from_numpy(t)[None, :, None],
+                                                     config.view)]
+    parts = [part[0].numpy() for part in split(x, config.view)]  # neither masked nor shifted
     if config.view == "stochastic":
-        parts = [(t, view[:, lead]) for view in pair]
-    else:
-        times = split(torch.from_numpy(t)[None, :, None], config.view)
-        parts = [(s[0, :, 0].numpy(), v[0, :, lead].numpy())
-                 for s, v in zip(times, split(x, config.view))]
-    for i, (style, (s, y)) in enumerate(zip(("o-", "s--"), parts)):
-        axis.plot(s, y, style, color=color, markersize=4, linewidth=0.8, label=f"view {i + 1}",
-                  markerfacecolor=color if i == 0 else "white")
-    axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)",
-             ylabel=f"lead II, unmasked{', unshifted' * config.shift}\n(z-score)")
-    axis.yaxis.label.set_size(8)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{config.describe()}\n{about}", fontsize=10)
-    save_figure(figure, path, dict(millivolt=mv, normalized=x[0].numpy(), views=pair, kept=kept,
-                                   leads=LEADS))
+        times, parts = [t, t], pair
+    x, figure = x[0].numpy(), Figure((11, 9))
+    top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
+    axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)
+    draw_leads_apart(axes[0], t, raw, every, rows_apart(raw, 0.2), "black")
+    draw_leads_apart(axes[1], t, x, every, offsets, "black")
+    axes[0].set_title("raw, medians aside; bar: 1 mV")
+    axes[1].set_title("normalised; bar: 5 deviations")
+    for axis, size in zip(axes, (1, 5)):
+        axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
+        axis.set_xlabel("time (s)")
+    for i, axis in enumerate(axes[2:]):
+        start = times[i][0] if config.shift else 0  # a shifted view has a time of its own
+        draw_leads_apart(axis, times[i] - start, pair[i], kept[i], offsets, color)
+        axis.set(title=f"view {i + 1}: {kept[i].sum()} of 12 leads", ylim=axes[1].get_ylim(),
+                 xlabel="time from the view's start (s)" if config.shift else "time (s)")
+    draw_beat(below.subplots(), x, zip(times, parts), r_peaks(signal, rate), color)
+    figure.suptitle(f"{config.describe()}\n{about}")
+    save_figure(figure, path, dict(millivolt=mv, normalized=x, views=pair, kept=kept, leads=LEADS))
 
 
-def spectra(x, rate):
-    """Power density of each lead at each frequency in units of its power in BAND_HZ.
+def compare_spectra(a, b, rate):
+    """How far the spectra of b lie from those of a, two versions of the same records (n, T, C).
 
-    x: (n, T, C)  ->  f (F,) in Hz, (n, F, C)
+    ->  frequencies (F,) in BAND_HZ; power density of b (n, F, C) in units of a lead's power there;
+    root mean square difference of the two over frequencies in dB (n, C), >= 0; correlation of each
+    lead with itself (n, C)
     """
-    f, power = welch(x, rate, nperseg=2 * rate, axis=1)
+    f, powers = welch(np.stack([a, b]), rate, nperseg=2 * rate, axis=2)
     inside = (f >= BAND_HZ[0]) & (f <= min(BAND_HZ[1], 0.45 * rate))
-    return f[inside], power[:, inside] / power[:, inside].sum(1, keepdims=True).clip(1e-12)
-
-
-def log_spectral_distance(a, b):
-    """Root mean square difference of two spectra (n, F, C) over frequencies, in dB: (n, C), >= 0.
-    """
-    return np.sqrt(((10 * np.log10(a.clip(1e-9) / b.clip(1e-9))) ** 2).mean(1))
-
-
-def lead_correlation(a, b):
-    """Correlation of each lead with itself in another version: (n, T, C) twice -> (n, C)."""
+    powers = powers[:, :, inside]
+    powers = powers / powers.sum(2, keepdims=True).clip(1e-12)
+    decibels = 10 * np.log10(powers.clip(1e-9))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    return (a * b).sum(1) / np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1)).clip(1e-12)
+    same = (a * b).sum(1) / np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1)).clip(1e-12)
+    return f[inside], powers[1], np.sqrt(((decibels[1] - decibels[0]) ** 2).mean(1)), same
 
 
 def frequency_check(cache, trained):
     """Do augmented signals keep their frequencies (paper 4.2.1)? The filters alone, and the pool.
 
-    On the first 64 records of folds 1-8  ->  f (F,) in Hz; for each kind of signal its mean
-    spectrum (F,), log-spectral distance to the raw one in dB, and a lead's correlation with itself
+    On the first 64 records of folds 1-8: a table of each kind of signal's mean spectrum, with its
+    log-spectral distance to the raw one, and a lead's correlation with itself.
     """
     rate, rows = cache.meta["rate"], cache.rows(TRAIN_FOLDS)[:64]
     raw = normalize(torch.from_numpy(cache.signals[rows])).numpy()
-    strengths = trained | dict(view="stochastic", mask_leads=None, shift=False)
-    ours, theirs = (from_args(ViewConfig, Namespace(**strengths | dict(shipped_filter=shipped)))
+    flags = trained | dict(view="stochastic", mask_leads=None, shift=False)
+    ours, theirs = (from_args(ViewConfig, flags | dict(shipped_filter=shipped))
                     for shipped in (False, True))
-    kinds = {"band-pass as shipped": E.BandPassFilter(p=1),
-             "band-pass along time": BandPassFilter((ours.band_low, ours.band_high), rate, p=1),
-             "pool, band-pass as shipped": pool(theirs, rate),
-             "pool, band-pass along time": pool(ours, rate)}
-    live, (f, before) = raw.std(1) > 0, spectra(raw, rate)  # a flat lead has no spectrum
-    found = {"raw": (before.swapaxes(1, 2)[live].mean(0), 0.0, 1.0)}
-
-    def compare(name, x):
-        after = spectra(x, rate)[1]
-        found[name] = (after.swapaxes(1, 2)[live].mean(0),
-                       log_spectral_distance(after, before)[live].mean(),
-                       lead_correlation(raw, x)[live].mean())
-
-    for name, transform in kinds.items():
-        with numpy_seed(trained["seed"]):
-            compare(name, np.stack([transform(ecg=x)["ecg"] for x in raw]))
-    compare("another record", np.roll(raw, 1, axis=0))
-    return f, found
+    signals = {"raw": raw, "another record": np.roll(raw, 1, axis=0)}
+    for name, transform in {
+            "band-pass as shipped": E.BandPassFilter(p=1),
+            "band-pass along time": BandPassFilter((ours.band_low, ours.band_high), rate, p=1),
+            "pool, band-pass as shipped": pool(theirs, rate),
+            "pool, band-pass along time": pool(ours, rate)}.items():
+        with numpy_state(generator("augment", trained["seed"])):
+            signals[name] = np.stack([transform(ecg=x)["ecg"] for x in raw])
+    live, tables = raw.std(1) > 0, []  # a flat lead has no spectrum
+    for name, x in signals.items():
+        f, power, distance, same = compare_spectra(raw, x, rate)
+        tables.append(pd.DataFrame(dict(
+            signal=name, log_spectral_distance_db=distance[live].mean(),
+            correlation_with_itself=same[live].mean(), hz=f,
+            share=power.swapaxes(1, 2)[live].mean(0))))
+    return pd.concat(tables)
 
 
-def plot_spectra(cache, trained, about, path):
-    """The spectra of frequency_check(), with its numbers in the legends."""
-    f, found = frequency_check(cache, trained)
-    figure = Figure((10, 4.6), layout="constrained")
-    for axis, part in zip(figure.subplots(1, 2, sharey=True), ("band-pass", "pool")):
-        axis.plot(f, found["raw"][0], linewidth=3, color="0.7", label="raw")
-        for name, (mean, apart, same) in found.items():
-            if name.startswith(part):
-                shipped = "shipped" in name
-                axis.plot(f, mean, "--" if shipped else "-", color=("#0072B2", "#D55E00")[shipped],
-                          label=f"{name}: {apart:.1f} dB, r = {same:.2f}")
-        axis.set(yscale="log", xlabel="frequency (Hz)", title={
-            "band-pass": "the filter alone", "pool": "the whole pool"}[part])
-        axis.legend(fontsize=8, loc="lower left")
-    figure.axes[0].set_ylabel("share of a lead's power")
-    apart, same = found["another record"][1:]
-    figure.suptitle("Spectra of raw and augmented signals: log-spectral distance, correlation of a "
-                    f"lead with itself\n(another record: {apart:.1f} dB, r = {same:.2f}). {about}",
-                    fontsize=9)
-    save_figure(figure, path, [
-        dict(signal=name, log_spectral_distance_db=db, correlation_with_itself=r, hz=a, share=b)
-        for name, (mean, db, r) in found.items() for a, b in zip(f, mean)])
+def plot_spectra(table, about, path):
+    """The spectra of frequency_check(), with its numbers in the legend."""
+    figure = Figure((8, 5))
+    axis = figure.subplots()
+    for (name, distance, same), rows in table.groupby([*table.columns[:3]], sort=False):
+        axis.plot(rows.hz, rows.share, "--" if "shipped" in name else "-",
+                  linewidth=4 if name == "raw" else 1.5,
+                  label=f"{name}: {distance:.1f} dB, r = {same:.2f}")
+    axis.set(yscale="log", xlabel="frequency (Hz)", ylabel="share of a lead's power")
+    axis.legend()
+    figure.suptitle("Mean spectra; log-spectral distance to the raw signal, correlation of a lead "
+                    f"with itself\n{about}")
+    save_figure(figure, path, table)
 
+
+# Every figure
 
 def plots(args):
     """Every figure of a run, in its folder; of several runs their curves of training together."""
-    folders, end, several = [Path(run) for run in args.runs], args.format, len(args.runs) > 1
+    folders, runs = [Path(run) for run in args.runs], {}
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(f"the same run twice: {' '.join(args.runs)}")
-    if several and args.ecg_id is not None:
-        raise InputError("--ecg-id is for the figures of one run; give one run folder")
-    names = [folder.name for folder in folders]
-    runs = {}
-    for name, folder in zip(names, folders):
-        saved, log = read_log(folder)
-        name = name if names.count(name) == 1 else str(folder)
-        runs[name + ", SYNTHETIC" * saved["data"]["synthetic"]] = saved, log
-    out = Path(args.out or ("runs/plots" if several else folders[0] / "figures"))
-    if not several:  # before anything is drawn, so that an error comes at once
-        trained, cache = open_data(folders[0], saved, args.cache)
-        row = find_record(cache.index, args.ecg_id)
-        if cache.meta["fingerprint"] != saved["data"]["fingerprint"]:
-            print(f"note: trained on {saved['data']['data']}, drawn with {cache.meta['data']}")
-    plot_loss(runs, out / f"training-loss.{end}")
-    plot_gradients(runs, out / f"training-gradients.{end}")
-    plot_clustering(runs, out / f"training-clustering.{end}")
-    if several:
-        return print(f"-> {out}/training-*")
-    data, record = describe_data(cache.meta), name_record(cache.index, row)
-    at = f"{data} at {cache.meta['rate']} Hz"
+    for flag, value in (("--ecg-id", args.ecg_id), ("--superclass", args.superclass)):
+        if len(folders) > 1 and value is not None:
+            raise InputError(f"{flag} is for the figures of one run; give one run folder")
+    for folder in folders:
+        saved, log = read_args(folder), read_log(folder)
+        unique = [other.name for other in folders].count(folder.name) == 1
+        name = folder.name if unique else str(folder)
+        runs[f"{name}, SYNTHETIC" if saved["data"]["synthetic"] else name] = saved, log
+    if len(folders) == 1:
+        plot_run(folders[0], runs, args)
+    else:
+        out = Path(args.out or "runs/plots")
+        plot_training(runs, out, args.format)
+        print(f"-> {out}/training-*")
+
+
+def plot_run(folder, runs, args):
+    """Every figure of one run; runs: {its name: (args.json, log)}."""
+    (saved, _), = runs.values()
+    trained, cache = open_data(folder, saved, args.cache)
+    row = choose(cache, args)[0]  # before anything is drawn, so that an error comes at once
+    if cache.meta["fingerprint"] != saved["data"]["fingerprint"]:
+        print(f"note: trained on {saved['data']['data']}, drawn with {cache.meta['data']}")
+    out, end, data = Path(args.out or folder / "figures"), args.format, describe_data(cache.meta)
+    plot_training(runs, out, end)
     plot_ages(cache.index, data, out / f"data-ages.{end}")
     plot_superclasses(cache.index, data, out / f"data-superclasses.{end}")
     plot_rates(cache.meta["data"], int(cache.index.ecg_id[row]), data, out / f"data-rates.{end}")
+    at = f"{data} at {cache.meta['rate']} Hz"
     for view in VIEWS:
-        settings = trained if view == trained["view"] else trained | dict(
-            view=view, mask_leads=None, shift=False)
-        config = from_args(ViewConfig, Namespace(**settings))
-        plot_views(cache, config, trained["seed"], row, f"{record}, {at}",
+        other = {} if view == trained["view"] else dict(view=view, mask_leads=None, shift=False)
+        config = from_args(ViewConfig, trained | other)
+        plot_views(cache, config, trained["seed"], row, f"{name_record(cache.index, row)}, {at}",
                    out / f"views-{view}.{end}")
-    plot_spectra(cache, trained, at, out / f"spectra.{end}")
+    plot_spectra(frequency_check(cache, trained), at, out / f"spectra.{end}")
     print(f"-> {out}: training-*, data-*, views-*, spectra")
-    if not (folders[0] / "model.pt").exists():
+    if not (folder / "model.pt").exists():
         print("note: no attention maps before the run is finished")
-    elif saved["config"]["arch"] == "resnet18":
-        print("note: no attention maps: this run is a ResNet-18")
+    elif saved["config"]["arch"] != "dualview":
+        print(f"note: no attention maps: this run is of --arch {saved['config']['arch']}")
     else:
-        maps(Namespace(**vars(get_args(["maps"])) | dict(
-            run=folders[0], cache=args.cache, ecg_id=args.ecg_id, device=args.device, format=end,
-            out=args.out)))
+        maps(folder, args)
 
 
 def get_args(argv=None):
+    both = argparse.ArgumentParser(add_help=False)
+    g = both.add_mutually_exclusive_group()
+    g.add_argument("--ecg-id", type=int, help="the record to show; by default the first of fold 10 "
+                   "that is NORM alone")
+    g.add_argument("--superclass", choices=CLASSES, help="attention: the mean over records of "
+                   "folds 9 and 10 with this superclass, with intervals, instead of one record")
+    both.add_argument("--records", type=bounded(int, 2), default=64, help="at most so many for "
+                      "--superclass")
+    both.add_argument("--raw", action="store_true", help="colours of maps show the weights; by "
+                      "default log2 of weight x number of keys, 0 where attention is uniform")
+    both.add_argument("--out", help="folder; by default the run's figures/, runs/plots for several")
+    add_shared(both, "cache", "device", "format")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p = commands.add_parser("maps", help="attention maps of one run", **style)
+    p = commands.add_parser("maps", help="attention maps of one run", parents=[both], **style)
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
-    g = p.add_mutually_exclusive_group()
-    g.add_argument("--ecg-id", type=int, help="the record to show; by default the first of fold 10 "
-                   "that is NORM alone")
-    g.add_argument("--superclass", choices=CLASSES, help="the mean over records of folds 9 and 10 "
-                   "with this superclass, with intervals, instead of one record")
-    p.add_argument("--records", type=int, default=64, help="at most so many for --superclass")
-    p.add_argument("--out", help="folder; by default the run's figures/")
-    p.add_argument("--raw", action="store_true", help="colours show the weights; by default their "
-                   "ratio to uniform attention (weight x number of keys)")
-    p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
-    p = commands.add_parser("plots", help="every figure of a run, or curves of several", **style)
+    p = commands.add_parser("plots", help="every figure of a run, or curves of several",
+                            parents=[both], **style)
     p.add_argument("runs", nargs="+", help="run folders. One: all figures, into its figures/. "
                    "Several: their curves of training together")
-    p.add_argument("--out", help="folder; by default the run's figures/, runs/plots for several")
-    p.add_argument("--ecg-id", type=int, help="the record to show; by default as for maps")
-    p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if args.command == "maps":
-        maps(args)
-    else:
-        plots(args)
+    with matplotlib.rc_context(STYLE):
+        if args.command == "maps":
+            maps(args.run, args)
+        else:
+            plots(args)
 
 
 if __name__ == "__main__":

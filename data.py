@@ -12,22 +12,21 @@ import argparse
 import ast
 import hashlib
 import json
-import mmap
+import math
 import os
 import shutil
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import requests
 import torch
-import wfdb
 from scipy.signal import butter, resample_poly, sosfilt
 from tqdm import tqdm
 
@@ -57,6 +56,53 @@ def run_script(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+
+
+# Flags: those of a dataclass, whose fields hold default and help, and those that scripts share.
+
+SHARED = dict(
+    data=dict(default="data/ptbxl", help="folder in PTB-XL's layout"),
+    rate=dict(type=int, choices=RATES, default=500, help="Hz"),
+    cache=dict(help="folder of: python data.py cache; by default the run's own"),
+    device=dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
+    format=dict(choices=("png", "pdf"), default="png", help="of the figures"))
+
+
+def setting(default, text, **more):
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata=dict(help=text, **more))
+
+
+def add_flags(parser, title, cls):
+    """Add a flag for each field of a dataclass made of `setting`s."""
+    group = parser.add_argument_group(title)
+    for f in fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                           **kind | dict(f.metadata))
+
+
+def bounded(kind, low, high=math.inf):
+    """The `type` of a flag that takes a number from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high or math.isinf(kind(text)):
+            ends = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give a number {ends}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # argparse says it of what is no number
+    return parse
+
+
+def from_args(cls, args):
+    """The dataclass, filled from a dict of arguments."""
+    return cls(**{f.name: args[f.name] for f in fields(cls)})
+
+
+def add_shared(parser, *names):
+    """Add flags of SHARED."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED[name])
 
 
 # Normalisation: the one place, for training, evaluation and figures alike.
@@ -95,8 +141,10 @@ def sha256(path):
 
 # Download
 
-def fetch(session, url, path, digest=None):
+def fetch_file(session, url, path, digest=None):
     """Download url to path, checked against its SHA-256; raise InputError when it cannot be had."""
+    import requests  # here and below: loading a checkpoint needs neither requests nor wfdb
+
     for attempt in range(TRIES):
         if attempt:
             time.sleep(BACKOFF_S * 2 ** attempt)
@@ -134,9 +182,11 @@ def download(folder, rate, url=URL, workers=8):
 
     Raises InputError when the server cannot be reached or files stay wrong; run again to go on.
     """
+    import requests
+
     folder, url = Path(folder), url.rstrip("/") + "/"
     sums_path, local = folder / "SHA256SUMS.txt", threading.local()
-    fetch(requests.Session(), url + sums_path.name, sums_path)
+    fetch_file(requests.Session(), url + sums_path.name, sums_path)
     sums = read_sums(sums_path)
     missing = [name for name in TABLES if name not in sums]
     if missing:
@@ -147,7 +197,7 @@ def download(folder, rate, url=URL, workers=8):
     def ensure(name):
         if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
             local.session = getattr(local, "session", None) or requests.Session()  # keeps alive
-            fetch(local.session, url + name, folder / name, sums[name])
+            fetch_file(local.session, url + name, folder / name, sums[name])
 
     pool, failed = ThreadPoolExecutor(workers), []
     try:
@@ -212,6 +262,8 @@ def read_record(path, rate):
 
     Raises InputError for what makes it unusable; a flat lead is usable (see normalize).
     """
+    import wfdb
+
     path = Path(path)
     try:
         record = wfdb.rdrecord(str(path), physical=False)
@@ -262,8 +314,6 @@ class Cache:
     copies: dict = field(default_factory=dict)  # device -> the signals as a tensor there
 
     def __reduce__(self):  # a spawned worker maps the file again, and gets no copy of it
-        if not isinstance(self.signals.base, mmap.mmap):  # not the file as it is
-            return Cache, (self.folder, self.signals, self.index, self.meta)
         return open_cache, (self.folder,)
 
     def rows(self, folds):
@@ -282,15 +332,42 @@ def cache_bytes(records, rate):
     return 2 * records * SECONDS * rate * len(LEADS)
 
 
-def source_digest(folder, files):
-    """Digest of the tables' text and of each record file's size and time: changes when they do."""
+def source_digest(folder, table, rate):
+    """Digest of the tables' text and of each record file's size and time: changes when they do.
+
+    Raises InputError when record files are missing.
+    """
+    files = record_files(folder, table, rate)
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        remedy = "make it again: python data.py synth" if (folder / SYNTHETIC).exists() else (
+            f"complete it: python data.py download --data {folder} --rate {rate}")
+        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
+                         f"(first: {missing[0].name}); {remedy}")
     digest = hashlib.sha256(f"format {FORMAT}".encode())
     for name in TABLES:
-        digest.update((Path(folder) / name).read_bytes())
+        digest.update((folder / name).read_bytes())
     for file in files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(out):
+    """A temporary folder that takes the place of `out` when the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
+    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    tmp.mkdir()
+    try:
+        yield tmp
+        shutil.rmtree(out, ignore_errors=True)
+        tmp.rename(out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def build_cache(folder, rate, out, workers=None, skip_bad=False):
@@ -301,20 +378,13 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     folder, out = Path(folder), Path(out)
     table = load_tables(folder)
     paths = [folder / name for name in table[RATES[rate]]]
-    files = record_files(folder, table, rate)
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        remedy = "make it again: python data.py synth" if (folder / SYNTHETIC).exists() else (
-            f"complete it: python data.py download --data {folder} --rate {rate}")
-        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
-                         f"(first: {missing[0].name}); {remedy}")
-    source = source_digest(folder, files)
-    meta_path = out / "meta.json"
-    if meta_path.exists():
-        if f'"{source}"' in meta_path.read_text():
+    source = source_digest(folder, table, rate)
+    if (out / "meta.json").exists():
+        if f'"{source}"' in (out / "meta.json").read_text():
             meta = open_cache(out).meta
-            return print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
-                         f"{len(meta['left_out'])} left out")
+            print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
+                  f"{len(meta['left_out'])} left out")
+            return
     elif out.exists():
         raise InputError(f"{out} exists and is no cache; remove it (rm -r {out}) or give another "
                          "folder with --out")
@@ -323,13 +393,8 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     if shutil.disk_usage(out.parent).free < size:
         raise InputError(f"{out.parent} has no room for {size / 1e9:.1f} GB")
 
-    for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a builder that was killed
-        if time.time() - old.stat().st_mtime > 3600:
-            shutil.rmtree(old, ignore_errors=True)
-    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    tmp.mkdir()
-    try:
-        left_out, kept, flat, digest = [], [], 0, hashlib.sha256()
+    left_out, kept, flat, digest = [], [], 0, hashlib.sha256()
+    with new_folder(out) as tmp:
         with ProcessPoolExecutor(workers) as pool, open(tmp / "signals.int16", "wb") as file:
             results = pool.map(partial(try_record, rate=rate), paths, chunksize=32)
             for i, (signal, problem) in enumerate(
@@ -352,11 +417,6 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
                     left_out=left_out, source=source, fingerprint=digest.hexdigest(),
                     index=sha256(tmp / "index.csv"))
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        tmp.rename(out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     print(f"{out}: {len(kept)} records at {rate} Hz, {flat} with a flat lead, "
           f"{len(left_out)} left out")
     for problem in left_out:
@@ -504,6 +564,8 @@ def random_heart(rng):
 
 def write_synthetic(out, names, codes, heart, seed):
     """Write one synthetic record in WFDB form at both rates."""
+    import wfdb
+
     signal = synth_record(codes, heart, np.random.default_rng(seed))
     for rate, column in RATES.items():
         path = out / names[column]
@@ -580,14 +642,12 @@ def get_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = commands.add_parser("download", help="PTB-XL 1.0.3 from PhysioNet (CC BY 4.0)", **style)
-    p.add_argument("--data", default="data/ptbxl", help="folder to download into")
-    p.add_argument("--rate", type=int, choices=RATES, default=500, help="Hz; only its files come")
+    add_shared(p, "data", "rate")
     p.add_argument("--url", default=URL, help="a mirror in the same layout, "
                    "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
     p.add_argument("--workers", type=int, default=8, help="files at a time")
     p = commands.add_parser("cache", help="all records of a folder into one array", **style)
-    p.add_argument("--data", default="data/ptbxl", help="folder in PTB-XL's layout")
-    p.add_argument("--rate", type=int, choices=RATES, default=500, help="Hz")
+    add_shared(p, "data", "rate")
     p.add_argument("--out", default="cache/ptbxl-500", help="cache folder")
     p.add_argument("--workers", type=int, default=None, help="processes; None: one a core")
     p.add_argument("--skip-bad", action="store_true", help="leave out records that are unusable")
@@ -596,7 +656,7 @@ def get_args(argv=None):
     p.add_argument("--records", type=int, default=400, help="how many")
     p.add_argument("--seed", type=int, default=0, help="same seed, same records")
     p = commands.add_parser("info", help="counts by fold and superclass, sizes", **style)
-    p.add_argument("--data", default="data/ptbxl", help="folder in PTB-XL's layout")
+    add_shared(p, "data")
     return parser.parse_args(argv)
 
 

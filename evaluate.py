@@ -1,30 +1,29 @@
 """What a pretrained encoder is worth on PTB-XL's superclasses, beside baselines (paper 5.1, 5.3).
 
 In:  a finished run folder of train.py, and the cache that it was trained on (or one like it).
-Out: in that folder metrics.json (every number), report.md, figures/ and eval/: finished pieces of
+Out: in that folder metrics.csv, every number, a line each: protocol, row, labels, seed, metric,
+     value, low, high; report.md and figures/, which are made from it; eval/: finished pieces of
      work, each kept while nothing changes that it depends on. eval/embeddings-pretrained.npz has
      z (N, S, rep_dim) float32, S = 1 or 2 views, with ecg_id, patient_id, strat_fold and labels.
 
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
     python evaluate.py compare runs/noncontig-s0 runs/contig-s0 --out runs/compare
-    python evaluate.py bench --cache cache/ptbxl-500
+    python evaluate.py bench cache/ptbxl-100 cache/ptbxl-500
 """
 import argparse
 import json
 import math
-import multiprocessing
-import os
-import platform
 import re
-import resource
-import socket
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 import zipfile
+from argparse import Namespace
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -33,35 +32,30 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import wfdb
 from matplotlib.figure import Figure
 from scipy.spatial.distance import pdist
 from scipy.special import expit
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.metrics import (accuracy_score, confusion_matrix, f1_score,
-                             multilabel_confusion_matrix, precision_recall_curve, roc_auc_score,
-                             roc_curve)
+from sklearn.metrics import (ConfusionMatrixDisplay, RocCurveDisplay, accuracy_score,
+                             confusion_matrix, f1_score, precision_recall_curve, roc_auc_score)
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch.multiprocessing.spawn import ProcessException, spawn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
-                                      sdpa_flop_count)
 
-from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, load_tables,
-                  normalize, open_cache, run_script, sha256, write_atomic)
-from model import C, Config, Contrastive, DualView, embed, load_run
-from train import (NOT_A_RESULT, VAL_KEY, Clock, accelerate, backward, batches, clustering,
-                   draw_keep, extract, fetch, join_processes, leave_processes, pick_autocast,
-                   pick_device, project, ranks, set_seed, share, train)
-from train import get_args as default_args
-from views import VIEWS, ViewConfig, from_args, shift
+from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
+                  bounded, from_args, load_tables, normalize, open_cache, run_script, sha256,
+                  write_atomic)
+from model import STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args, read_log
+from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
+                   pick_precision, project, train)
+from train import get_args as train_args
+from views import VIEWS, ViewConfig, shift
 
 K = len(CLASSES)
-FORMAT = 1  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
+FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
 STRENGTHS = 10.0 ** np.arange(-5, 1)  # inverse L2 penalties that a probe chooses from
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
@@ -69,6 +63,7 @@ MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 QUALITY = ("shift", "alignment", "uniformity", "rankme")
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
+KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
 CLASS_COLORS = dict(zip(CLASSES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
 ROWS = {"majority": "the most frequent classes, always",
@@ -78,9 +73,8 @@ ROWS = {"majority": "the most frequent classes, always",
         "supervised": "this encoder, from scratch",
         "resnet18-supervised": "ResNet-18, from scratch"}
 PROBED = ("majority", "rocket", "untrained", "pretrained", "resnet18")
-START = {"finetuned": "pretrained", "supervised": "untrained",  # networks: where they start from
-         "resnet18-supervised": "resnet18-untrained"}
-SLOW = {"resnet18", *START}  # rows that train networks: --fast leaves them out
+NETWORKS = ("finetuned", "supervised", "resnet18-supervised")  # they learn from labels
+SLOW = {"resnet18", *NETWORKS}  # rows that train networks: --fast leaves them out
 ROW_COLORS = dict(zip(ROWS, ("#999999", "#000000", "#56B4E9", "#0072B2", "#009E73", "#D55E00",
                              "#E69F00", "#CC79A7")))
 # The paper's Table 2 (the best of each run) and Table 3, which is F1 by class, accuracy, macro F1.
@@ -100,7 +94,7 @@ PUBLISHED = (("S4, supervised", .932, ""), ("xresnet1d101, supervised", .928, "a
              ("MERL, 1 % of the labels", .845, ""), ("SimCLR, 1 % of the labels", .634, ""))
 
 
-# Protocols (design page, section 6)
+# Protocols
 
 @dataclass
 class Task:
@@ -218,8 +212,9 @@ def score(y, p, predicted):
     f1 = f1_score(y, predicted, average=None, zero_division=0)
     f1[~y.any(0)] = np.nan
     return dict(macro_auroc=mean_of_known(auroc), macro_f1=mean_of_known(f1),
-                accuracy=accuracy_score(y, predicted), auroc=dict(zip(CLASSES, auroc)),
-                f1=dict(zip(CLASSES, f1)))
+                accuracy=accuracy_score(y, predicted),
+                **{f"auroc/{name}": value for name, value in zip(CLASSES, auroc)},
+                **{f"f1/{name}": value for name, value in zip(CLASSES, f1)})
 
 
 def bootstrap(y, p, predicted, patients, n, seed=0):
@@ -234,12 +229,11 @@ def bootstrap(y, p, predicted, patients, n, seed=0):
     w = drawn[:, member].astype(float)  # (n, records)
     auroc = np.full((n, K), np.nan)
     with np.errstate(invalid="ignore"):  # 0 / 0 where a draw lacks a class
-        for k in range(K):
-            yes, no = y[:, k] == 1, y[:, k] == 0
-            above = p[yes, k][:, None] - p[no, k]
-            wins = (above > 0) + 0.5 * (above == 0)  # Mann-Whitney
-            auroc[:, k] = ((w[:, yes] @ wins) * w[:, no]).sum(1) / (
-                w[:, yes].sum(1) * w[:, no].sum(1))
+        for k in range(K):  # Mann-Whitney: pairs of which the positive has the higher score
+            at = np.argsort(p[:, k])
+            ties = np.flatnonzero(np.diff(p[at, k], prepend=-np.inf))  # where equal scores begin
+            yes, no = (np.add.reduceat(w[:, at] * (y[at, k] == v), ties, axis=1) for v in (1, 0))
+            auroc[:, k] = (yes * (no.cumsum(1) - no / 2)).sum(1) / (yes.sum(1) * no.sum(1))
         f1 = 2 * (w @ (y * predicted)) / (w @ y + w @ predicted)
     f1[w @ y == 0] = np.nan
     right = w @ (y == predicted).all(1) / w.sum(1)
@@ -334,17 +328,21 @@ def fit_probe(z, y, strength, single):
     """Logistic regression on standardised features z (n, d): a function z -> scores (n, K).
 
     y: (n, K) 0/1. single: one softmax; else a sigmoid for each class. strength: C of scikit-learn.
-    A class that no record has, or all have, gets its share as a constant score.
+    A class that no record has, or all have, gets a constant score.
     """
-    def fit(target):
-        constant = len(np.unique(target)) == 1
-        return (DummyClassifier() if constant else make_pipeline(
-            StandardScaler(), LogisticRegression(C=strength, max_iter=5000))).fit(z, target)
-
-    fits = [fit(target) for target in ([y.argmax(1)] if single else y.T)]
-    values = [np.eye(K)[f.classes_] if single else f.classes_[:, None] for f in fits]
-    return lambda new: np.concatenate(
-        [f.predict_proba(new) @ v for f, v in zip(fits, values)], axis=1)
+    classifier, target = LogisticRegression(C=strength, max_iter=5000), y
+    if not single:
+        classifier = OneVsRestClassifier(classifier)
+    else:
+        target = y.argmax(1)
+        if np.ptp(target) == 0:
+            classifier = DummyClassifier()
+    with warnings.catch_warnings():  # that a class is constant: gaps() notes it
+        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
+        probe = make_pipeline(StandardScaler(), classifier).fit(z, target)
+    if single:
+        return lambda new: probe.predict_proba(new) @ np.eye(K)[probe.classes_]
+    return probe.predict_proba
 
 
 def choose_probe(z, task, rows=None):
@@ -382,32 +380,32 @@ class Classifier(nn.Module):
         return self.head(z.mean(1, keepdim=True))
 
 
-def fit_network(net, cache, task, rows, lr, micro, device, autocast, seed):
+def fit_network(net, run, task, rows, rates, seed):
     """Train encoder and head of a Classifier on the labels of some rows, a sigmoid for each class.
 
     Each record starts at a random time, circularly: without that small sets are overfitted. The
     weights that end up in net are those with the highest macro AUROC on `choose`, looked at
-    ten times. lr: peak rates of encoder and head. Raises FloatingPointError on a non-finite loss.
+    ten times. rates: peak ones of encoder and head. Raises FloatingPointError when a loss is not
+    finite.
     """
-    set_seed(seed)
+    torch.manual_seed(seed)
     batch = min(LABEL_BATCH, max(8, len(rows) // 4), len(rows))  # few labels: smaller batches
     steps = max(LABEL_EPOCHS * math.ceil(len(rows) / batch), LABEL_STEPS)
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(rows) for _ in range(steps * batch // len(rows) + 1)])
-    y = torch.from_numpy(task.y).float().to(device)
+    y = torch.from_numpy(task.y).float().to(run.device)
     optimizer = torch.optim.AdamW([dict(params=net.model.encoder.parameters()),
                                    dict(params=net.head.parameters())], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(lr), total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates), total_steps=steps)
     best = -math.inf
     for step in range(steps):
         net.train()
         optimizer.zero_grad(set_to_none=True)
         now = order[step * batch:(step + 1) * batch]
-        for part in np.array_split(now, math.ceil(batch / micro)):
-            x = normalize(torch.from_numpy(cache.signals[part]).to(device))
-            x = shift(x, torch.from_numpy(rng.integers(x.shape[1], size=len(x))).to(device))
-            with autocast():
-                logits = net(x)[:, 0].float()
+        for part in np.array_split(now, math.ceil(batch / run.trained["micro_batch"])):
+            x = normalize(torch.from_numpy(run.cache.signals[part]).to(run.device))
+            x = shift(x, torch.from_numpy(rng.integers(x.shape[1], size=len(x))).to(run.device))
+            logits = net(x)[:, 0]
             loss = F.binary_cross_entropy_with_logits(logits, y[part]) * len(part) / batch
             if not loss.isfinite():
                 raise FloatingPointError(f"loss {loss} at step {step} of training with labels; try "
@@ -417,7 +415,7 @@ def fit_network(net, cache, task, rows, lr, micro, device, autocast, seed):
         optimizer.step()
         schedule.step()
         if (step + 1) % (steps // 10) == 0:
-            p = extract(net.eval(), cache, task.choose, device, autocast, 2 * micro)[:, 0]
+            p = run.see(net.eval(), task.choose)[:, 0]
             auroc = mean_of_known(aurocs(task.y[task.choose], p))
             if not auroc <= best:
                 best, state = auroc, deepcopy(net.state_dict())
@@ -441,16 +439,7 @@ def draw_labels(task, budget, seed):
     return np.sort(drawn)
 
 
-# One run, and its finished pieces of work
-
-def save_arrays(path, arrays):
-    """Write an .npz file, whole or not at all."""
-    def write(tmp):
-        with open(tmp, "wb") as file:  # savez would add a suffix to a name
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
-
+# One run: its encoders, what they make of the records, and the scores of each row
 
 def open_data(folder, saved, cache=None):
     """What a run was trained with and the records to look at: (its arguments as a dict, Cache).
@@ -458,7 +447,7 @@ def open_data(folder, saved, cache=None):
     saved: its args.json; cache: a folder, by default the run's own. Raises InputError when its rate
     is another one.
     """
-    trained = vars(default_args([])) | saved["args"]  # a flag may be younger than the run
+    trained = vars(train_args([])) | saved["args"]  # a flag may be younger than the run
     cache = open_cache(cache or trained["cache"])
     rate, was = cache.meta["rate"], saved["data"]["rate"]
     if rate != was:
@@ -469,7 +458,7 @@ def open_data(folder, saved, cache=None):
 
 def untrained(config, seed, device):
     """A Contrastive with fresh weights: those that a run of this seed began with."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     return Contrastive(Config(**config)).to(device).eval()
 
 
@@ -485,43 +474,34 @@ def describe(saved, meta):
             f"{meta['rate']} Hz")
 
 
-class Evaluation:
-    """A finished run, the cache it is tested on, and the pieces of work done so far in RUN/eval."""
+@dataclass
+class Run:
+    """A finished run and the records that it is tested on; evaluate() fills in the last three."""
 
-    def __init__(self, args):
-        self.args, self.run = args, Path(args.run)
-        self.device = pick_device(args.device)
-        self.model, self.saved = load_run(self.run, self.device)
-        trained, self.cache = open_data(self.run, self.saved, args.cache)
-        self.trained, self.view, self.seed = trained, trained["view"], trained["seed"]
-        self.micro, self.n_views = trained["micro_batch"], 1 if args.first_view else None
-        precision, self.autocast = pick_autocast(trained["precision"], self.device)
-        for budget in args.labels:
-            if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
-                raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
-                                 "or 1%, 10%, 100% of the training records")
-        if min(args.seeds, args.bootstrap) < 1 or not (args.label_lr is None or args.label_lr > 0):
-            raise InputError(f"--seeds {args.seeds} --bootstrap {args.bootstrap} --label-lr "
-                             f"{args.label_lr}: at least 1, 1, and above 0")
-        self.tasks = protocols(self.cache.index)
-        self.notes = [note for task in self.tasks.values() for note in gaps(task)]
-        if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
-            self.notes.append(f"pretrained on {self.saved['data']['data']}, evaluated on other "
-                              f"data: {self.cache.meta['data']}")
-        resnet = self.model.config.arch == "resnet18"
-        self.rows = [name for name in ROWS if not (args.fast and name in SLOW)
-                     and not (resnet and name.startswith("resnet18"))]
-        self.depends = dict(
-            format=FORMAT, model=sha256(self.run / "model.pt"), first_view=args.first_view,
-            data=self.cache.meta["fingerprint"], precision=precision,
-            leads=list(LEAD_SETS.values()),
-            labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
-        self.made, self.draws = {}, {}
+    folder: Path
+    out: Path  # where the results go: the folder, or one within it for other data than its own
+    saved: dict  # args.json
+    trained: dict  # its arguments, those included that are younger than the run
+    cache: object
+    device: torch.device
+    tasks: dict
+    settings: Namespace
+    depends: dict  # what every piece of work depends on
+    weights: dict = field(default_factory=dict)  # row -> digest, what its pieces depend on besides
+    models: dict = field(default_factory=dict)  # row -> Contrastive
+    encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
+    features: dict = field(default_factory=dict)  # row -> dict of z (N, S, d), seconds
 
-    def piece(self, name, make, **depends):
+    @property
+    def micro(self):
+        """Records in memory at once, without a graph."""
+        return max(self.trained["micro_batch"], 16)
+
+    def piece(self, name, row, make, **depends):
         """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same."""
-        path = self.run / "eval" / f"{name}.npz"
-        key = json.dumps(self.depends | depends, sort_keys=True)
+        path = self.out / "eval" / f"{name}.npz"
+        key = json.dumps(self.depends | depends | dict(weights=self.weights.get(row)),
+                         sort_keys=True)
         if path.exists():
             try:
                 with np.load(path) as old:
@@ -534,270 +514,384 @@ class Evaluation:
         save_arrays(path, arrays)
         return arrays
 
-    def encoder(self, name, seed):
-        """A Contrastive: `pretrained`; `resnet18`, pretrained in RUN/resnet18 as this run was; or
-        `untrained` and `resnet18-untrained`, with fresh weights (this run's own for its seed)."""
-        if name == "pretrained":
-            return self.model
-        plain = dict(arch="resnet18", aux_losses=False, late_masking=False, gate_channel=False,
-                     channel_dropout=0.0, mix_leads=False)
-        if name == "resnet18":
-            run, cache = self.run / name, self.cache.folder
-            if self.cache.meta["fingerprint"] != self.saved["data"]["fingerprint"]:
-                cache = self.trained["cache"]  # of what this run was trained on
-            if not (run / "model.pt").exists():
-                train(argparse.Namespace(**self.trained | plain | dict(
-                    run=str(run), cache=str(cache), device=str(self.device))))
-            return load_run(run, self.device)[0]
-        config = self.saved["config"] | (plain if name == "resnet18-untrained" else {})
-        return untrained(config, seed, self.device)
-
-    def function(self, name):
-        """What turns x (B, T, C), keep (B, C) or None into the features (B, S, d) of a row."""
-        if name not in self.made:
-            if name == "rocket":
-                rocket = Rocket(self.cache.signals.shape[1], seed=self.seed)
-                self.made[name] = lambda x, keep=None: rocket(
-                    x if keep is None else x * keep[:, None])
-            else:
-                model = self.encoder(name, self.seed)
-                self.made[name] = lambda x, keep=None: embed(model, x, self.view, keep,
-                                                             self.n_views)
-        return self.made[name]
-
-    def extract(self, function, rows, leads=LEADS):
-        """What function(x, keep) gives for some rows (n, ...), from some of the leads."""
+    def see(self, function, rows, leads=LEADS):
+        """What function(x, keep) gives for some records (n, ...), from some of the leads."""
         kept = torch.tensor([lead in leads for lead in LEADS], device=self.device)
         return extract(lambda x: function(x, None if kept.all() else kept.expand(len(x), -1)),
-                       self.cache, rows, self.device, self.autocast, max(self.micro, 16))
+                       self.cache, rows, self.device, self.micro)
 
-    def features(self, name):
-        """Features z (N, S, d) of all records, and the seconds that they cost."""
-        def make():
-            function, began = self.function(name), time.monotonic()
-            z = self.extract(function, np.arange(len(self.cache.index)))
-            if not np.isfinite(z).all():
-                raise FloatingPointError(f"{name}: features of {self.cache.folder} are not finite")
-            index = self.cache.index
-            return dict(z=z, seconds=time.monotonic() - began, labels=index[list(CLASSES)],
-                        **{key: index[key] for key in ("ecg_id", "patient_id", "strat_fold")})
 
-        key = f"embeddings-{name}"
-        if key not in self.made:
-            self.made[key] = self.piece(key, make, **self.origin(name))
-        return self.made[key]["z"], float(self.made[key]["seconds"])
+def open_run(args):
+    """The Run that the arguments name; raise InputError for settings that it cannot have."""
+    folder, device = Path(args.run), pick_device(args.device)
+    for budget in args.labels:
+        if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
+            raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
+                             "or 1%, 10%, 100% of the training records")
+    model, saved = load_run(folder, device)
+    trained, cache = open_data(folder, saved, args.cache)
+    model.precision = pick_precision(trained["precision"], device)
+    depends = dict(
+        format=FORMAT, model=sha256(folder / "model.pt"), first_view=args.first_view,
+        data=cache.meta["fingerprint"], precision=model.precision, leads=list(LEAD_SETS.values()),
+        labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
+    other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
+    out = folder / f"on-{cache.folder.name}" if other else folder
+    return Run(folder, out, saved, trained, cache, device, protocols(cache.index), args, depends,
+               models=dict(pretrained=model))
 
-    def origin(self, name):
-        """What the pieces of a row depend on besides: the weights of the ResNet-18, made now."""
-        if name != "resnet18":
-            return {}
-        if not (self.run / name / "model.pt").exists():
-            self.function(name)
-        return dict(resnet=sha256(self.run / name / "model.pt"))
 
-    def probe(self, name, task, rows):
-        """Scores (n, K) of a probe on `choose`, on `test` and on `test` with fewer leads."""
-        z, seconds = self.features(name)
-        began = time.monotonic()
-        probe, strength = choose_probe(z, task, rows)
-        scores = dict(strength=strength, seconds=seconds + time.monotonic() - began,
-                      **{part: probe(task.samples(z, getattr(task, part))[0])
-                         for part in ("choose", "test")})
-        if not task.single and len(rows) == len(task.train):
-            scores["leads"] = [probe(self.extract(self.function(name), task.test, leads).mean(1))
-                               for leads in LEAD_SETS.values()]
-        return scores
+def resnet_config(config):
+    """The same settings for a ResNet-18, which has no streams."""
+    return config | dict(arch="resnet18") | dict.fromkeys(STREAM_OPTIONS, False) | dict(
+        channel_dropout=0.0)
 
-    def network(self, name, task, rows, seed):
-        """The same of a network that is trained on the labels of some rows."""
-        lr, began = self.args.label_lr or self.trained["max_lr"], time.monotonic()
-        seed += 1000 * self.seed  # other runs, other weights; the labels drawn are the same
-        set_seed(seed)
-        net = Classifier(deepcopy(self.encoder(START[name], seed)), self.view, self.n_views)
-        fit_network(net.to(self.device), self.cache, task, rows,
-                    (0.1 * lr if name == "finetuned" else lr, lr), self.micro, self.device,
-                    self.autocast, seed)
-        seconds = time.monotonic() - began
 
-        def sees(rows, leads=LEADS):
-            return expit(self.extract(net, rows, leads)[:, 0])
+def pretrain_resnet(run):
+    """ResNet-18, pretrained as this run was, in the folder resnet18 within its own."""
+    folder, cache = run.folder / "resnet18", run.cache.folder
+    if run.cache.meta["fingerprint"] != run.saved["data"]["fingerprint"]:
+        cache = run.trained["cache"]  # what this run was trained on
+    if not (folder / "model.pt").exists():
+        print(f"ResNet-18 is pretrained with this run's settings, in {folder}", flush=True)
+        train(Namespace(**resnet_config(run.trained) | dict(
+            run=str(folder), cache=str(cache), device=str(run.device))))
+    run.weights["resnet18"] = sha256(folder / "model.pt")
+    return load_run(folder, run.device)[0]
 
-        scores = dict(seconds=seconds, choose=sees(task.choose), test=sees(task.test))
-        if len(rows) == len(task.train):
-            scores["leads"] = [sees(task.test, leads) for leads in LEAD_SETS.values()]
-        return scores
 
-    def scores(self, name, task, budget="100%", seed=0):
-        """Scores of a row under a protocol, from the labels of a budget: arrays `choose`, `test`.
+def make_encoders(run):
+    """For each row that is probed what turns x (B, T, C), keep (B, C) or None into features."""
+    view, n_views = run.trained["view"], 1 if run.settings.first_view else None
+    rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
 
-        Networks are trained once, for `official`; the largest of their scores decides in `paper`.
-        """
-        if name == "majority":
-            share = task.y[task.train].mean(0)
-            sets, count = np.unique(task.y[task.train], axis=0, return_counts=True)
-            test = np.tile(share, (len(task.test), 1))
-            return dict(test=test, predicted=np.tile(sets[count.argmax()], (len(test), 1)),
-                        leads=[test] * len(LEAD_SETS), seconds=0.0)
-        if name in START and task.single:
-            official = self.tasks["official"]
-            scores = self.scores(name, official, budget, seed)
-            return scores | {part: scores[part][np.isin(getattr(official, part),
-                                                        getattr(task, part))]
-                             for part in ("choose", "test")}
+    def encoder(model):
+        return lambda x, keep=None: embed(model, x, view, keep, n_views)
+
+    return {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None]),
+            **{row: encoder(model) for row, model in run.models.items()}}
+
+
+def represent(run, row):
+    """Features z (N, S, d) of all records by a row's encoder, with ids, labels and seconds."""
+    def make():
+        began, index = time.monotonic(), run.cache.index
+        z = run.see(run.encoders[row], np.arange(len(index)))
+        if not np.isfinite(z).all():
+            raise FloatingPointError(f"{row}: features of {run.cache.folder} are not finite")
+        return dict(z=z, seconds=time.monotonic() - began, labels=index[list(CLASSES)],
+                    **{key: index[key] for key in ("ecg_id", "patient_id", "strat_fold")})
+
+    return run.piece(f"embeddings-{row}", row, make)
+
+
+def majority(task):
+    """Scores of always answering the most frequent classes."""
+    y = task.y[task.train]
+    sets, count = np.unique(y, axis=0, return_counts=True)
+    test = np.tile(y.mean(0), (len(task.test), 1))
+    return dict(test=test, predicted=np.tile(sets[count.argmax()], (len(test), 1)), seconds=0.0,
+                leads=[test] * len(LEAD_SETS))
+
+
+def probe_row(run, row, task, rows):
+    """Scores (n, K) of a probe on `choose`, on `test`, and on `test` with fewer leads."""
+    z, began = run.features[row]["z"], time.monotonic()
+    probe, strength = choose_probe(z, task, rows)
+    scores = {part: probe(task.samples(z, getattr(task, part))[0]) for part in ("choose", "test")}
+    scores |= dict(strength=strength,
+                   seconds=run.features[row]["seconds"] + time.monotonic() - began)
+    if task.name == "official" and len(rows) == len(task.train):
+        scores["leads"] = [probe(run.see(run.encoders[row], task.test, leads).mean(1))
+                           for leads in LEAD_SETS.values()]
+    return scores
+
+
+def cross_validate(features, task, fold):
+    """Scores, predictions (n, K) of the records of the Task `cv`, each by a probe of other folds.
+
+    features: of represent(); fold: (N,) official folds, of which the one that follows chooses C and
+    thresholds. Raises InputError when a fold has no labelled record.
+    """
+    began, rows, z = time.monotonic(), task.test, features["z"]
+    if lacking := set(range(1, 11)) - set(fold[rows]):
+        raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it out")
+    p, predicted = np.zeros((2, len(z), K))
+    for f in range(1, 11):
+        test, choose = rows[fold[rows] == f], rows[fold[rows] == f % 10 + 1]
+        part = replace(task, train=np.setdiff1d(rows, [*test, *choose]), choose=choose, test=test)
+        probe, _ = choose_probe(z, part)
+        scores = {name: probe(z[getattr(part, name)].mean(1)) for name in ("choose", "test")}
+        p[test], predicted[test] = scores["test"], decide(part, scores)
+    return dict(test=p[rows], predicted=predicted[rows].astype(int),
+                seconds=features["seconds"] + time.monotonic() - began)
+
+
+def network_row(run, row, task, rows, seed):
+    """The same of a network that is trained on the labels of some rows."""
+    lr, began = run.settings.label_lr or run.trained["max_lr"], time.monotonic()
+    seed += 1000 * run.trained["seed"]  # other runs, other weights; the labels drawn are the same
+    torch.manual_seed(seed)
+    config = run.saved["config"]
+    model = (deepcopy(run.models["pretrained"]) if row == "finetuned" else
+             untrained(config if row == "supervised" else resnet_config(config), seed, run.device))
+    model.precision = run.models["pretrained"].precision
+    net = Classifier(model, run.trained["view"], 1 if run.settings.first_view else None)
+    rates = (0.1 * lr if row == "finetuned" else lr), lr
+    fit_network(net.to(run.device), run, task, rows, rates, seed)
+    scores = dict(seconds=time.monotonic() - began, choose=expit(run.see(net, task.choose)[:, 0]),
+                  test=expit(run.see(net, task.test)[:, 0]))
+    if len(rows) == len(task.train):
+        scores["leads"] = [expit(run.see(net, task.test, leads)[:, 0])
+                           for leads in LEAD_SETS.values()]
+    return scores
+
+
+def score_row(run, row, task, budget="100%", seed=0):
+    """Scores of a row under a protocol from the labels of a budget: arrays `choose`, `test`.
+
+    Networks are trained once, for `official`; the largest of their scores decides in `paper`.
+    """
+    if row == "majority":
+        return majority(task)
+    name = f"{task.name}-{row}-{budget}-{seed}"
+    if row not in NETWORKS:
         rows = draw_labels(task, budget, seed)
-        if name in START:
-            return self.piece(f"{task.name}-{name}-{budget}-{seed}",
-                              lambda: self.network(name, task, rows, seed), lr=self.args.label_lr)
-        return self.piece(f"{task.name}-{name}-{budget}-{seed}",
-                          lambda: self.probe(name, task, rows), **self.origin(name))
+        return run.piece(name, row, lambda: probe_row(run, row, task, rows))
+    if task.single:
+        official = run.tasks["official"]
+        scores = score_row(run, row, official, budget, seed)
+        return scores | {part: scores[part][np.isin(getattr(official, part), getattr(task, part))]
+                         for part in ("choose", "test")}
+    rows = draw_labels(task, budget, seed)
+    return run.piece(name, row, lambda: network_row(run, row, task, rows, seed),
+                     lr=run.settings.label_lr)
 
-    def result(self, name, task):
-        """The numbers of a row of a protocol's table, with intervals."""
-        scores = self.scores(name, task)
-        p, predicted = scores["test"], decide(task, scores)
+
+def score_all(run, rows):
+    """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}.
+
+    With --cv it adds that Task to the run's.
+    """
+    scores, args, official = {}, run.settings, run.tasks["official"]
+    for name, task in run.tasks.items():
+        for row in rows:
+            if row in NETWORKS and name == "table3" or (
+                    row == "finetuned" and "100%" not in args.labels):
+                continue
+            scores[name, row, "100%", 0] = score_row(run, row, task)
+    for budget in args.labels:
+        for row in rows:
+            for seed in range(1 if budget == "100%" else args.seeds):
+                scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
+    if args.cv:
+        known = np.flatnonzero(official.y.any(1))
+        run.tasks["cv"] = cv = replace(official, name="cv", train=known, test=known)
+        for row, features in run.features.items():
+            scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row, lambda: cross_validate(
+                features, cv, run.cache.index.strat_fold.to_numpy()))
+    return scores
+
+
+# Every number, a line each
+
+def lines(protocol, row, numbers, bounds=(), labels="100%", seed=0):
+    """Lines of metrics.csv from a dict of numbers; bounds: {metric: (low, high)}."""
+    bounds = dict(bounds)
+    return [dict(zip((*KEYS, "value", "low", "high"), (
+        protocol, row, labels, seed, metric, value, *(bounds.get(metric) or (None, None)))))
+        for metric, value in numbers.items()]
+
+
+def score_lines(run, scores, draws):
+    """Lines of all rows' scores; draws gets the bootstrap draws of those with all labels."""
+    out, seconds = [], dict.fromkeys(("pretrained", "finetuned"), seconds_of(run.folder))
+    if "resnet18" in run.models:
+        seconds["resnet18"] = seconds_of(run.folder / "resnet18")
+    for (protocol, row, labels, seed), s in scores.items():
+        task, p = run.tasks[protocol], s["test"]
+        predicted, bounds = decide(task, s), {}
         rows = np.repeat(task.test, len(p) // len(task.test))  # several samples a record, or one
         y = task.y[rows]
-        draws = bootstrap(y, p, predicted, task.patients[rows], self.args.bootstrap)
-        self.draws[f"{task.name}-{name}"] = draws
-        confusion = (confusion_matrix(y.argmax(1), predicted.argmax(1), labels=range(K))
-                     if task.single else multilabel_confusion_matrix(y, predicted))
-        trained = {"pretrained": self.run, "finetuned": self.run, "resnet18": self.run / name}
-        return score(y, p, predicted) | dict(
-            intervals={m: interval(d) for m, d in zip(MEASURES, draws.T)}, confusion=confusion,
-            seconds=scores["seconds"], strength=scores.get("strength"),
-            pretraining_seconds=seconds_of(trained[name]) if name in trained else None)
-
-    def limited(self, name, budget):
-        """The MEASURES over seeds, from the labels of a budget (official protocol)."""
-        task, found = self.tasks["official"], []
-        for seed in range(1 if budget == "100%" and name in PROBED else self.args.seeds):
-            s = self.scores(name, task, budget, seed)
-            found.append(score(task.y[task.test], s["test"], decide(task, s)))
-        found = pd.DataFrame(found)[[*MEASURES]]
-        return dict(found.mean(), sd=found.std().to_dict(), draws=found.to_dict("list"),
-                    records=len(draw_labels(task, budget, 0)), seconds=s["seconds"])
-
-    def clusters(self, name):
-        """Clustering scores of a row's representation; `chance`: of this run's, labels permuted."""
-        rows = self.tasks["table3"].test
-        z = self.features("pretrained" if name == "chance" else name)[0].mean(1)
-        if name == "rocket":  # its shares and maxima have different scales
-            z = StandardScaler().fit_transform(z)
-        z, labels = z[rows], self.tasks["table3"].y[rows].argmax(1)
-        if name != "chance":
-            return clustering(z, labels)
-        rng = np.random.default_rng(0)
-        found = pd.DataFrame([clustering(z, rng.permutation(labels)) for _ in range(20)])
-        return found.astype(float).mean().to_dict()
-
-    def quality(self, name):
-        """Label-free quality of a row's representation."""
-        rows, z = self.tasks["table3"].test, self.features(name)[0].mean(1)
-        later = self.piece(f"later-{name}", lambda: dict(z=self.extract(
-            lambda x, keep: self.function(name)(x.roll(-self.cache.meta["rate"] // 2, 1)), rows)),
-            **self.origin(name))
-        out = dict(shift=shift_distance(z[rows], later["z"].mean(1)))
-        if name != "rocket":
-            z1, z2 = self.piece(f"views-{name}", lambda: dict(z=self.two_views(name)),
-                                **self.origin(name))["z"]
-            out |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
-                        uniformity=(uniformity(z1) + uniformity(z2)) / 2)
-        return out
-
-    @torch.no_grad()
-    def two_views(self, name):
-        """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
-        config = from_args(ViewConfig, argparse.Namespace(**self.trained))
-        rows, model = self.cache.rows([TEST_FOLD]), self.encoder(name, self.seed)
-        (views,) = batches(self.cache, config, self.seed, [(VAL_KEY, rows)], self.device, 0)
-        keep, z = draw_keep(config, len(rows), self.seed, VAL_KEY, 0), []
-        for i in range(0, len(rows), self.micro):
-            part = slice(i, i + self.micro)
-            output, _ = project(model, views, keep, part, (0,), self.autocast)
-            z.append(output.z.unflatten(0, (2, -1)))
-        return torch.cat(z, dim=1).float().cpu()
-
-    def streams(self):
-        """Macro AUROC of this run's probe when one stream sees another record, or nothing.
-
-        The other stream sees the record as before, and the cross-attention joins the two.
-        """
-        task, out = self.tasks["official"], {}
-        z = self.features("pretrained")[0]
-        strength = float(self.scores("pretrained", task)["strength"])
-        probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
-        for stream in ("time", "channel"):
-            stem = getattr(self.model.encoder, f"{stream}_stem")
-            for how, change in (("another record", lambda x: x.roll(1, 0)),
-                                ("nothing", torch.zeros_like)):
-                hook = stem.register_forward_pre_hook(lambda module, x: change(x[0]))
-                p = probe(self.extract(self.function("pretrained"), task.test).mean(1))
-                hook.remove()
-                out[f"{stream} stream sees {how}"] = mean_of_known(aurocs(task.y[task.test], p))
-        return out
+        if labels == "100%" and seed == 0:
+            found = bootstrap(y, p, predicted, task.patients[rows], run.settings.bootstrap)
+            draws[f"{protocol}-{row}"] = found
+            bounds = {m: interval(d) for m, d in zip(MEASURES, found.T)}
+            if protocol == "official":
+                out += lines("leads", row, {f"macro_auroc/{n}": mean_of_known(aurocs(y, fewer))
+                                            for n, fewer in zip(LEAD_SETS, s["leads"])})
+        out += lines(protocol, row, score(y, p, predicted) | dict(
+            strength=s.get("strength"), seconds=s["seconds"],
+            records=len(draw_labels(task, labels, seed)),
+            pretraining_seconds=seconds.get(row)), bounds, labels, seed)
+    return out
 
 
-def seconds_of(run):
+def seconds_of(folder):
     """Training time of a run, from its log; None without one."""
-    if not (run / "log.jsonl").exists():
+    if not (folder / "log.jsonl").exists():
         return None
-    saved = json.loads((run / "args.json").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    steps = np.diff([0, *(row["step"] for row in log)])
-    return float(sum(n * saved["in_effect"]["batch"] / row["records_per_second"]
-                     for n, row in zip(steps, log)))
+    log, batch = read_log(folder), read_args(folder)["in_effect"]["batch"]
+    return float((np.diff(log.step, prepend=0) * batch / log.records_per_second).sum())
+
+
+def differences(groups, wanted):
+    """Lines of paired differences of MEASURES, of each ((group, row), (group, row)) in `wanted`.
+
+    groups: {label: runs}, dicts of table and draws. Points, and bootstrap draws on the same test
+    records, are means over a group's runs.
+    """
+    def mean(protocol, group, row):
+        points = []
+        for run in groups[group]:
+            t = run["table"]
+            at = t[(t.protocol == protocol) & (t.row == row) & (t.labels == "100%") & (t.seed == 0)]
+            points.append(at.set_index("metric").value[list(MEASURES)].to_numpy())
+        draws = [run["draws"][f"{protocol}-{row}"] for run in groups[group]]
+        return np.mean(points, axis=0), np.mean(draws, axis=0)
+
+    out = []
+    for protocol in ("official", "cv", "paper"):
+        for pair in wanted:
+            if any(f"{protocol}-{row}" not in run["draws"] for group, row in pair
+                   for run in groups[group]):
+                continue
+            (points_a, draws_a), (points_b, draws_b) = (mean(protocol, *side) for side in pair)
+            bounds = {m: interval(d) for m, d in zip(MEASURES, (draws_a - draws_b).T)}
+            name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
+            out += lines(protocol, name, dict(zip(MEASURES, points_a - points_b)), bounds)
+    return out
+
+
+def cluster_lines(run):
+    """Lines of the clustering scores; `chance`: of this run's representation, labels permuted."""
+    out, task = [], run.tasks["table3"]
+    labels, rng = task.y[task.test].argmax(1), np.random.default_rng(0)
+    for row, features in run.features.items():
+        z = features["z"].mean(1)
+        if row == "rocket":  # its shares and maxima have different scales
+            z = StandardScaler().fit_transform(z)
+        out += lines("clustering", row, clustering(z[task.test], labels))
+        if row == "pretrained":
+            found = pd.DataFrame([clustering(z[task.test], rng.permutation(labels))
+                                  for _ in range(20)])
+            out += lines("clustering", "chance", found.astype(float).mean().to_dict())
+    return out
+
+
+def quality_lines(run):
+    """Lines of the label-free quality of each row's representation."""
+    out, rows = [], run.tasks["table3"].test
+    for row, features in run.features.items():
+        def later(x, keep, encoder=run.encoders[row]):
+            return encoder(x.roll(-run.cache.meta["rate"] // 2, 1))
+
+        z = features["z"].mean(1)
+        moved = run.piece(f"later-{row}", row, lambda: dict(z=run.see(later, rows)))["z"].mean(1)
+        numbers = dict(shift=shift_distance(z[rows], moved))
+        if row in run.models:
+            model = run.models[row]
+            z1, z2 = run.piece(f"views-{row}", row, lambda: dict(z=two_views(run, model)))["z"]
+            numbers |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
+                            uniformity=(uniformity(z1) + uniformity(z2)) / 2)
+        out += lines("quality", row, numbers)
+    return out
+
+
+@torch.no_grad()
+def two_views(run, model):
+    """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
+    rows = run.cache.rows([TEST_FOLD])
+    feed = Feed(run.cache, from_args(ViewConfig, run.trained), run.trained["seed"], run.device)
+    (batch,) = feed([(VAL_STEP, rows)])
+    z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(0, (2, -1))
+         for i in range(0, len(rows), run.micro)]
+    return torch.cat(z, dim=1).float().cpu()
+
+
+def stream_lines(run, strength):
+    """Lines of the probe's macro AUROC when one stream sees another record, or nothing.
+
+    The other stream sees the record as before, and the cross-attention joins the two.
+    """
+    task, z, out = run.tasks["official"], run.features["pretrained"]["z"], []
+    probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
+
+    def auroc():
+        p = probe(run.see(run.encoders["pretrained"], task.test).mean(1))
+        return dict(macro_auroc=mean_of_known(aurocs(task.y[task.test], p)))
+
+    out += lines("streams", "both streams see the record", auroc())
+    for stream in ("time", "channel"):
+        stem = getattr(run.models["pretrained"].encoder, f"{stream}_stem")
+        for how, change in (("another record", lambda x: x.roll(1, 0)),
+                            ("nothing", torch.zeros_like)):
+            hook = stem.register_forward_pre_hook(lambda module, x: change(x[0]))
+            out += lines("streams", f"{stream} stream sees {how}", auroc())
+            hook.remove()
+    return out
 
 
 # Tables
 
-def plain(value):
-    """Numbers as JSON has them: NumPy's become Python's, NaN becomes null."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def number(value, bounds=None, digits=3):
+def number(value, bounds=None, form=".3f"):
     """A table's cell: 0.781 [0.712, 0.840]; a dash for what could not be computed."""
     if value is None or not math.isfinite(value):
         return "-"
-    ends = "" if not bounds else " [" + ", ".join(f"{b:.{digits}f}" for b in bounds) + "]"
-    return f"{value:.{digits}f}{ends}"
-
-
-def spread(mean, sd):
-    """A table's cell: 0.781 ± 0.012, or the mean alone when there is no spread to tell."""
-    return number(mean) + ("" if number(sd) == "-" else f" ± {number(sd)}")
+    if bounds is None or not np.isfinite(np.array(bounds, float)).all():
+        return f"{value:{form}}"
+    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
 
 
 def markdown(head, rows):
     """A Markdown table, columns aligned so that it reads as plain text too."""
     cells = [[str(c) for c in row] for row in (head, *rows)]
     width = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
 
 
-def protocol_table(results):
-    """The table of one protocol: a row for each method of results {name: numbers}."""
-    head = ["", "macro AUROC [95 %]", "macro F1 [95 %]", "accuracy [95 %]",
-            *(f"{name}: AUROC, F1" for name in CLASSES), "C", "s", "pretraining s"]
-    return markdown(head, [
-        [ROWS[name], *(number(r[m], r["intervals"][m]) for m in MEASURES),
-         *(f"{number(r['auroc'][c])}, {number(r['f1'][c])}" for c in CLASSES),
-         "-" if r["strength"] is None else f"{r['strength']:g}",
-         *(number(r[key], digits=0) for key in ("seconds", "pretraining_seconds"))]
-        for name, r in results.items()])
+def summarize(table, by=("protocol", "row", "labels", "metric")):
+    """Mean, standard deviation and count of the values of lines that agree in the columns `by`.
+
+    An interval stays where there is one value.
+    """
+    found = table.groupby(list(by), sort=False).agg(
+        value=("value", "mean"), sd=("value", "std"), n=("value", "count"), low=("low", "first"),
+        high=("high", "first")).reset_index()
+    found.loc[found.n > 1, ["low", "high"]] = np.nan
+    return found
+
+
+def cell(line):
+    """0.781 [0.712, 0.840], or 0.781 ± 0.012 over several values, or a dash."""
+    form = {"strength": "g", "seconds": ".0f", "pretraining_seconds": ".0f", "records": ".0f"}
+    text = number(line.value, (line.low, line.high), form.get(line.metric, ".3f"))
+    few = f" ({line.n} of {line.of} seeds)" if 0 < line.n < getattr(line, "of", 0) else ""
+    return text + (f" ± {line.sd:.3f}" if line.sd > 0 else "") + few
+
+
+def grid(found, by, columns):
+    """A Markdown table of summarized lines: a row for each value of `by`, a column a metric.
+
+    columns: {metric: what it is called} or a list of metrics
+    """
+    columns = columns if isinstance(columns, dict) else dict(zip(columns, columns))
+    found = found[found.metric.isin(columns)]
+    cells = {(*(getattr(line, key) for key in by), line.metric): cell(line)
+             for line in found.itertuples()}
+    rows = dict.fromkeys(key[:-1] for key in cells)  # as they come
+    return markdown([*(by if len(by) > 1 else [""]), *columns.values()], [
+        [*row, *(cells.get((*row, metric), "-") for metric in columns)] for row in rows])
 
 
 ABOUT = {
     "official": "Records with at least one superclass, several at once: a sigmoid for each class, "
     "thresholds for F1 chosen on fold 9. Accuracy: all five classes right. Majority: the most "
     "frequent set of classes, and class shares as scores.",
+    "cv": "As the official protocol, but each labelled record of all folds is scored once, by a "
+    "probe that learned from the other folds; C and thresholds are chosen on the fold that "
+    "follows. Pretraining saw the records of folds 1-8, never a label.",
     "paper": "Records with exactly one superclass, the largest score wins. Networks are those of "
     "the official protocol, trained on all labelled records.",
     "table3": "As the paper's Table 3: one superclass, each view of a record a sample of its own "
@@ -805,6 +899,9 @@ ABOUT = {
     "on fold 8. Networks, which stop by fold 9, are left out.",
     "seconds": "s: to represent all records, or train the network, and to fit, with the choice of "
     "C. Intervals: 95 %, bootstrap by patient; they tell of the test records, not of the seed.",
+    "differences": "Paired by patient on the same test records; where an interval holds 0, these "
+    "records do not tell which is better. Between views: they differ untrained already, since a "
+    "probe sees other inputs. Intervals do not tell what another seed would give.",
     "labels": "Official protocol, test fold 10; mean ± standard deviation over draws of the "
     "training labels. All of fold 9 still chooses C, thresholds and when a network stops.",
     "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
@@ -818,78 +915,74 @@ ABOUT = {
     "rank over all records, 1..min(records, width), high is good.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
     "streams": "Macro AUROC of this run's probe, official protocol, while one stream sees another "
-    "record of the batch, or zeros; the cross-attention still joins the two. Intact: {}."}
+    "record of the batch, or zeros; the cross-attention still joins the two."}
+TITLES = {"official": "Official protocol (the headline)", "cv": "Cross-validated over the folds",
+          "paper": "The paper's protocol, fold 10",
+          "table3": "Linear probe: Table 3 of the paper", "clustering": "Clustering: Table 2 of "
+          "the paper", "quality": "Quality without labels", "leads": "Fewer leads",
+          "streams": "The two streams"}
 
 
-def differences(pairs):
-    """Paired bootstrap: [(protocol, a, b, points a, points b, draws a, draws b)] as dicts.
+def sections(numbers):
+    """Markdown of all numbers of one run or of several groups, with what each table means.
 
-    points: {measure: value}; draws: (n, 3) on the same resamples of the same test records.
+    numbers: of summarize(), with the columns group ("" alone for one run) and of (seeds).
     """
-    return [dict(protocol=protocol, a=a, b=b, measure=m, difference=pa[m] - pb[m],
-                 interval=interval(da[:, k] - db[:, k]))
-            for protocol, a, b, pa, pb, da, db in pairs for k, m in enumerate(MEASURES)]
+    words = ROWS | {"chance": "by chance", "paper": "**the paper**"}
+    bare = {row: text.removesuffix(", probed") for row, text in words.items()}
 
+    def worded(key):  # such as "contig small: pretrained - contig small: rocket"
+        sides = [side.rsplit(": ", 1) for side in key.split(" - ")]
+        return " - ".join(": ".join([*group, words.get(row, row)]) for *group, row in sides)
 
-def difference_table(found):
-    """Table of what differences() gives: a row for each pair, a column for each measure."""
-    n = len(MEASURES)
-    return markdown(["protocol", "a - b", *(f"{m} [95 %]" for m in MEASURES)], [
-        [d[0]["protocol"], f"{d[0]['a']} - {d[0]['b']}",
-         *(number(x["difference"], x["interval"]) for x in d)]
-        for d in (found[i:i + n] for i in range(0, len(found), n))])
-
-
-def bare(name):
-    """What a row is called where its representation is not probed."""
-    return ROWS.get(name, "by chance").removesuffix(", probed")
-
-
-def report(metrics, figures):
-    """The text of report.md: every table, what it means, and the figures."""
-    data, results = metrics["data"], metrics["protocols"]
-    out = [f"# {metrics['run']}", metrics["about"], ""]
-    out += [f"- {note}" for note in metrics["notes"]]
-    for name, title in (("official", "Official protocol (the headline)"),
-                        ("paper", "The paper's protocol"), ("table3", "As the paper's Table 3")):
-        n = data["records"][name]
-        out += [f"\n## {title}", f"{ABOUT[name]} {n['train']} records train, {n['choose']} choose, "
-                f"{n['test']} test. {ABOUT['seconds']}\n", protocol_table(results[name])]
-    out += ["\n## Against what it must beat", "Paired by patient on the same test records; where an"
-            " interval holds 0, these records do not tell which is better.\n",
-            difference_table(metrics["differences"])]
-    out += ["\n## Few labels", ABOUT["labels"] + "\n", markdown(
-        ["", "labels", "records", *MEASURES, "s"],
-        [[ROWS[name], budget, r["records"],
-          *(spread(r[m], r["sd"][m]) for m in MEASURES),
-          number(r["seconds"], digits=0)]
-         for budget, rows in metrics["labels"].items() for name, r in rows.items()])]
-    for key, title, columns in (
-            ("clustering", "Clustering", CLUSTERING),
-            ("quality", "Quality without labels", QUALITY)):
-        out += [f"\n## {title}", ABOUT[key] + "\n", markdown(["", *columns], [
-            [bare(name), *(number(r.get(c)) for c in columns)]
-            for name, r in metrics[key].items()])]
-    out += ["\n## Fewer leads", ABOUT["leads"] + "\n", markdown(
-        ["", *(f"{n}: {' '.join(s)}" if n < 6 else f"{n}" for n, s in LEAD_SETS.items())],
-        [[ROWS[name], *map(number, row.values())] for name, row in metrics["leads"].items()])]
-    if metrics["streams"]:
-        intact = number(results["official"]["pretrained"]["macro_auroc"])
-        out += ["\n## The two streams", ABOUT["streams"].format(intact) + "\n", markdown(
-            ["", "macro AUROC"], [[k, number(v)] for k, v in metrics["streams"].items()])]
-    return "\n".join(out + ["\n## Figures", *(f"\n![{f.stem}](figures/{f.name})" for f in figures)
-                            ]) + "\n"
+    represented = numbers.protocol.isin(("clustering", "quality"))
+    found = numbers.assign(row=np.where(represented, numbers.row.replace(bare),
+                                        numbers.row.map(worded)))
+    by = ["group", "row"] if found.group.nunique() > 1 else ["row"]
+    compared, out = found.row.str.contains(" - "), []
+    full = found[(found.labels == "100%") & ~compared]
+    for name in (name for name in ("official", "cv", "paper", "table3") if name in set(
+            full.protocol)):
+        part = full[full.protocol == name]
+        out += [f"## {TITLES[name]}\n{ABOUT[name]} {ABOUT['seconds']}",
+                grid(part, by, dict(zip(MEASURES, MEASURES)) | dict(
+                    strength="C", seconds="s", pretraining_seconds="pretraining s"))]
+        out += [grid(part, by, {f"{measure}/{c}": f"{measure} {c}" for c in CLASSES})
+                for measure in ("auroc", "f1")]
+    out += [f"## Differences\n{ABOUT['differences']}",
+            grid(found[compared], ["protocol", "row"], MEASURES)]
+    few = found[(found.protocol == "official") & ~compared]
+    out += [f"## Few labels\n{ABOUT['labels']}",
+            grid(few, [*by[:-1], "labels", "row"], ["records", *MEASURES, "seconds"])]
+    leads = {f"macro_auroc/{n}": f"{n}: {' '.join(s)}" if n < 6 else f"{n}"
+             for n, s in LEAD_SETS.items()}
+    for name, columns in (("clustering", CLUSTERING), ("quality", QUALITY), ("leads", leads),
+                          ("streams", ["macro_auroc"])):
+        if name in set(full.protocol):  # a ResNet has no streams
+            out += [f"## {TITLES[name]}\n{ABOUT[name]}",
+                    grid(full[full.protocol == name], by, columns)]
+    return "\n\n".join(out)
 
 
 # Figures
+
+def save_arrays(path, arrays):
+    """Write an .npz file, whole or not at all."""
+    def write(tmp):
+        with open(tmp, "wb") as file:  # savez would add a suffix to a name
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
+
 
 def save_figure(figure, path, numbers):
     """Write a figure and, next to it, its numbers: rows as CSV, a dict of arrays as NPZ."""
     write_atomic(path, lambda tmp: figure.savefig(tmp, format=path.suffix[1:], dpi=150))
     if isinstance(numbers, dict):
-        return save_arrays(path.with_suffix(".npz"), numbers)
-    write_atomic(path.with_suffix(".csv"), lambda tmp: pd.DataFrame(numbers).to_csv(
-        tmp, index=False, float_format="%.6g"))
+        save_arrays(path.with_suffix(".npz"), numbers)
+    else:
+        write_atomic(path.with_suffix(".csv"), lambda tmp: pd.DataFrame(numbers).to_csv(
+            tmp, index=False, float_format="%.6g"))
 
 
 def plot_tsne(points, labels, ids, title, path):
@@ -900,9 +993,10 @@ def plot_tsne(points, labels, ids, title, path):
     figure = Figure((4.6 * len(points), 4.4), layout="constrained")
     axes, rows = figure.subplots(1, len(points), squeeze=False)[0], []
     for axis, (panel, xy) in zip(axes, points.items()):
-        for k, name in enumerate(CLASSES):
+        for k in np.unique(labels):
             at = labels == k
-            axis.scatter(*xy[at].T, s=14, color=CLASS_COLORS[name], label=f"{name} ({at.sum()})")
+            axis.scatter(*xy[at].T, s=14, color=CLASS_COLORS[CLASSES[k]],
+                         label=f"{CLASSES[k]} ({at.sum()})")
         axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         rows += [dict(panel=panel, ecg_id=i, superclass=CLASSES[k], x=x, y=y)
                  for i, k, (x, y) in zip(ids, labels, xy)]
@@ -912,162 +1006,167 @@ def plot_tsne(points, labels, ids, title, path):
 
 
 def plot_confusion(results, title, path):
-    """Confusion matrices {name: (K, K)}: rows are the truth, shares of each row coloured."""
+    """Confusion matrices {row: (K, K) counts}, a panel each: shares of the true class."""
     across = min(4, len(results))
     down = math.ceil(len(results) / across)
-    figure = Figure((3.3 * across, 3.2 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flat
-    for (name, counts), axis in zip(results.items(), axes):
-        counts = np.asarray(counts)
-        share = counts / counts.sum(1, keepdims=True).clip(1)
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for i, j in np.ndindex(K, K):
-            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize=8,
-                      color="white" if share[i, j] > 0.6 else "black")
-        axis.set(xticks=range(K), yticks=range(K), xlabel="predicted", ylabel="true")
-        axis.set_xticklabels(CLASSES, fontsize=7)
-        axis.set_yticklabels(CLASSES, fontsize=7)
-        axis.set_title(ROWS[name], fontsize=8)
-    for axis in axes:  # what is left of the grid
+    figure = Figure((3.3 * across, 3.5 * down), layout="constrained")
+    axes, rows = list(figure.subplots(down, across, squeeze=False).flat), []
+    for axis, (row, counts) in zip(axes, results.items()):
+        display = ConfusionMatrixDisplay(counts / counts.sum(1, keepdims=True).clip(1),
+                                         display_labels=CLASSES)
+        display.plot(ax=axis, cmap="Blues", colorbar=False, values_format=".2f",
+                     im_kw=dict(vmin=0, vmax=1))
+        axis.tick_params(labelsize=7)
+        axis.set_title(ROWS[row], fontsize=8)
+        rows += [dict(row=row, true=CLASSES[i], predicted=CLASSES[j], records=n)
+                 for (i, j), n in np.ndenumerate(counts)]
+    for axis in axes[len(results):]:
         axis.remove()
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path, [dict(row=name, true=CLASSES[i], predicted=CLASSES[j], records=n)
-                               for name, counts in results.items()
-                               for (i, j), n in np.ndenumerate(np.asarray(counts))])
-
-
-def plot_roc(y, scores, title, path):
-    """ROC curves of each class, a panel a method. y (n, K); scores {name: (n, K)}."""
-    figure, rows = Figure((3.6 * len(scores), 4.0), layout="constrained"), []
-    for axis, (name, p) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
-        for k in np.flatnonzero(y.any(0) & ~y.all(0)):
-            fpr, tpr, _ = roc_curve(y[:, k], p[:, k])
-            area = roc_auc_score(y[:, k], p[:, k])
-            axis.plot(fpr, tpr, color=CLASS_COLORS[CLASSES[k]], label=f"{CLASSES[k]} {area:.2f}")
-            rows += [dict(row=name, superclass=CLASSES[k], false_positive_rate=f,
-                          true_positive_rate=t) for f, t in zip(fpr, tpr)]
-        axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
-        axis.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-        axis.set_title(ROWS[name], fontsize=9)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, loc="lower right", title="AUROC", title_fontsize=7)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, rows)
 
 
-def plot_lines(lines, xlabel, title, path, ticks, log=False):
-    """Macro AUROC of each method against something: {name: [(x, mean, sd)]}."""
+def plot_roc(y, scores, title, path):
+    """ROC curves of each class, a panel a row. y (n, K); scores {row: (n, K)}."""
+    figure, rows = Figure((3.6 * len(scores), 4.0), layout="constrained"), []
+    for axis, (row, p) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+        for k in np.flatnonzero(y.any(0) & ~y.all(0)):
+            display = RocCurveDisplay.from_predictions(
+                y[:, k], p[:, k], name=CLASSES[k], ax=axis,
+                curve_kwargs=dict(color=CLASS_COLORS[CLASSES[k]]))
+            rows += [dict(row=row, superclass=CLASSES[k], false_positive_rate=f,
+                          true_positive_rate=t) for f, t in zip(display.fpr, display.tpr)]
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
+        axis.set(xlabel="false positive rate", ylabel="true positive rate")
+        axis.set_title(ROWS[row], fontsize=9)
+        axis.legend(fontsize=7, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, rows)
+
+
+def plot_lines(found, xlabel, title, path, log=False):
+    """Macro AUROC of each row against something: lines with columns row, x, value, sd."""
     figure = Figure((8.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    for i, (name, points) in enumerate(lines.items()):
-        x, mean, sd = np.array(points, dtype=float).T
-        aside = 1 + 0.02 * (i - len(lines) / 2) if log else 1  # so that the bars do not overlap
-        axis.errorbar(x * aside, mean, sd if sd.any() else None, marker="osD^vPX<"[i], capsize=2,
-                      markersize=5, color=ROW_COLORS[name], label=ROWS[name],
-                      linestyle="--" if name in START else "-")
+    for i, (row, points) in enumerate(found.groupby("row", sort=False)):
+        points = points.sort_values("x")
+        aside = 1 + 0.02 * (i - 3) if log else 1  # so that the bars do not overlap
+        axis.errorbar(points.x * aside, points.value, points.sd.fillna(0), marker="osD^vPX<"[i],
+                      capsize=2, markersize=5, color=ROW_COLORS[row], label=ROWS[row],
+                      linestyle="--" if row in NETWORKS else "-")
     axis.set(xlabel=xlabel, ylabel="macro AUROC, fold 10", xscale="log" if log else "linear")
-    axis.set_xticks(*zip(*ticks.items()))
+    ticks = sorted(set(found.x))
+    axis.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path, [dict(row=name, x=x, mean=m, sd=s)
-                               for name, points in lines.items() for x, m, s in points])
+    save_figure(figure, path, found[["row", "x", "value", "sd"]])
 
 
-def draw(e, metrics):
+def draw(run, table, scores):
     """All figures of a run, in RUN/figures; returns their paths."""
-    folder, end, about = e.run / "figures", e.args.format, metrics["about"]
-    official, paper, table3 = (e.tasks[name] for name in ("official", "paper", "table3"))
-
-    def project():
-        out = {}
-        for name in ("untrained", "pretrained"):
-            z = e.features(name)[0].mean(1)[table3.test]
-            perplexity = min(30, (len(z) - 1) / 3)
-            out[name] = TSNE(perplexity=perplexity, random_state=0).fit_transform(z)
-        return out
-
-    points = e.piece("tsne", project)
-    path = folder / f"tsne.{end}"
-    plot_tsne({bare(name): points[name] for name in ("untrained", "pretrained")},
-              table3.y[table3.test].argmax(1), e.cache.index.ecg_id.to_numpy()[table3.test],
-              f"t-SNE, folds 9 and 10, one superclass. {about}", path)
-    paths = [path, folder / f"confusion.{end}", folder / f"roc.{end}", folder / f"leads.{end}",
-             folder / f"labels.{end}"]
-    plot_confusion({name: r["confusion"] for name, r in metrics["protocols"]["paper"].items()},
-                   f"Fold 10, one superclass ({len(paper.test)} records). {about}", paths[1])
-    plot_roc(official.y[official.test], {name: e.scores(name, official)["test"] for name in
-                                         ("rocket", "untrained", "pretrained")},
-             f"Fold 10, official protocol ({len(official.test)} records). {about}", paths[2])
-    plot_lines({name: [(n, auroc, 0) for n, auroc in zip(LEAD_SETS, row.values())]
-                for name, row in metrics["leads"].items()}, "leads at test",
-               f"Trained on 12 leads, tested on fewer. {about}", paths[3],
-               {n: str(n) for n in LEAD_SETS})
-    lines, full = {}, metrics["protocols"]["official"]
-    for name in e.rows:
-        few = [rows[name] for rows in metrics["labels"].values()]
-        lines[name] = [(r["records"], r["macro_auroc"], r["sd"]["macro_auroc"]) for r in few]
-        if "100%" not in metrics["labels"] and name in full:
-            lines[name].append((len(official.train), full[name]["macro_auroc"], 0))
-    ticks = {int(n): f"{n:.0f}" for points in lines.values() for n, _, _ in points}
-    plot_lines({name: sorted(points, key=lambda point: point[0])
-                for name, points in lines.items()}, "records with labels",
-               f"Few labels, mean and sd; draws: {e.args.seeds}. {about}", paths[4], ticks, True)
-    return paths
+    end, about = run.settings.format, describe(run.saved, run.cache.meta)
+    names = "tsne", "confusion", "roc", "leads", "labels"
+    paths = {name: run.out / "figures" / f"{name}.{end}" for name in names}
+    official, paper, table3 = (run.tasks[name] for name in ("official", "paper", "table3"))
+    rows = table3.test
+    points = run.piece("tsne", "pretrained", lambda: {row: TSNE(
+        perplexity=min(30, (len(rows) - 1) / 3), random_state=0).fit_transform(
+            run.features[row]["z"].mean(1)[rows]) for row in ("untrained", "pretrained")})
+    plot_tsne({"this encoder untrained": points["untrained"], "this run": points["pretrained"]},
+              table3.y[rows].argmax(1), run.cache.index.ecg_id.to_numpy()[rows],
+              f"t-SNE, folds 9 and 10, one superclass. {about}", paths["tsne"])
+    truth = paper.y[paper.test].argmax(1)
+    plot_confusion({row: confusion_matrix(truth, decide(paper, s).argmax(1), labels=range(K))
+                    for (protocol, row, labels, seed), s in scores.items() if protocol == "paper"},
+                   f"Fold 10, one superclass ({len(truth)} records). {about}", paths["confusion"])
+    plot_roc(official.y[official.test], {row: scores["official", row, "100%", 0]["test"]
+                                         for row in ("rocket", "untrained", "pretrained")},
+             f"Fold 10, official protocol ({len(official.test)} records). {about}", paths["roc"])
+    found = summarize(table)
+    leads = found[found.protocol == "leads"]
+    plot_lines(leads.assign(x=leads.metric.str.split("/").str[1].astype(int)), "leads at test",
+               f"Trained on 12 leads, tested on fewer. {about}", paths["leads"])
+    few = found[(found.protocol == "official") & (found.metric == "macro_auroc")
+                & found.row.isin(ROWS)]
+    plot_lines(few.assign(x=[len(draw_labels(official, b, 0)) for b in few.labels]),
+               "records with labels", f"Few labels, mean and sd; draws: {run.settings.seeds}. "
+               f"{about}", paths["labels"], log=True)
+    return list(paths.values())
 
 
 def evaluate(args):
-    """Evaluate one run: metrics.json, report.md and figures/ in its folder."""
-    e = Evaluation(args)
-    meta, about = e.cache.meta, describe(e.saved, e.cache.meta)
-    print(f"{e.run}: {about}\nworking on what is not done yet:", flush=True)
-    full = [name for name in e.rows if name != "finetuned" or "100%" in args.labels]
-    metrics = dict(
-        run=str(e.run), about=about, settings=vars(args), view=e.view, seed=e.seed, notes=e.notes,
-        data=dict(meta, pretrained_on=e.saved["data"]["data"], records={"all": meta["records"]} | {
-            name: {part: len(getattr(task, part)) for part in ("train", "choose", "test")}
-            for name, task in e.tasks.items()} | dict(views=len(e.cache.rows([TEST_FOLD])))),
-        protocols={name: {row: e.result(row, task) for row in full
-                          if name != "table3" or row in PROBED} for name, task in e.tasks.items()},
-        labels={budget: {row: e.limited(row, budget) for row in e.rows} for budget in args.labels})
-    official = e.tasks["official"]
-    y = official.y[official.test]
-    metrics["leads"] = {row: {n: mean_of_known(aurocs(y, p)) for n, p in zip(
-        LEAD_SETS, e.scores(row, official)["leads"])} for row in full}
-    represented = [row for row in PROBED if row in e.rows and row != "majority"]
-    metrics["clustering"] = {row: e.clusters(row) for row in (*represented, "chance")}
-    metrics["quality"] = {row: e.quality(row) for row in represented}
-    metrics["differences"] = differences([
-        (task, ROWS["pretrained"], ROWS[row], results["pretrained"], results[row],
-         e.draws[f"{task}-pretrained"], e.draws[f"{task}-{row}"])
-        for task, results in metrics["protocols"].items() if task != "table3"
-        for row in results if row != "pretrained"])
-    metrics["streams"] = e.streams() if isinstance(e.model.encoder, DualView) else None
-    metrics = plain(metrics)
-    text = report(metrics, draw(e, metrics))
-    save_arrays(e.run / "eval" / "draws.npz", e.draws)
-    write_atomic(e.run / "report.md", lambda tmp: tmp.write_text(text))
-    write_atomic(e.run / "metrics.json", lambda tmp: tmp.write_text(json.dumps(metrics, indent=1)))
-    print(f"{text}\n-> {e.run}/report.md, metrics.json, figures/")
+    """Evaluate one run: metrics.csv, report.md and figures/ in its folder."""
+    run = open_run(args)
+    notes = [f"{name}: {len(task.train)} records train, {len(task.choose)} choose, "
+             f"{len(task.test)} test" for name, task in run.tasks.items()]
+    notes += [note for task in run.tasks.values() for note in gaps(task)]
+    if run.cache.meta["fingerprint"] != run.saved["data"]["fingerprint"]:
+        notes.append(f"pretrained on {run.saved['data']['data']}, evaluated on other data: "
+                     f"{run.cache.meta['data']}")
+    arch = run.saved["config"]["arch"]
+    rows = [row for row in ROWS if not (args.fast and row in SLOW)
+            and not (arch == "resnet18" and row.startswith("resnet18"))]
+    print(f"{run.folder}: {describe(run.saved, run.cache.meta)}\nworking on what is not done yet:",
+          flush=True)
+
+    run.models["untrained"] = untrained(run.saved["config"], run.trained["seed"], run.device)
+    if "resnet18" in rows:
+        run.models["resnet18"] = pretrain_resnet(run)
+    for model in run.models.values():
+        model.precision = run.depends["precision"]
+    run.encoders = make_encoders(run)
+    run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
+    scores, draws = score_all(run, rows), {}
+    table = score_lines(run, scores, draws) + cluster_lines(run) + quality_lines(run)
+    if arch != "resnet18":
+        table += stream_lines(run, float(scores["official", "pretrained", "100%", 0]["strength"]))
+    table = pd.DataFrame(table)
+    others = [row for row in rows if f"paper-{row}" in draws and row != "pretrained"]
+    table = pd.concat([table, pd.DataFrame(differences(
+        {"": [dict(table=table, draws=draws)]}, [(("", "pretrained"), ("", row))
+                                                 for row in others]))])
+    about = dict(settings=vars(args), view=run.trained["view"], seed=run.trained["seed"],
+                 notes=notes, data=run.cache.meta,
+                 tested={name: len(task.test) for name, task in run.tasks.items()})
+    figures = draw(run, table, scores)
+    text = "\n\n".join([
+        f"# {run.out}\n{describe(run.saved, run.cache.meta)}",
+        "\n".join(f"- {note}" for note in notes),
+        sections(summarize(table).assign(group="")), "## Figures",
+        *(f"![{figure.stem}](figures/{figure.name})" for figure in figures)]) + "\n"
+    save_arrays(run.out / "eval" / "draws.npz", draws)
+    write_atomic(run.out / "eval" / "about.json",
+                 lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
+    write_atomic(run.out / "report.md", lambda tmp: tmp.write_text(text))
+    write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
+    print(f"{text}\n-> {run.out}/report.md, metrics.csv, figures/")
 
 
 # Several runs
 
-def read_runs(folders):
-    """The evaluated ones among run folders: dicts of folder, metrics, saved (args.json), draws."""
+def read_evaluated(folders):
+    """The evaluated ones among run folders: dicts of folder, table, about, saved, draws."""
     runs = []
     for folder in map(Path, folders):
-        if not (folder / "metrics.json").exists():
-            print(f"note: {folder} has no metrics.json and is left out; make eval RUN={folder}")
+        if not (folder / "metrics.csv").exists():
+            print(f"note: {folder} has no metrics.csv and is left out; make eval RUN={folder}")
             continue
         try:
-            metrics, saved = (json.loads((folder / name).read_text())
-                              for name in ("metrics.json", "args.json"))
-            if not {"settings", "protocols", "clustering", "quality"} <= set(metrics):
-                raise ValueError("metrics.json is of another version")
+            table = pd.read_csv(folder / "metrics.csv")
+            if list(table) != [*KEYS, "value", "low", "high"]:
+                raise ValueError("metrics.csv has other columns")
+            table["value"] = pd.to_numeric(table.value)
+            if not set(MEASURES) <= set(table[(table.row == "pretrained") & (table.seed == 0) & (
+                    table.protocol == "official") & (table.labels == "100%")].metric):
+                raise ValueError("metrics.csv is not whole")
+            about = json.loads((folder / "eval" / "about.json").read_text())
             with np.load(folder / "eval" / "draws.npz") as draws:
-                runs.append(dict(folder=folder, metrics=metrics, saved=saved, draws=dict(draws)))
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+                runs.append(dict(folder=folder, table=table, about=about, draws=dict(draws),
+                                 saved=read_args(folder)))
+            about["view"], about["seed"], about["data"], about["tested"], about["settings"]
+            runs[-1]["draws"]["official-pretrained"]  # a KeyError when one lacks
+        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{folder} is damaged ({error}); evaluate it again: make eval "
                              f"RUN={folder}") from error
     if not runs:
@@ -1081,466 +1180,223 @@ def read_runs(folders):
 
 def changes(run):
     """Arguments in which a run differs from the defaults of its preset, but for view and seed."""
-    args, settings = run["saved"]["args"], run["metrics"]["settings"]
-    usual = default_args(["--preset", args["preset"], "--view", args["view"]])
-    usual = vars(usual) | asdict(from_args(ViewConfig, usual))  # settings that follow the view
+    args, settings = run["saved"]["args"], run["about"]["settings"]
+    usual = vars(train_args(["--preset", args["preset"], "--view", args["view"]]))
+    usual |= asdict(from_args(ViewConfig, usual))  # settings that follow the view
     found = {k: v for k, v in args.items()
              if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
     return found | {k: settings[k] for k in ("first_view", "label_lr") if settings[k]}
 
 
 def group_runs(runs):
-    """Runs that differ by their seed alone, together: a list of dict(label, view, data, runs).
+    """Runs that differ by their seed alone, together: {label: runs}, by view.
 
     Raises InputError when a seed is there twice in a group.
     """
-    groups = {}
-    for run in runs:
-        args, meta = run["saved"]["args"], run["metrics"]["data"]
-        label = " ".join([args["view"], *["small"] * (args["preset"] == "small"),
+    groups, out = {}, {}
+    for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
+        args = run["saved"]["args"]
+        label = " ".join([args["view"], *(["small"] if args["preset"] == "small" else []),
                           *(f"{k}={v}" for k, v in sorted(changes(run).items()))])
-        groups.setdefault((label, meta["fingerprint"]), []).append(run)
-    out = []
+        groups.setdefault((label, run["about"]["data"]["fingerprint"]), []).append(run)
     for (label, fingerprint), members in groups.items():
-        seeds, meta = [run["metrics"]["seed"] for run in members], members[0]["metrics"]["data"]
-        if len(set(seeds)) < len(seeds):
+        if len({run["about"]["seed"] for run in members}) < len(members):
             raise InputError("the same seed twice: "
                              f"{', '.join(str(run['folder']) for run in members)}; leave one out")
-        data = (f"{'SYNTHETIC ' if meta['synthetic'] else ''}{Path(meta['data']).name}, "
-                f"{meta['rate']} Hz, {meta['records']['all']} records")
         if [name for name, _ in groups].count(label) > 1:
-            label += f" ({data}, {fingerprint[:6]})"
-        out.append(dict(label=label, view=members[0]["metrics"]["view"], data=data, seeds=seeds,
-                        meta=meta, runs=members))
-    return sorted(out, key=lambda g: (list(VIEWS).index(g["view"]), len(g["label"])))
-
-
-def paper_numbers(view):
-    """The paper's Tables 2 and 3 for a view, by our metrics' names."""
-    return dict(zip([f"clustering/pretrained/{m}" for m in CLUSTERING], TABLE2[view])) | dict(
-        zip([f"protocols/table3/pretrained/{m}" for m in TABLE3_MEASURES], TABLE3[view]))
+            label += f" (data {fingerprint[:6]})"
+        out[label] = members
+    return out
 
 
 def collect(groups):
-    """All numbers as a long table: group, metric, mean and sd over seeds, the paper's, data."""
-    rows = []
-    for g in groups:
-        paper = paper_numbers(g["view"])
-        found = pd.concat([pd.json_normalize({key: run["metrics"][key] for key in (
-            "protocols", "labels", "clustering", "quality", "leads", "streams")}, sep="/")
-            for run in g["runs"]]).select_dtypes("number")
-        for metric, values in found.items():
-            part, table = metric.split("/")[:2]
-            key = {"protocols": table, "clustering": "table3", "quality": "views"}.get(
-                part, "official")
-            n = g["meta"]["records"]
-            tested = (n["all"] if metric.endswith("rankme") else n["table3"]["test"]
-                      if metric.endswith("shift") else n[key] if key == "views" else n[key]["test"])
-            rows.append(dict(group=g["label"], metric=metric, mean=values.mean(), sd=values.std(),
-                             runs=values.count(), paper=paper.get(metric), data=g["data"],
-                             tested_on=tested))
-    return pd.DataFrame(rows)
-
-
-def pairs(groups):
-    """What differences() wants: within each group, and between groups on the same records.
-
-    Draws are averaged over the seeds of a group first.
-    """
-    def mean(group, task, row):
-        points = {m: np.mean(np.array([run["metrics"]["protocols"][task][row][m]
-                                       for run in group["runs"]], float)) for m in MEASURES}
-        return points, np.mean([run["draws"][f"{task}-{row}"] for run in group["runs"]], axis=0)
-
-    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")] + [
-        ((a, row), (b, row)) for a, b in combinations(groups, 2)
-        if a["meta"]["index"] == b["meta"]["index"] for row in ("pretrained", "untrained")]
-    for task in ("official", "paper"):
-        for a, b in wanted:
-            (pa, da), (pb, db) = mean(a[0], task, a[1]), mean(b[0], task, b[1])
-            yield (task, *(f"{g['label']}, {bare(row)}" for g, row in (a, b)), pa, pb,
-                   da, db)
+    """Numbers of all groups: mean, sd and count over seeds; the paper's own after each view."""
+    parts = {}
+    for label, members in groups.items():
+        view = members[0]["about"]["view"]
+        found = summarize(pd.concat(summarize(run["table"]) for run in members))
+        parts[label] = found.assign(group=label, of=len(members))
+        parts.pop(view + " (paper)", None)  # it comes after the last group of its view
+        parts[view + " (paper)"] = pd.DataFrame(
+            lines("clustering", "paper", dict(zip(CLUSTERING, TABLE2[view])))
+            + lines("table3", "paper", dict(zip(TABLE3_MEASURES, TABLE3[view])))).drop(
+                columns="seed").assign(group=view, n=1, of=1)
+    return pd.concat(parts.values())
 
 
 def compare(args):
-    """Tables over several runs, the paper's numbers beside ours: OUT.md, OUT.csv, OUT.json."""
-    groups = group_runs(read_runs(args.runs))
-    rows, found = collect(groups), differences(pairs(groups))
-    at = {(r["group"], r["metric"]): r for r in rows.to_dict("records")}
-
-    def cell(group, metric):
-        r = at.get((group["label"], metric), dict(mean=None, sd=None, runs=0))
-        n = len(group["seeds"])
-        few = f" ({r['runs']} of {n} seeds)" if 0 < r["runs"] < n else ""
-        return spread(r["mean"], r["sd"]) + few
-
-    def table(title, about, prefix, measures, paper=False):
-        lines = []
-        for g in groups:
-            there = {name for run in g["runs"] for name in reduce(
-                dict.get, prefix.split("/"), run["metrics"])}
-            for name in (name for name in (*ROWS, "chance") if name in there):
-                lines.append([g["label"], ROWS[name] if "/" in prefix else bare(name),
-                              *(cell(g, f"{prefix}/{name}/{m}") for m in measures)])
-            if paper and g is [other for other in groups if other["view"] == g["view"]][-1]:
-                lines.append([g["view"], "**the paper**", *(number(paper_numbers(g["view"])[
-                    f"{prefix}/pretrained/{m}"]) for m in measures)])
-        return f"\n## {title}\n{about}\n\n" + markdown(["view", "", *measures], lines)
-
-    out = ["# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "
-           "numbers, on all of PTB-XL (its clustering scores are the best of each run, ours those "
-           "of the final weights).\n", markdown(
-               ["view", "data", "test records, official", "paper", "table3", "seeds"],
-               [[g["label"], g["data"], *(g["meta"]["records"][t]["test"] for t in
-                                          ("official", "paper", "table3")),
-                 " ".join(map(str, g["seeds"]))] for g in groups]),
-           table("Clustering: Table 2 of the paper", ABOUT["clustering"], "clustering", CLUSTERING,
-                 True),
-           table("Quality without labels", ABOUT["quality"], "quality", QUALITY),
-           table("Linear probe: Table 3 of the paper", ABOUT["table3"], "protocols/table3",
-                 TABLE3_MEASURES, True),
-           table("Official protocol", ABOUT["official"], "protocols/official", MEASURES),
-           table("The paper's protocol, fold 10", ABOUT["paper"], "protocols/paper", MEASURES),
-           "\n## Differences\nProbes on the same test records, means over seeds, with a bootstrap "
-           "interval paired by patient. It tells of the test records alone, not of what another "
-           "seed would give. Views differ untrained already: a probe sees other inputs.\n",
-           difference_table(found),
-           "\n## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others "
-           "report it: not measured here, and not comparable with runs on other data.\n", markdown(
-               ["method", "macro AUROC", "source"], [[n, number(v), s or "not checked by us"]
-                                                     for n, v, s in PUBLISHED])]
-    text, path = "\n".join(out) + "\n", Path(args.out)
-    write_atomic(f"{path}.md", lambda tmp: tmp.write_text(text))
-    write_atomic(f"{path}.csv", lambda tmp: rows.to_csv(tmp, index=False))
-    write_atomic(f"{path}.json", lambda tmp: tmp.write_text(json.dumps(plain(dict(
-        rows=rows.to_dict("records"), differences=found, published=PUBLISHED)), indent=1)))
-    print(f"{text}-> {path}.md, .csv, .json")
+    """Tables over several runs, the paper's numbers beside ours: OUT.md and OUT.csv."""
+    groups = group_runs(read_evaluated(args.runs))
+    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")]
+    wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
+               if groups[a][0]["about"]["data"]["index"] == groups[b][0]["about"]["data"]["index"]
+               for row in ("pretrained", "untrained")]
+    found = pd.DataFrame(differences(groups, wanted)).drop(columns="seed")
+    numbers = collect(groups)
+    numbers = pd.concat([numbers[~numbers.row.str.contains(" - ")],
+                         found.assign(group="", n=1, of=1)])
+    overview = []
+    for label, members in groups.items():
+        about = members[0]["about"]
+        overview.append([
+            label, describe_data(about["data"]), about["data"]["rate"], about["data"]["records"],
+            *(about["tested"][name] for name in ("official", "paper", "table3")),
+            " ".join(str(run["about"]["seed"]) for run in members)])
+    text = "\n\n".join([
+        "# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "
+        "numbers, on all of PTB-XL (its clustering scores are the best of each run, ours those of "
+        "the final weights).", markdown(
+            ["group", "data", "Hz", "records", "tested: official", "paper", "table3", "seeds"],
+            overview), sections(numbers),
+        "## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others report "
+        "it: not measured here, and not comparable with runs on other data.",
+        markdown(["method", "macro AUROC", "source"],
+                 [[n, number(v), s or "not checked by us"] for n, v, s in PUBLISHED])]) + "\n"
+    write_atomic(f"{args.out}.md", lambda tmp: tmp.write_text(text))
+    write_atomic(f"{args.out}.csv", lambda tmp: numbers.to_csv(tmp, index=False))
+    print(f"{text}-> {args.out}.md, .csv")
 
 
-# What it costs
+# What it costs: train.py measures itself; this runs it and collects
 
-def seconds_of_call(function, device, repeats=5):
-    """Median wall seconds of a call, after one that does not count."""
-    def once():
-        began = time.monotonic()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.monotonic() - began
-
-    once()
-    return float(np.median([once() for _ in range(repeats)]))
+BENCH_EPOCHS, TURNS = 3, 2  # an epoch is a step or more; the first does not count
 
 
-def peak_bytes(device):
-    """Peak memory of this process, or on its GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # ru_maxrss would begin with what the parent had
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def bench_flags(batch, device):
+    """Flags of train.py for each row: {preset: {row: flags}}; the rows of a preset take turns."""
+    small, paper = ["--preset", "small"], ["--batch-size", str(batch), "--micro-batch", "32"]
+    if device.type == "cpu":  # 2500 tokens take ten seconds a record: take every fourth
+        paper = ["--batch-size", "4", "--micro-batch", "2", "--time-stride", "4"]
+    plain, once = ["--negatives", "micro"], ["--epochs", "2"]
+    rows = {"small": {"small": [], "small, plain accumulation": plain,
+                      "small, one micro-batch": ["--batch-size", "64"],
+                      "small, stochastic": ["--view", "stochastic"]},
+            "paper": {"paper": [], "paper, plain accumulation": plain,
+                      "paper, one micro-batch": ["--batch-size", paper[3]],
+                      "paper, torch.nn's layers": ["--arch", "torchnn"],
+                      "paper, compiled": ["--compile"]}}
+    if device.type == "cpu" or torch.cuda.device_count() > 1:
+        rows["small"]["small, two processes"] = []
+    for stride in (1, 2, 8):
+        few = ["--batch-size", "2", *once, "--max-steps", "5"] if device.type == "cpu" else []
+        rows["paper"][f"paper, --time-stride {stride}"] = ["--time-stride", str(stride), *few]
+    base = {"small": [*small, "--batch-size", str(batch)], "paper": paper}
+    return {preset: {row: [*base[preset], *flags] for row, flags in some.items()}
+            for preset, some in rows.items()}
 
 
-def as_rank(rank, processes, port, out, function, args, named):
-    """Run a function as one of several processes, which find each other as under torchrun."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                       LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost",
-                       MASTER_PORT=str(port))
-    found = function(*args, **named)
-    if rank == 0:
-        Path(out).write_text(json.dumps(found))
-    leave_processes()
+def write_part(cache, n_train, n_val, out):
+    """A cache of n_train records for folds 1-8 and n_val for fold 9, some of them repeated."""
+    rows = np.resize(cache.rows(TRAIN_FOLDS), n_train + n_val)
+    folds = [*np.resize(TRAIN_FOLDS, n_train), *[VAL_FOLD] * n_val]
+    out.mkdir()
+    cache.signals[rows].tofile(out / "signals.int16")
+    cache.index.iloc[rows].assign(strat_fold=folds).to_csv(out / "index.csv", index=False)
+    meta = cache.meta | dict(records=len(rows), index=sha256(out / "index.csv"))
+    (out / "meta.json").write_text(json.dumps(meta))
 
 
-def apart(function, *args, processes=1, **named):
-    """A function's result in fresh processes, whose peak memory is their own; the first one's.
-
-    Raises ProcessException when one fails; the others are then ended.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/found"
-        spawn(as_rank, (processes, port, out, function, args, named), processes)
-        return json.loads(Path(out).read_text())
-
-
-class PlainCross(nn.Module):
-    """CrossAttention written with torch.nn.MultiheadAttention, to compare with."""
-
-    def __init__(self, config):
-        super().__init__()
-        D, H = config.width, config.heads
-        self.t, self.c = (nn.MultiheadAttention(D, H, batch_first=True) for _ in "tc")
-        self.norm_time, self.norm_channel = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, t, c):
-        return (self.norm_time(t + self.dropout(self.t(t, c, c, need_weights=False)[0])),
-                self.norm_channel(c + self.dropout(self.c(c, t, t, need_weights=False)[0])))
-
-
-def plain_modules(model):
-    """A copy of a model with torch.nn's encoder layers and attention in the place of ours."""
-    model = deepcopy(model)
-    config, encoder = model.config, model.encoder
-    for layers in (encoder.time_layers, encoder.channel_layers):
-        for i in range(config.depth):
-            layers[i] = nn.TransformerEncoderLayer(
-                config.width, config.heads, config.ff_mult * config.width, config.dropout, "gelu",
-                batch_first=True, norm_first=True)
-            layers[i].self_attn.dropout = 0.0  # as ours; with it the CPU has no fused kernel
-            layers[i].dropout = nn.Identity()  # nor have ours one within the feed-forward
-    encoder.cross = PlainCross(config)
-    return model
-
-
-def count_flops(step):
-    """Floating-point operations of a call, by PyTorch's counter; it lacks the CPU's attention."""
-    def forward(q, k, v, *rest, **more):
-        return sdpa_flop_count(q, k, v)
-
-    def backward(grad, q, k, v, *rest, **more):
-        return sdpa_backward_flop_count(grad, q, k, v)
-
-    aten = torch.ops.aten
-    with FlopCounterMode(display=False, custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def measure_step(folder, argv, batch, every=1, theirs=False, repeats=0):
-    """Training steps of `batch` records from a cache, in processes of their own.
-
-    argv: of train.py; every: take one sample in so many; theirs: with torch.nn's modules; repeats:
-    steps to take the median of, at least 3 on a CPU and 10 on a GPU
-    ->  dict: median seconds of a step and of its parts, peak_bytes, flop of a step
-    """
-    args, cache = default_args(argv), open_cache(folder)
-    config, size, device = from_args(ViewConfig, args), from_args(Config, args), join_processes(
-        args.device)
-    rows = cache.rows(TRAIN_FOLDS)[:batch]
-    if every > 1:
-        cache = replace(cache, signals=cache.signals[rows, ::every], meta=cache.meta | dict(
-            rate=cache.meta["rate"] // every))
-        rows = np.arange(len(rows))
-    _, autocast = pick_autocast(args.precision, device)
-    set_seed(0)
-    model = Contrastive(size)
-    model = (plain_modules(model) if theirs else model).to(device).train()
-    forward, clock = accelerate(model, args), Clock()
-    optimizer = torch.optim.Adam(model.parameters())
-    rows, mine = np.resize(rows, batch), share(batch)
-    keep = draw_keep(config, batch, 0, device=device)
-    micro = math.gcd(mine.stop - mine.start, min(args.micro_batch, mine.stop - mine.start))
-    parts = (mine.stop - mine.start) // micro
-    few = 3 if device.type == "cpu" else 10
-    repeats = max(few, repeats)
-    feed = batches(cache, config, 0, [(0, rows)] * (repeats + 4), device, args.workers, clock)
-
-    def step():
-        backward(forward, next(feed), keep, batch, micro, (0,), negatives=args.negatives,
-                 autocast=autocast)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-    def once():
-        part = slice(mine.start, mine.start + micro)
-        return project(model, views, keep, part, (0,), autocast)[1]
-
-    def seconds(function):
-        return seconds_of_call(function, device, few)
-
-    fetch(cache, rows[:1], device)
-    before = peak_bytes(device)
-    step()
-    clock.seconds = 0.0  # workers have begun
-    out = dict(step=seconds_of_call(step, device, repeats), peak_bytes=peak_bytes(device),
-               bytes_before=before, first_pass=0.0, data=clock.seconds / (repeats + 1))
-    views = next(feed)
-    if parts > 1 and args.negatives == "batch":
-        out["first_pass"] = parts * seconds(torch.no_grad()(once))
-    out["forward"] = parts * seconds(once)
-    out["backward"] = parts * seconds(lambda: once().sum().backward()) - out["forward"]
-    out["optimiser"] = seconds(optimizer.step)
-    with torch.compiler.set_stance("force_eager"):
-        out["flop"] = count_flops(step) * ranks()[1]
-    return out | dict(batch=batch, micro_batch=micro, processes=ranks()[1],
-                      records_per_second=batch / out["step"],
-                      tokens=views(slice(mine.start, mine.start + 1))[0].shape[1]
-                      // size.time_stride)
-
-
-class PerItem(Dataset):
-    """What many loaders do, to compare with: one float32 record at a time, NumPy's z-score."""
-
-    def __init__(self, signals):
-        self.signals = signals
-
-    def __len__(self):
-        return len(self.signals)
-
-    def __getitem__(self, i):
-        x = np.array(self.signals[i])
-        x = (x - x.mean(0)) / (x.std(0) + 1e-8)
-        return torch.from_numpy(np.stack([v * (np.random.rand(C) >= 0.5).astype(np.float32)
-                                          for v in (x[0::2], x[1::2])]))
-
-
-def measure_loading(cache, batch, device):
+def measure_loading(cache, device):
     """Records a second: by wfdb, one float32 record at a time, and as training cuts each view."""
-    rows, out = np.resize(cache.rows(TRAIN_FOLDS), batch), {}
+    import wfdb
 
-    def rate(n, function):
-        return n / seconds_of_call(function, device, 3)
+    rows, found = np.resize(cache.rows(TRAIN_FOLDS), 512), []
+
+    def rate(name, n, function):
+        seconds = []
+        for _ in range(4):
+            began = time.monotonic()
+            function()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            seconds.append(time.monotonic() - began)
+        found.append(dict(row=name, records_per_second=n / np.median(seconds[1:])))
+
+    def one_by_one():  # what many loaders do
+        for x in signals:
+            x = (x - x.mean(0)) / (x.std(0) + 1e-8)
+            np.stack([x[i::2] * (np.random.rand(C) >= 0.5).astype(np.float32) for i in (0, 1)])
+
+    def cut(view, rows):
+        (batch,) = Feed(cache, ViewConfig(view=view), 0, device)([(0, rows)])
+        for i in range(0, len(rows), 16):
+            torch.cat(batch.cut(slice(i, min(i + 16, len(rows)))))
 
     try:
         table = load_tables(cache.meta["data"])
         paths = [str(Path(cache.meta["data"]) / name) for name in table[RATES[cache.meta["rate"]]]]
-        out["wfdb"] = rate(len(paths[:64]), lambda: [wfdb.rdrecord(p) for p in paths[:64]])
+        rate("wfdb", len(paths[:64]), lambda: [wfdb.rdrecord(p) for p in paths[:64]])
     except (InputError, OSError) as error:
         print(f"note: nothing is read with wfdb: {error}")
-    with tempfile.TemporaryDirectory() as folder:
-        shape = (min(len(cache.signals), 512), *cache.signals.shape[1:])
-        signals = np.memmap(f"{folder}/float32", np.float32, "w+", shape=shape)
-        signals[:] = cache.signals[:len(signals)]
-        some = Subset(PerItem(signals), np.resize(np.arange(len(signals)), batch))
-        for name, workers in (("per item", 0), ("per item, workers", multiprocessing.cpu_count())):
-            out[name] = rate(batch, lambda: list(DataLoader(some, 64, num_workers=workers)))
-    for name, flags in {"contig": {}, "noncontig": {}, "noncontig, 64 records": {},
-                        "noncontig, shift": dict(shift=True), "stochastic": {},
-                        "stochastic, workers": {}}.items():
-        config = ViewConfig(view=name.split(",")[0], **flags)
-        keep = draw_keep(config, batch, 0, device=device)
-        few = np.resize(rows[:64], batch) if "64" in name else (
-            rows[:256] if config.view == "stochastic" else rows)
-
-        def cut():
-            workers = multiprocessing.cpu_count() if "workers" in name else 0
-            (views,) = batches(cache, config, 0, [(0, few)], device, workers)
-            for i in range(0, len(few), 16):
-                pair = views(slice(i, min(i + 16, len(few))))
-                if keep is not None:
-                    pair = [v * k[i:i + 16, None] for v, k in zip(pair, keep)]
-
-        out[name] = rate(len(few), cut)
-    return out
+    signals = cache.signals[rows].astype(np.float32)
+    rate("one float32 record at a time", len(rows), one_by_one)
+    for view in VIEWS:
+        some = rows[:64] if view == "stochastic" else rows
+        rate(view, len(some), lambda: cut(view, some))
+    return pd.DataFrame(found)
 
 
-def bench_plan(args, rate, device):
-    """The steps to measure: name -> (argv of train.py, batch, more for measure_step)."""
-    cpu = device.type == "cpu"
-    n, micro = (2, 1) if cpu else (args.batch, 32)  # of `paper`
-    processes = 2 if cpu else 1
-    if args.device in ("auto", "cuda") and device.type == "cuda":
-        processes = math.gcd(args.batch, torch.cuda.device_count())
-    small, paper = ["--preset", "small", "--micro-batch"], ["--micro-batch", str(micro)]
-    accumulate = ["--negatives", "micro"]
-    steps = 7  # fewer moved the ratio of exact batch and plain accumulation by a tenth
-    plan = {"small": ([*small, "64"], args.batch, dict(repeats=steps)),
-            "small, plain accumulation": ([*small, "64", *accumulate], args.batch,
-                                          dict(repeats=steps)),
-            # as many steps as the large batch has parts: the heap grows for a while
-            "small, one micro-batch": ([*small, "64"], 64, dict(repeats=steps * args.batch // 64)),
-            "small, micro-batch 16": ([*small, "16"], 64, {}),
-            "small, stochastic": ([*small, "64", "--view", "stochastic"], 64, dict(repeats=10))}
-    if processes > 1:
-        plan[f"small, {processes} processes"] = [*small, "64"], args.batch, dict(
-            processes=processes)
-    plan = {name: (argv, batch, dict(every=rate // 100) | more)
-            for name, (argv, batch, more) in plan.items()}
-    plan |= {f"small, {rate // every} Hz": ([*small, "64"], 64, dict(every=every))
-             for every in (1, 2) if rate == 500}
-    if not args.small:
-        plan |= {"paper": (paper, n, {}), "paper, torch.nn": (paper, n, dict(theirs=True)),
-                 "paper, compiled": ([*paper, "--compile"], n, {}),
-                 "paper, plain accumulation": ([*paper, *accumulate], n, {}),
-                 "paper, one micro-batch": (paper, micro, dict(repeats=3 * n // micro))}
-        plan |= {f"paper, --time-stride {s}": ([*paper, "--time-stride", str(s)], n, {})
-                 for s in (2, 4, 8)}
-    return plan
+def run_train(row, flags, folder):
+    """The log of a short run of train.py in a process of its own, but for its first epoch."""
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
+    done = subprocess.run(
+        [sys.executable, *(launch if "processes" in row else []), "train.py", "--epochs",
+         str(BENCH_EPOCHS), *flags, "--run", folder],
+        cwd=Path(__file__).parent, text=True, capture_output=True)
+    if done.returncode:
+        raise InputError(f"{row}: not measured: {(done.stderr or done.stdout)[-300:]}")
+    log, start = read_log(folder).iloc[1:], read_args(folder)["start_mib"]
+    return log.assign(row=row, mib_above_start=log.peak_mib - start)
 
 
-def bench_ratios(loading, steps):
-    """What the rows say of each other; without those that could not be measured."""
-    ratios = {name: loading["noncontig"] / loading[base] for name, base in (
-        ("noncontig views over reading with wfdb", "wfdb"),
-        ("noncontig views over one record at a time", "per item")) if base in loading}
-
-    def add(name, key, above, below):
-        if above in steps and below in steps:
-            ratios[name] = key(steps[above]) / key(steps[below])
-
-    for preset in "small", "paper":
-        one = f"{preset}, one micro-batch"
-        add(f"{preset}, exact batch over a micro-batch, peak memory",
-            lambda row: row["peak_bytes"], preset, one)
-        add(f"{preset}, exact batch over a micro-batch, peak memory above the start",
-            lambda row: row["peak_bytes"] - row["bytes_before"], preset, one)
-        add(f"{preset}, exact batch over plain accumulation, time",
-            lambda row: row["step"], preset, f"{preset}, plain accumulation")
-    for name in steps:
-        if "processes" in name:
-            add(f"{name} over one, records/s", lambda row: row["records_per_second"], name, "small")
-    add("paper, torch.nn over ours, time", lambda row: row["step"], "paper, torch.nn", "paper")
-    add("paper, ours over compiled, time", lambda row: row["step"], "paper", "paper, compiled")
-    return ratios
+def steps_table(logs):
+    """Medians of the logs of each row, peaks of memory; ratios to the row `small` or `paper`."""
+    columns = ["records_per_second", "data_share", "gflop_per_record", "of_peak"]
+    groups = pd.concat(logs).groupby("row", sort=False)
+    steps = groups[columns].median().join(groups[["peak_mib", "mib_above_start"]].max())
+    base = steps.reindex(steps.index.str.split(",").str[0]).set_index(steps.index)
+    steps["speed_ratio"] = steps.records_per_second / base.records_per_second
+    steps["memory_ratio"] = steps.mib_above_start / base.mib_above_start
+    return steps.reset_index()
 
 
 def bench(args):
     """Measure what loading and training cost here: tables on the screen, numbers in args.out."""
-    cache, device = open_cache(args.cache), pick_device(args.device)
-    rate = cache.meta["rate"]
-    if args.batch % 256 or args.batch < 256:
-        raise InputError(f"--batch {args.batch}: give a multiple of 256, two parts for each of two "
-                         "processes")
-    dtype, n = (torch.float32, 3072) if device.type == "cpu" else (torch.bfloat16, 8192)
-    matrix = torch.randn(n, n, device=device, dtype=dtype)
-    peak = 2 * n ** 3 / seconds_of_call(lambda: matrix @ matrix, device)
-    found = dict(peak_flops=peak, dtype=str(dtype), data=cache.meta["data"], rate=rate,
-                 records=cache.meta["records"], device=torch.cuda.get_device_name(device)
-                 if device.type == "cuda" else platform.processor() or platform.machine(),
-                 threads=torch.get_num_threads(), torch=torch.__version__,
-                 loading=measure_loading(cache, args.batch, device))
-    print(f"{describe_data(cache.meta)}: {cache.meta['records']} records at {rate} Hz; {device}, "
-          f"{torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s in a {dtype} product\n\n"
-          + markdown(["loading and views", "records/s"], [[k, number(v, digits=0)]
-                                                          for k, v in found["loading"].items()]))
-    plan, steps, lines = bench_plan(args, rate, device), {}, []
-
-    def save():
-        numbers = found | dict(steps=steps, ratios=bench_ratios(found["loading"], steps))
-        write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(plain(numbers), indent=1)))
-        return numbers["ratios"]
-
-    ratios = save()
-    for name, (argv, batch, more) in plan.items():
-        try:
-            row = apart(measure_step, args.cache, [*argv, "--device", args.device], batch, **more)
-        except ProcessException as error:  # no memory, or no compiler: other rows still count
-            print(f"  {name}: not measured: {str(error)[-300:]}", flush=True)
-            continue
-        print(f"  {name}: {row['records_per_second']:.2f} records/s", flush=True)
-        steps[name] = row
-        ratios = save()
-        devices = row["processes"] if device.type == "cuda" else 1
-        lines.append([name, row["tokens"], batch, row["micro_batch"], number(
-            row["records_per_second"], digits=2), *(f"{row[part] / row['step']:.1%}" for part in (
-                "data", "first_pass", "forward", "backward", "optimiser")),
-            f"{row['peak_bytes'] / 2 ** 20:.0f}", number(row["flop"] / batch / 1e9, digits=1),
-            number(row["flop"] / row["step"] / peak / devices, digits=2)])
-    print("\n" + markdown(["step", "tokens", "batch", "micro", "records/s", "data", "first pass",
-                           "forward", "backward", "optimiser", "peak MiB", "GFLOP/record",
-                           "of peak"], lines))
-    print("\n" + markdown(["ratio", ""], [[k, number(v, digits=2)] for k, v in ratios.items()]))
-    print(f"-> {args.out}")
-    if len(steps) < len(plan):
-        raise InputError(f"not measured: {'; '.join(k for k in plan if k not in steps)}: the "
-                         "reasons are above")
+    device, logs, failed = pick_device(args.device), [], []
+    if args.batch % 128:
+        raise InputError(f"--batch {args.batch}: give a multiple of 128")
+    presets, caches = bench_flags(args.batch, device), [open_cache(path) for path in args.caches]
+    loading = measure_loading(caches[-1], device)
+    for base in set(loading.row) & {"wfdb", "one float32 record at a time"}:
+        loading[f"over {base}"] = loading.records_per_second / loading.set_index(
+            "row").records_per_second[base]
+    with tempfile.TemporaryDirectory() as tmp:
+        for (preset, rows), cache in zip(presets.items(), caches):
+            few = preset == "paper" and device.type == "cpu"
+            write_part(cache, 8 if few else args.batch, 2 if few else 8, Path(tmp) / preset)
+            for turn, (row, flags) in [(t, item) for t in range(TURNS) for item in rows.items()]:
+                if turn and ("--time-stride" in row or "stochastic" in row):
+                    continue  # not compared with the others, and slow
+                more = ["--cache", f"{tmp}/{preset}", "--device", args.device]
+                try:
+                    logs.append(run_train(row, [*flags, *more], f"{tmp}/{row}-{turn}"))
+                except InputError as error:  # no memory, or no compiler: other rows still count
+                    failed.append(str(error))
+                    continue
+                print(f"  {row}: {logs[-1].records_per_second.median():.2f} records/s", flush=True)
+                steps = steps_table(logs)
+                found = dict(device=str(device), threads=torch.get_num_threads(),
+                             torch=torch.__version__, caches=[cache.meta for cache in caches],
+                             loading=loading.to_dict("records"), steps=steps.to_dict("records"),
+                             failed=failed)
+                write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(found, indent=1)))
+    for table in (loading, steps) if logs else (loading,):
+        print("\n" + markdown(table.columns, [[value if isinstance(value, str) else f"{value:.3g}"
+                                               for value in line]
+                                              for line in table.itertuples(index=False)]))
+    print(f"ratios: to the row of that name; for training to `small` or `paper`\n-> {args.out}")
+    if failed:
+        raise InputError("; ".join(failed))
 
 
 def get_args(argv=None):
@@ -1549,34 +1405,35 @@ def get_args(argv=None):
     style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = commands.add_parser("run", help="evaluate one run", **style)
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
-    p.add_argument("--cache", help="folder of: python data.py cache; by default the run's own")
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
                    "fine-tuning, from scratch, ResNet-18; the report is then without them")
+    p.add_argument("--cv", action="store_true", help="score every labelled record of all folds by "
+                   "probes of the other folds as well: narrower intervals on small data")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
                    "of a record alone; by default its two views are averaged")
     p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "
                    "10 records a class, or shares such as 1%% 10%% 100%%")
-    p.add_argument("--seeds", type=int, default=3, help="draws of few labels")
-    p.add_argument("--label-lr", type=float, help="peak learning rate of networks trained with "
-                   "labels (a fine-tuned encoder takes a tenth); by default the run's --max-lr")
-    p.add_argument("--bootstrap", type=int, default=1000, help="resamples, by patient")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--format", choices=("png", "pdf"), default="png", help="of the figures")
-    p = commands.add_parser("bench", help="what loading and training cost here", **style)
-    p.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
-    p.add_argument("--batch", type=int, default=1024,
-                   help="effective batch, for loading and steps: a multiple of 256")
-    p.add_argument("--small", action="store_true", help="leave out the paper preset")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--out", default="runs/bench.json", help="where the numbers go")
+    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="draws of few labels")
+    p.add_argument("--label-lr", type=bounded(float, 1e-12), help="peak learning rate of networks "
+                   "trained with labels (a fine-tuned encoder takes a tenth); by default the run's "
+                   "--max-lr")
+    p.add_argument("--bootstrap", type=bounded(int, 1), default=1000, help="resamples, by patient")
+    add_shared(p, "cache", "device", "format")
     p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
-    p.add_argument("--out", default="runs/compare", help="tables go to OUT.md, OUT.csv, OUT.json")
+    p.add_argument("--out", default="runs/compare", help="tables go to OUT.md and OUT.csv")
+    p = commands.add_parser("bench", help="what loading and training cost here", **style)
+    p.add_argument("caches", nargs="+", help="the cache for the preset small and, if wanted, the "
+                   "one for paper")
+    p.add_argument("--batch", type=bounded(int, 128), default=256, help="effective batch, in parts "
+                   "of 64: a multiple of 128")
+    p.add_argument("--out", default="runs/bench.json", help="where the numbers go")
+    add_shared(p, "device")
     return parser.parse_args(argv)
 
 
 def main(args):
-    dict(run=evaluate, bench=bench, compare=compare)[args.command](args)
+    dict(run=evaluate, compare=compare, bench=bench)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,34 @@
 
 In:  a view x (B, T, C) float32, z-scored; optionally keep (B, C) bool, the leads that it keeps.
 Out: Output(z, time, channel): z (B, rep_dim) is the representation, time and channel (B, D) are the
-     pooled streams; Contrastive adds projections (B, proj_dim) for the loss.
+     pooled streams; Contrastive adds projections (B, proj_dim) for the loss. load_run(folder) gives
+     a trained one.
 
 Glossary: B batch, T time samples, C leads (12), D model width, H heads, N tokens, K classes (5),
 tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
 
-    python model.py                   # size of the default (paper) model
-    python model.py --preset small    # size of the small one
+    python model.py                   # size and cost of the default (paper) model
+    python model.py --preset small    # of the small one
 """
 import argparse
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import LEADS, InputError, run_script
-from views import add_flags, from_args, setting, split
+from data import LEADS, InputError, add_flags, from_args, run_script, setting
 
 C = len(LEADS)
+STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
 # Sizes for CPUs and for a few hundred to a few thousand records; the fields' defaults are `paper`.
 # The last three are train.py's.
 PRESETS = {"paper": {}, "small": dict(
@@ -37,7 +41,8 @@ PRESETS = {"paper": {}, "small": dict(
 class Config:
     """Size and options of an encoder; each field is a flag of train.py. Defaults: 21.48 M."""
 
-    arch: str = setting("dualview", "dualview, or resnet18 (1-D) as a baseline")
+    arch: str = setting("dualview", "dualview; resnet18 (1-D) as a baseline; torchnn: dualview of "
+                        "torch.nn's own layers, to compare speed with")
     width: int = setting(384, "model width D")
     heads: int = setting(6, "attention heads H; must divide the width")
     depth: int = setting(4, "encoder layers of each stream")
@@ -72,9 +77,10 @@ class Config:
             problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
             problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
-        if self.arch == "resnet18" and (self.aux_losses or self.late_masking or self.gate_channel
-                                        or self.channel_dropout or self.mix_leads):
+        if self.arch == "resnet18" and any(getattr(self, name) for name in STREAM_OPTIONS):
             problems.append("--arch resnet18 has no streams: leave out the options of the streams")
+        if self.arch == "torchnn" and self.gate_channel:
+            problems.append("--arch torchnn has no gates: leave out --gate-channel")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -152,6 +158,16 @@ class Layer(nn.Module):
         x = x + (y if self.gates is None else self.gates[0].sigmoid() * y)
         y = self.dropout(self.ff(self.norm2(x)))
         return x + (y if self.gates is None else self.gates[1].sigmoid() * y)
+
+
+def torch_layer(config, gated=False):
+    """Layer as torch.nn has it, to compare speed with (--arch torchnn, make bench)."""
+    layer = nn.TransformerEncoderLayer(
+        config.width, config.heads, config.ff_mult * config.width, config.dropout, "gelu",
+        batch_first=True, norm_first=True)
+    layer.self_attn.dropout = 0.0  # as ours; with it the CPU has no fused kernel
+    layer.dropout = nn.Identity()  # nor have ours one within the feed-forward
+    return layer
 
 
 class CrossAttention(nn.Module):
@@ -238,9 +254,10 @@ class DualView(nn.Module):
         D = config.width
         self.config = config
         self.time_stem, self.channel_stem = TimeStem(config), ChannelStem(config)
-        self.time_layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.channel_layers = nn.ModuleList(Layer(config, config.gate_channel)
-                                         for _ in range(config.depth))
+        layer = torch_layer if config.arch == "torchnn" else Layer
+        self.time_layers = nn.ModuleList(layer(config) for _ in range(config.depth))
+        self.channel_layers = nn.ModuleList(layer(config, config.gate_channel)
+                                            for _ in range(config.depth))
         self.cross = CrossAttention(config)
         self.channel_dropout = nn.Dropout1d(config.channel_dropout)  # drops whole tokens
         self.fusion = nn.Sequential(nn.Linear(2 * D, config.fusion_width),
@@ -310,7 +327,7 @@ class ResNet18(nn.Module):
         return Output(self.body(x.transpose(1, 2)))
 
 
-ARCHITECTURES = {"dualview": DualView, "resnet18": ResNet18}
+ARCHITECTURES = {"dualview": DualView, "torchnn": DualView, "resnet18": ResNet18}
 
 
 def projector(width, out):
@@ -323,12 +340,13 @@ class Contrastive(nn.Module):
     """An encoder with its projection head, and one more head for each stream with aux_losses.
 
     x: (B, T, C), keep: (B, C) bool or None  ->  Output, projections (1 or 3, B, proj_dim) float32
-    of length 1. The loss sees the projections, everything downstream sees Output.z.
+    of length 1. The loss sees the projections, everything downstream sees Output.z. `precision` is
+    that of the arithmetic: float32, tf32 or bfloat16; weights and projections are float32.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.precision = config, "float32"
         self.encoder = ARCHITECTURES[config.arch](config)
         widths = [config.rep_dim] + [config.width] * (2 * config.aux_losses)
         self.heads = nn.ModuleList(projector(width, config.proj_dim) for width in widths)
@@ -338,11 +356,23 @@ class Contrastive(nn.Module):
                 # `contig` first collapses; without its biases the first loss is far from chance
                 nn.init.xavier_uniform_(module.weight)
 
+    def autocast(self, device):
+        """The context that the encoder and the heads run in."""
+        # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
+        if self.precision == "bfloat16":
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
+
     def forward(self, x, keep=None):
-        output = self.encoder(x, keep)
-        projections = [F.normalize(head(h).float(), dim=-1)  # float32 also under autocast
-                       for head, h in zip(self.heads, output)]
-        return output, torch.stack(projections)
+        with self.autocast(x.device):
+            output = self.encoder(x, keep)
+            projections = [head(h) for head, h in zip(self.heads, output)]
+        return output, torch.stack([F.normalize(p.float(), dim=-1) for p in projections])
+
+    def represent(self, x, keep=None):
+        """Representations of views: x (B, T, C), keep (B, C) bool or None -> (B, rep_dim)."""
+        with self.autocast(x.device):
+            return self.encoder(x, keep).z.float()
 
 
 def nt_xent(z1, z2, tau=0.1):
@@ -357,28 +387,18 @@ def nt_xent(z1, z2, tau=0.1):
     return F.cross_entropy(similarity, positive)
 
 
-def embed(model, x, view, keep=None, n_views=None):
-    """Representations of the views of whole records: never augmented, nor masked unless asked.
-
-    x: (B, T, C) z-scored 10 s records; keep: (B, C) bool or None, leads that are there; n_views:
-    the first so many views, by default all  ->  (B, S, rep_dim), S = 1 for stochastic, else 2
-    """
-    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
-    return torch.stack([model.encoder(v, keep).z for v in split(x, view)[:n_views]], dim=1)
-
-
 @torch.no_grad()
 def watch_attention(model, x, see):
     """Run the encoder on a view x and show every softmax weight, head by head (paper 5.2).
 
     x: (B, T, C); see(name, layer, head, weights) is called with name `time` (weights (B, N, N)),
     `channel` (B, C, C), `time_to_channel` (B, N, C) or `channel_to_time` (B, C, N), queries first:
-    rows sum to 1. Raises InputError for a ResNet.
+    rows sum to 1. Raises InputError for another architecture.
     """
     encoder = model.encoder
-    if not isinstance(encoder, DualView):
-        raise InputError("this run is a ResNet-18: it has no attention to show; give a run of "
-                         "--arch dualview")
+    if model.config.arch != "dualview":
+        raise InputError(f"this run is of --arch {model.config.arch}, which has no attention to "
+                         "show; give a run of --arch dualview")
     watched = {(name, i): module for name, modules in (
         ("time", [layer.attention for layer in encoder.time_layers]),
         ("channel", [layer.attention for layer in encoder.channel_layers]),
@@ -393,9 +413,65 @@ def watch_attention(model, x, see):
             module.see = None
 
 
+def compile_blocks(model):
+    """Compile the parts that cost most, in place (torch.compile)."""
+    # on a CPU the same dropout as without; elsewhere it is fused, and repeats in both passes
+    torch._inductor.config.fallback_random = next(model.parameters()).device.type == "cpu"
+    torch._dynamo.config.recompile_limit = 64  # two streams, with and without a graph, ...
+    for module in model.modules():
+        if isinstance(module, (TimeStem, Layer, CrossAttention, Block)):
+            module.compile()
+
+
 def n_parameters(model):
     """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_flops(config, T):
+    """Floating-point operations for one view of T samples: (forward, forward and backward).
+
+    Of the matrix products, by PyTorch's counter on the meta device, which computes nothing.
+    """
+    with torch.device("meta"):
+        model, x = Contrastive(config), torch.empty(1, T, C)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(x)
+    with FlopCounterMode(display=False) as both:
+        model(x)[1].sum().backward()
+    return forward.get_total_flops(), both.get_total_flops()
+
+
+def read_args(folder):
+    """args.json of a run folder as a dict; raise InputError when it is missing or damaged."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        raise InputError(f"{folder} has no args.json: give a run folder, or train one: make "
+                         "pretrain with the same VIEW or RUN")
+    try:
+        saved = json.loads(path.read_text())
+        if not {"args", "config", "in_effect", "data"} <= set(saved):
+            raise ValueError("it lacks args, config, in_effect or data")
+        return saved
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); mend it, or remove {folder} and train again"
+                         ) from error
+
+
+def read_log(folder):
+    """log.jsonl of a run folder as a table by epoch; raise InputError when empty or damaged."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        log = pd.DataFrame(rows).set_index("epoch")
+        log[["step", "loss", "val_loss", "records_per_second"]]  # a KeyError when one lacks
+        return log
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no log.jsonl: give a run folder with at least one epoch "
+                         "done") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is empty or damaged ({error!r}); mend it, or train again"
+                         ) from error
 
 
 def load_run(folder, device="cpu"):
@@ -408,16 +484,17 @@ def load_run(folder, device="cpu"):
         unfinished = (folder / "last.pt").exists()
         raise InputError(f"no model.pt in {folder}: " + (
             "the run is not finished; go on with the command that began it" if unfinished
-            else "give a finished run's folder, or train one: make pretrain VIEW=noncontig"))
+            else "give a finished run's folder, or train one: make pretrain with the same VIEW or "
+            "RUN"))
+    saved = read_args(folder)
     try:
-        saved = torch.load(folder / "model.pt", map_location=device)
-        args = json.loads((folder / "args.json").read_text())
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"model.pt or args.json in {folder} is damaged ({error}); train again"
-                         ) from error
-    model = Contrastive(Config(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model.to(device).eval(), args
+        weights = torch.load(folder / "model.pt", map_location=device)
+        model = Contrastive(Config(**weights["config"]))
+        model.load_state_dict(weights["model"])
+    except Exception as error:  # whatever a damaged file leads torch to
+        raise InputError(f"{folder / 'model.pt'} is damaged ({str(error)[:80]!r}); remove it and "
+                         "run the command that made it: last.pt has the weights") from error
+    return model.to(device).eval(), saved
 
 
 def add_model_flags(parser):
@@ -434,12 +511,15 @@ def parse(parser, argv=None):
 
 
 def main(args):
-    config = from_args(Config, args)
+    config = from_args(Config, vars(args))
     model = Contrastive(config)
-    parts = [model.encoder, model.heads, *model.encoder.children()]
-    for part in parts:
+    for part in (model.encoder, model.heads, *model.encoder.children()):
         print(f"{n_parameters(part):>12,}  {type(part).__name__}")
     print(f"{n_parameters(model):>12,}  all, {asdict(config)}")
+    for samples in (500, 1000, 2500):
+        forward, both = count_flops(config, samples)
+        print(f"{forward / 1e9:>12.2f}  GFLOP for a view of {samples} samples, {both / 1e9:.2f} "
+              "with the backward pass")
 
 
 def get_args(argv=None):

@@ -7,66 +7,120 @@ Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), m
     python train.py --cache cache/ptbxl-500 --view noncontig
     python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
 
-Everything random is a function of (seed, epoch, step): a resumed run repeats the interrupted one.
+Everything random is a function of (seed, step): a resumed run repeats the interrupted one.
+train() at the end is the method. One step: Feed draws the rows of a batch and cuts two views of
+each; backward() projects them without a graph, takes NT-Xent over the whole batch and its gradient
+at the projections, and projects again, part by part, to hand that gradient on; then clip and Adam.
 """
 import argparse
 import fcntl
-import gc
 import json
 import math
-import mmap
 import os
 import platform
-import random
+import re
+import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Callable, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which its functions' defaults would hold
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, normalize, open_cache,
-                  run_script, write_atomic)
-from model import (Block, Config, Contrastive, CrossAttention, Layer, TimeStem, add_model_flags,
-                   embed, n_parameters, nt_xent, parse)
-from views import ViewConfig, add_flags, augment, draw_leads, from_args, pool, shift, split
+from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
+                  bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
+from model import (Config, Contrastive, add_model_flags, compile_blocks, count_flops, n_parameters,
+                   nt_xent, parse, read_args)
+from views import ViewConfig, augment, draw_leads, generator, pool, shift, split
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
-VAL_KEY = 2 ** 31  # stands where the epoch stands: validation views are the same in every epoch
-STREAMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
+VAL_STEP = 2 ** 31  # a step that training never reaches: validation has the same views each time
+STREAM_NORMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
 NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may differ on a resume
 
 
-# Randomness and schedule: pure functions of the step
+# Settings of a run
 
-def set_seed(seed):
-    """Seed every generator: the weights' initial values depend on it."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+@dataclass(frozen=True)
+class Objective:
+    """The loss: NT-Xent of the representation, plus a share of that of each stream, if there."""
+
+    tau: float = setting(0.1, "temperature of NT-Xent", type=bounded(float, 1e-6))
+    aux_weight: float = setting(0.5, "weight of each auxiliary loss, with --aux-losses",
+                                type=bounded(float, 0))
+    negatives: str = setting("batch", "batch: exact gradient of the effective batch; micro: plain "
+                             "accumulation, as in the paper", choices=("batch", "micro"))
+
+    def __call__(self, projections):
+        """projections: (1 or 3, 2, B, proj_dim)  ->  the loss, in nats"""
+        losses = [nt_xent(z1, z2, self.tau) for z1, z2 in projections]
+        return losses[0] + self.aux_weight * sum(losses[1:])
 
 
-def derive(*key):
-    """A 64-bit seed from non-negative integers; other keys give independent streams."""
-    key = (*key, 1 + len(key))  # SeedSequence takes (0, 5) and (0, 5, 0) for the same
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+@dataclass(frozen=True)
+class Plan:
+    """What is in effect: records a batch, a part of it, a validation batch; steps."""
+
+    batch: int
+    micro: int
+    processes: int
+    val_batch: int
+    steps: int  # an epoch
+    total: int  # steps of the run
+    warmup: int
 
 
-def generator(*key):
-    """A CPU generator seeded by derive(*key)."""
-    return torch.Generator().manual_seed(derive(*key))
+def settle(args, n_train, n_val, processes=1):
+    """The Plan for so many records and processes, and notes on what differs from the arguments.
+
+    An automatic batch leaves MIN_STEPS steps an epoch; so does one that exceeds the training set.
+    Raises InputError for settings that cannot train.
+    """
+    if args.max_lr < args.final_lr:
+        raise InputError(f"--max-lr {args.max_lr} is below --final-lr {args.final_lr}")
+    if n_train < 4 * processes or n_val < 2 * processes:
+        raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
+                         "are needed for each process; see: python data.py info")
+    batch, notes = args.batch_size or BATCH, []
+    chosen = args.batch_size is not None and batch <= n_train
+    if chosen and batch % processes:
+        raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
+                         f"--batch-size that they can, such as "
+                         f"{max(processes, batch - batch % processes)}")
+    if not chosen and batch * MIN_STEPS > n_train:
+        batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
+        notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
+                     f"records, and an epoch needs some {MIN_STEPS} steps")
+    batch = max(batch - batch % processes, processes)
+    mine = batch // processes
+    micro = max(n for n in range(1, min(args.micro_batch, mine) + 1) if mine % n == 0)
+    if 4 * micro < min(args.micro_batch, mine):
+        raise InputError(f"--micro-batch {args.micro_batch}: the {mine} records that a process has "
+                         f"of a batch are divided by {micro} at most; give another --batch-size")
+    if micro < min(args.micro_batch, batch):
+        notes.append(f"micro-batch {micro} instead of {args.micro_batch}, so that it divides the "
+                     f"{mine} records that a process has of a batch")
+    if args.negatives == "micro" and micro == 1:
+        raise InputError("a micro-batch of 1 leaves no negatives with --negatives micro: give a "
+                         "larger --micro-batch, or a larger --batch-size")
+    steps = n_train // batch
+    total = min(args.epochs * steps, args.max_steps or math.inf)
+    warmup = min(args.warmup, total // 5)
+    if warmup < args.warmup:
+        notes.append(f"warm-up {warmup} instead of {args.warmup} steps: the run has only {total}")
+    return Plan(batch, micro, processes, min(batch, n_val), steps, total, warmup), notes
 
 
 def learning_rate(step, total, warmup, max_lr, final_lr):
@@ -81,61 +135,39 @@ def learning_rate(step, total, warmup, max_lr, final_lr):
     peak = max(RISE * total - 1, 0)
     if step < peak:
         return max_lr + (first - max_lr) * (1 + math.cos(math.pi * step / peak)) / 2
-    share = (step - peak) / max(total - 1 - peak, 1)
-    return final_lr + (max_lr - final_lr) * (1 + math.cos(math.pi * share)) / 2
+    done = (step - peak) / max(total - 1 - peak, 1)
+    return final_lr + (max_lr - final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def settle(args, n_train, n_val, processes=1):
-    """The settings in effect: (dict of batch, micro, val_batch, steps, total, warmup; notes).
+def chance(args, plan):
+    """The loss at chance, in training and in validation; both dicts, as in args.json."""
+    terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
+    seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
+    return [terms * math.log(2 * n - 1) for n in (seen, plan["val_batch"])]
 
-    A default batch leaves MIN_STEPS steps an epoch; so does one that exceeds the training set.
-    Raises InputError for settings that cannot train.
-    """
-    notes, micro = [], args.micro_batch
-    for name in ("batch_size", "micro_batch", "epochs", "max_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    for name in ("seed", "workers", "save_minutes", "warmup", "clip", "weight_decay", "aux_weight"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: 0 or more")
-    if args.batch_size == 1 or not (args.tau > 0 and args.max_lr >= args.final_lr > 0):
-        raise InputError("--batch-size must be at least 2, --tau above 0, and --max-lr at least "
-                         "--final-lr, which is above 0")
-    batch = args.batch_size or BATCH
-    if micro < batch and batch % micro:
-        raise InputError(f"--micro-batch {micro} does not divide the batch of {batch}; give one "
-                         f"that does, such as {math.gcd(micro, batch)}")
-    if args.negatives == "micro" and micro == 1:
-        raise InputError("--micro-batch 1 leaves no negatives with --negatives micro: at least 2")
-    if n_train < 4 * processes or n_val < 2 * processes:
-        raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
-                         "are needed for each process; see: python data.py info")
-    chosen = args.batch_size is not None and batch <= n_train
-    if not chosen and batch * MIN_STEPS > n_train:
-        batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
-        notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
-                     f"records, and an epoch needs some {MIN_STEPS} steps")
-    if not chosen:
-        batch -= batch % processes
-    elif batch % processes:
-        unit = math.lcm(processes, min(micro, batch))
-        fits = max(batch // unit, 1) * unit
-        raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
-                         f"--batch-size that they can, such as {fits}")
-    alone, micro = micro, math.gcd(batch // processes, min(micro, batch // processes))
-    if micro < min(alone, batch):
-        notes.append(f"micro-batch {micro} instead of {alone}: a process has only "
-                     f"{batch // processes} records of a batch")
-    if args.negatives == "micro" and micro == 1:
-        raise InputError(f"a batch of {batch} leaves {processes} processes no negatives with "
-                         "--negatives micro: give a larger --batch-size")
-    steps = n_train // batch
-    total = min(args.epochs * steps, args.max_steps or math.inf)
-    warmup = min(args.warmup, total // 5)
-    if warmup < args.warmup:
-        notes.append(f"warm-up {warmup} instead of {args.warmup} steps: the run has only {total}")
-    return dict(batch=batch, micro=micro, processes=processes, val_batch=min(batch, n_val),
-                steps=steps, total=total, warmup=warmup), notes
+
+def pick_device(name):
+    """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {error}; --device cpu always works") from error
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """The precision in effect: float32, tf32 or bfloat16."""
+    if name == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_it else "float32"
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
 
 
 # Processes: torchrun starts several of this script, each with a device and a share of every batch.
@@ -151,18 +183,6 @@ def share(n):
     return slice(rank * n // processes, (rank + 1) * n // processes)
 
 
-def gather(x, dim, even=True):
-    """The processes' tensors x, one after another along dim, on this one's device; no gradient."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) if even else None for _ in range(ranks()[1])]
-    if even:
-        dist.all_gather(parts, x.contiguous())
-    else:
-        dist.all_gather_object(parts, x.cpu())
-    return torch.cat([part.to(x.device) for part in parts], dim)
-
-
 def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -174,58 +194,52 @@ def join_processes(name):
     device = pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
     else:  # torchrun leaves one thread each
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("gloo")
     return device
 
 
 def leave_processes():
-    """Leave the group that join_processes() joined, when no shared model is in use any more.
-
-    That ends gloo's threads: one that still lets go of a tensor while Python ends would abort it.
-    """
+    """Leave the group: gloo's threads end, of which one could abort Python at its end."""
     if dist.is_initialized():
-        gc.collect()  # a DistributedDataParallel lies in cycles, and holds the group
         dist.destroy_process_group()
 
 
-def share_statistics(model):
-    """Average BatchNorm's running statistics over the processes, which each saw their share."""
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= ranks()[1]
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
 
 
-# Batches: a batch is a function that gives the two views of a slice of it, on the device.
+# Batches
+
+@dataclass
+class Batch:
+    """An effective batch of `size` records, of which cut(part) makes the two views of a slice.
+
+    cut: slice -> x1, x2 (b, T', C) float32 on the device, the same each time; keep: (2, B, C) bool,
+    the leads that each view keeps, or None for all; key: (seed, step), names its randomness
+    """
+
+    size: int
+    cut: Callable
+    keep: Optional[torch.Tensor]
+    key: tuple
+
 
 class Augmented(Dataset):
-    """Two stochastic views (2, T, C) of a record; an item is a key (epoch, row)."""
+    """Two stochastic views (2, T, C) of a record; an item is a key (step, row)."""
 
     def __init__(self, cache, config, seed):
         self.cache, self.seed = cache, seed
         self.transforms = pool(config, cache.meta["rate"])
 
     def __getitem__(self, key):
-        epoch, row = key
-        x = normalize(torch.from_numpy(self.cache.signals[row].copy())).numpy()
-        return torch.from_numpy(augment(x, self.transforms, (self.seed, epoch, row)))
-
-
-class Clock:
-    """Adds up the seconds spent within `with clock:`."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def __enter__(self):
-        self.began = time.monotonic()
-
-    def __exit__(self, *error):
-        self.seconds += time.monotonic() - self.began
+        x = normalize(torch.from_numpy(self.cache.signals[key[1]].copy())).numpy()
+        return torch.from_numpy(augment(x, self.transforms, generator("augment", self.seed, *key)))
 
 
 def fetch(cache, rows, device):
@@ -243,111 +257,114 @@ def fetch(cache, rows, device):
     return whole[torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)]
 
 
-def read_ahead(signals, rows):
-    """Have the system read these rows of a memory-mapped array while something else is computed."""
-    if hasattr(mmap, "MADV_WILLNEED") and hasattr(signals, "_mmap"):
-        size = signals.strides[0]
-        for start in rows * size:
-            page = int(start) // mmap.PAGESIZE * mmap.PAGESIZE
-            signals._mmap.madvise(mmap.MADV_WILLNEED, page, int(start) + size - page)
+class Feed:
+    """Makes Batches of a cache; `waited` adds up the seconds spent waiting for records.
 
-
-def batches(cache, config, seed, order, device, workers, clock=None):
-    """Yield for each (epoch, rows) of order a function: slice -> views x1, x2 (b, T', C).
-
-    Segment views are cut on the device when asked for, so that a large batch costs the memory of a
-    slice; the system reads the next batch ahead. Stochastic ones come from worker processes ahead
-    of time, in pieces of 16 records (shared memory can be small), and this process's share of a
-    batch is held on the device: only its own slices may be asked for. clock: counts the waiting.
+    Called with order, an iterable of (step, rows), it yields a Batch for each. Segment views are
+    cut on the device when asked for, so that a large batch costs the memory of a slice. Stochastic
+    ones come from `workers` processes ahead of time, in pieces of 16 records (shared memory can be
+    small), and this process's share of a batch is held: only its own slices may be asked for.
     """
-    clock, order = clock or Clock(), list(order)
-    if config.view == "stochastic":
-        mine = [[(epoch, int(row)) for row in rows[share(len(rows))]] for epoch, rows in order]
+
+    def __init__(self, cache, config, seed, device, workers=0):
+        self.cache, self.config, self.seed = cache, config, seed
+        self.device, self.workers, self.waited = device, workers, 0.0
+
+    def __call__(self, order):
+        order = list(order)
+        views = self.augmented(order) if self.config.view == "stochastic" else self.segments(order)
+        for (step, rows), cut in zip(order, views):
+            keep = None
+            if self.config.mask_leads:
+                keep = draw_leads((2, len(rows), len(LEADS)), self.config.mask_p,
+                                  generator("mask", self.seed, step)).to(self.device)
+            yield Batch(len(rows), cut, keep, (self.seed, step))
+
+    @contextmanager
+    def waiting(self):
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def segments(self, order):
+        """Yield the `cut` of each batch of segment views."""
+        T = self.cache.signals.shape[1] // 2
+
+        def cut(rows, offsets, part):
+            with self.waiting():
+                x = fetch(self.cache, rows[part], self.device)
+            pair = split(normalize(x), self.config.view)
+            if offsets is None:
+                return pair
+            return [shift(view, at) for view, at in zip(pair, offsets[:, part])]
+
+        for step, rows in order:
+            offsets = None
+            if self.config.shift:
+                starts = generator("shift", self.seed, step).integers(T, size=(2, len(rows)))
+                offsets = torch.from_numpy(starts).to(self.device)
+            yield partial(cut, rows, offsets)
+
+    def augmented(self, order):
+        """Yield the `cut` of each batch of stochastic views."""
+        mine = [[(step, int(row)) for row in rows[share(len(rows))]] for step, rows in order]
         pieces = [keys[i:i + 16] for keys in mine for i in range(0, len(keys), 16)]
-        made = iter(DataLoader(Augmented(cache, config, seed), batch_sampler=pieces,
-                               num_workers=workers))
+        made = iter(DataLoader(Augmented(self.cache, self.config, self.seed),
+                               batch_sampler=pieces, num_workers=self.workers))
+
+        def cut(x, first, part):
+            return x[part.start - first:part.stop - first].unbind(1)
+
         for (_, rows), keys in zip(order, mine):
-            with clock:
-                x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(device)
-            # x: (b, 2, T, C)
-            yield lambda part, x=x, first=share(len(rows)).start: x[
-                part.start - first:part.stop - first].unbind(1)
-    else:
-        T = cache.signals.shape[1] // 2
-        for (epoch, rows), (_, following) in zip(order, [*order[1:], order[-1]]):
-            if cache.copies.get(device) is None:
-                read_ahead(cache.signals, following[share(len(following))])
-            offsets = torch.randint(T, (2, len(rows)), generator=generator(
-                seed, epoch, int(rows[0]), 0)).to(device) if config.shift else None
-
-            def cut(part, rows=rows, offsets=offsets):
-                with clock:
-                    x = fetch(cache, rows[part], device)
-                pair = split(normalize(x), config.view)
-                return pair if offsets is None else [
-                    shift(v, at) for v, at in zip(pair, offsets[:, part])]
-
-            yield cut
+            with self.waiting():  # x: (b, 2, T, C)
+                x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(self.device)
+            yield partial(cut, x, share(len(rows)).start)
 
 
-def epoch_order(rows, batch, seed, start, total):
-    """(epoch, rows of the batch) for the steps start .. total - 1; each epoch is a new shuffle."""
-    steps, epoch = len(rows) // batch, None
-    for step in range(start, total):
-        if step // steps != epoch:
-            epoch = step // steps
-            shuffled = rows[torch.randperm(len(rows), generator=generator(seed, epoch)).numpy()]
-        at = step % steps * batch
-        yield epoch, shuffled[at:at + batch]
-
-
-def draw_keep(config, batch, *key, device="cpu"):
-    """Leads that each view of a batch keeps: (2, B, C) bool, or None without masking."""
-    if not config.mask_leads:
-        return None
-    return draw_leads((2, batch, len(LEADS)), config.mask_p, generator(*key)).to(device)
+def epoch_order(rows, plan, seed, start):
+    """Yield (step, rows of its batch) from step `start` to the end; each epoch is a new shuffle."""
+    shuffled_for = None
+    for step in range(start, plan.total):
+        epoch, i = divmod(step, plan.steps)
+        if epoch != shuffled_for:
+            shuffled, shuffled_for = generator("order", seed, epoch).permutation(rows), epoch
+        yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
 
 
 # The loss of one effective batch, and its exact gradient in the memory of a micro-batch
 
-def total_loss(projections, tau, aux_weight):
-    """NT-Xent of the representation, plus aux_weight times that of each stream, if there.
-
-    projections: (1 or 3, 2, B, proj_dim)
-    """
-    losses = [nt_xent(z1, z2, tau) for z1, z2 in projections]
-    return losses[0] + aux_weight * sum(losses[1:])
-
-
-def project(model, views, keep, part, key, autocast=nullcontext):
+def project(model, batch, part):
     """Output and projections (1 or 3, 2, b, proj_dim) of a slice of a batch.
 
-    keep: (2, B, C) bool or None. The same key gives the same dropout, in both passes.
+    The same each time, dropout included: its seed follows from the batch's key and the slice.
     """
-    torch.manual_seed(derive(*key, part.start))  # on every device
-    x1, x2 = views(part)
-    kept = None if keep is None else keep[:, part].flatten(0, 1).to(x1.device)
-    with autocast():
-        output, projections = model(torch.cat([x1, x2]), kept)
+    seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
+    torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
+    keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
+    output, projections = model(torch.cat(batch.cut(part)), keep)
     return output, projections.unflatten(1, (2, -1))
 
 
-@contextmanager
-def frozen_statistics(model):
-    """BatchNorm normalises as in training, but its running averages stand still."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in zip(norms, momenta):
-            m.momentum = momentum
+@torch.no_grad()
+def project_all(model, batch, parts, kept=None):
+    """Projections (1 or 3, 2, B, proj_dim) of a batch, of which this process makes some parts.
+
+    Without a graph. BatchNorm normalises as in training, but its running averages stand still.
+    kept: what project() gave for the only part, if it is there already
+    """
+    before = [b.clone() for b in model.buffers()]
+    out = torch.zeros(len(model.heads), 2, batch.size, model.config.proj_dim,
+                      device=next(model.parameters()).device)
+    for part in parts:
+        out[:, :, part] = (kept or project(model, batch, part))[1]
+    if not kept:
+        for b, old in zip(model.buffers(), before):
+            b.copy_(old)
+    add_up([out])
+    return out
 
 
-def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, negatives="batch",
-             autocast=nullcontext):
+def backward(model, batch, objective, micro):
     """Add the gradient of one effective batch to .grad; return its loss and the streams' norms.
 
     negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
@@ -355,95 +372,91 @@ def backward(forward, views, keep, batch, micro, key, tau=0.1, aux_weight=0.0, n
     respect to the projections of all processes; project again with a graph and the same
     randomness, and back-propagate. A process with one part projects it once, and keeps the graph.
     "micro": plain accumulation, negatives from the micro-batch alone (the paper).
-    forward: the model, or it compiled or in DistributedDataParallel, which averages gradients
     ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
     """
-    processes, mine = ranks()[1], share(batch)
+    mine, exact = share(batch.size), objective.negatives == "batch"
+    device = next(model.parameters()).device
     parts = [slice(i, i + micro) for i in range(mine.start, mine.stop, micro)]
-    squares, loss, kept = [0.0, 0.0], 0.0, None
-
-    def exchange(part):  # gradients are exchanged between processes after the last part alone
-        return nullcontext() if processes == 1 or part is parts[-1] else forward.no_sync()
-
     # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
-    for p in forward.parameters():
+    for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if negatives == "batch":
+    loss, squares, kept = 0.0, [0.0, 0.0], None
+    if exact:
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        plain = getattr(forward, "module", forward)
-        if len(parts) == 1:  # then its graph is kept instead
-            kept = project(forward, views, keep, parts[0], key, autocast)
-            cached = kept[1].detach()
-        else:
-            cached = torch.empty(len(plain.heads), 2, mine.stop - mine.start,
-                                 plain.config.proj_dim, device=next(plain.parameters()).device)
-            with torch.no_grad(), frozen_statistics(plain):
-                for part, rows in zip(parts, cached.split(micro, dim=2)):
-                    rows.copy_(project(plain, views, keep, part, key, autocast)[1])
-        cached = gather(cached, 2).requires_grad_()
-        whole = total_loss(cached, tau, aux_weight)
+        if len(parts) == 1:
+            kept = project(model, batch, parts[0])
+        cached = project_all(model, batch, parts, kept).requires_grad_()
+        whole = objective(cached)
         (grad,) = torch.autograd.grad(whole, cached)
-        loss = whole.detach()
+        loss = whole.detach() / ranks()[1]  # each process counts its share
     for part in parts:
-        with exchange(part):
-            output, projections = kept or project(forward, views, keep, part, key, autocast)
-            kept = None
-            streams = [h for h in (output.time, output.channel) if h is not None]
-            for h in streams:
-                h.retain_grad()
-            if negatives == "batch":
-                projections.backward(processes * grad[:, :, part])
-            else:
-                part_loss = total_loss(projections, tau, aux_weight) * processes * micro / batch
-                part_loss.backward()
-                loss += part_loss.detach()  # mean over this process's parts
+        output, projections = kept or project(model, batch, part)
+        kept, streams = None, [h for h in (output.time, output.channel) if h is not None]
+        for h in streams:
+            h.retain_grad()
+        if exact:
+            projections.backward(grad[:, :, part])
+        else:
+            part_loss = objective(projections) * micro / batch.size
+            part_loss.backward()
+            loss += part_loss.detach()
         for j, h in enumerate(streams):
-            squares[j] += h.grad.float().square().sum() / processes ** 2
+            squares[j] += h.grad.float().square().sum()
         del output, projections, streams  # before the next part's graph is made
-    if processes > 1:
-        sums = torch.tensor([loss / processes, *squares], device=next(forward.parameters()).device)
-        dist.all_reduce(sums)
-        loss, *squares = sums.tolist()
-        share_statistics(forward)
-    return float(loss), [math.sqrt(s) for s in squares]
+    averages = [b.div_(ranks()[1]) for b in model.buffers() if b.is_floating_point()]  # BatchNorm's
+    sums = torch.tensor([loss, *squares], device=device)
+    add_up([*(p.grad for p in model.parameters()), *averages, sums])
+    loss, *squares = sums.tolist()
+    return loss, [math.sqrt(s) for s in squares]
 
 
 def stream_norms(norms, n_tokens):
     """Gradient norms at the streams as the paper logged them, and corrected for token counts.
 
     norms: at the pooled vectors. Mean pooling hands each of N tokens 1/N of that gradient, so the
-    norm at the token tensor, the paper's, is norm / sqrt(N) (design page, section 5).
+    norm at the token tensor, the paper's, is norm / sqrt(N).
     """
     (time_norm, channel_norm), (n_time, n_channel) = norms, n_tokens
     paper = [time_norm / math.sqrt(n_time), channel_norm / math.sqrt(n_channel)]
     return dict(grad_norm_time=paper[0], grad_norm_channel=paper[1],
                 grad_norm_ratio=paper[1] / max(paper[0], 1e-12),
-                **dict(zip(STREAMS, norms)),
+                **dict(zip(STREAM_NORMS, norms)),
                 grad_norm_ratio_corrected=channel_norm / max(time_norm, 1e-12))
 
 
-def parameter_norms(model):
-    """Gradient norms of each stream's parameters (stem and layers)."""
-    return {f"param_grad_norm_{name}": float(torch.nn.utils.get_total_norm(
-        [p.grad for p in model.encoder.stream_parameters(name)]))
-        for name in ("time", "channel")}
+def stream_statistics(model, norms):
+    """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
+    if model.config.arch == "resnet18":
+        return {}
+    found = dict(zip(STREAM_NORMS, norms))
+    for name in ("time", "channel"):
+        gradients = [p.grad for p in model.encoder.stream_parameters(name)]
+        found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
+    return found
 
 
-# Validation
+# Representations and validation
+
+def embed(model, x, view, keep=None, n_views=None):
+    """Representations of the views of whole records: never augmented, nor masked unless asked.
+
+    x: (B, T, C) z-scored 10 s records; keep: (B, C) bool or None, leads that are there; n_views:
+    the first so many views, by default all  ->  (B, S, rep_dim), S = 1 for stochastic, else 2
+    """
+    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
+    return torch.stack([model.represent(v, keep) for v in split(x, view)[:n_views]], dim=1)
+
 
 @torch.no_grad()
-def extract(function, cache, rows, device, autocast=nullcontext, size=64):
+def extract(function, cache, rows, device, size=64):
     """What a function of z-scored records (b, T, C) gives for the rows of a cache.
 
     size: records in memory at once  ->  (len(rows), ...) float32 array
     """
     parts = np.array_split(rows, math.ceil(max(len(rows), 1) / size))
-    done = []
-    for part in tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True):
-        x = normalize(fetch(cache, part, device))
-        with autocast():
-            done.append(function(x).float().cpu().numpy())
-    return np.concatenate(done)
+    bar = tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True)
+    return np.concatenate([function(normalize(fetch(cache, part, device))).float().cpu().numpy()
+                           for part in bar])
 
 
 def clustering(z, labels):
@@ -452,182 +465,253 @@ def clustering(z, labels):
     silhouette in [-1, 1], higher is better; davies_bouldin >= 0, lower is better;
     calinski_harabasz >= 0, higher is better. All None with fewer than two classes or no spread.
     """
-    names = ("silhouette", "davies_bouldin", "calinski_harabasz")
+    scores = dict(silhouette=silhouette_score, davies_bouldin=davies_bouldin_score,
+                  calinski_harabasz=calinski_harabasz_score)
     if not 2 <= len(set(labels)) < len(labels) or np.ptp(z, axis=0).max() == 0:
-        return dict.fromkeys(names)
-    return {name: float(score(z, labels)) for name, score in zip(
-        names, (silhouette_score, davies_bouldin_score, calinski_harabasz_score))}
+        return dict.fromkeys(scores)
+    return {name: float(score(z, labels)) for name, score in scores.items()}
 
 
 def diverged(what, step, plan):
     """The error of a run whose numbers are no longer finite."""
     return FloatingPointError(
-        f"{what} at epoch {step // plan['steps'] + 1}, step {step}; last.pt, if there, keeps the "
-        "last good state. Try a lower --max-lr, --clip 1 or --precision float32, in another run "
-        "folder")
+        f"{what} at epoch {step // plan.steps + 1}, step {step}; last.pt, if there, keeps the last "
+        "good state. Try a lower --max-lr, --clip 1 or --precision float32, in another run folder")
 
 
 @torch.no_grad()
-def validate(model, cache, rows, step, config, args, plan, device, autocast):
-    """val_loss on fixed views of fold 9, and clustering of its single-superclass records.
+def validate(model, feed, rows, plan, objective, step):
+    """val_loss on fixed views of fold 9's rows, and clustering of those with one superclass.
 
-    Raises FloatingPointError, before anything is saved, when one of them is not finite.
+    Raises FloatingPointError, naming the step, when one of them is not finite.
     """
     model.eval()
-    B, micro, losses, mine = plan["val_batch"], plan["micro"], [], share(plan["val_batch"])
-    order = [(VAL_KEY, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
-    for i, views in enumerate(batches(cache, config, args.seed, order, device, args.workers)):
-        keep = draw_keep(config, B, args.seed, VAL_KEY, i)
-        parts = [slice(j, min(j + micro, mine.stop)) for j in range(mine.start, mine.stop, micro)]
-        projections = torch.cat([project(model, views, keep, part, (0,), autocast)[1]
-                                 for part in parts], dim=2)
-        projections = gather(projections, 2, even=False)
-        losses.append(float(total_loss(projections, args.tau, args.aux_weight)))
-    labels = cache.index.loc[rows, list(CLASSES)].to_numpy()
+    B, mine, losses = plan.val_batch, share(plan.val_batch), []
+    parts = [slice(j, min(j + plan.micro, mine.stop))
+             for j in range(mine.start, mine.stop, plan.micro)]
+    order = [(VAL_STEP + i, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
+    for batch in feed(order):
+        losses.append(float(objective(project_all(model, batch, parts))))
+    labels = feed.cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
-    z = extract(lambda x: embed(model, x, config.view).mean(1), cache,
-                rows[single][share(single.sum())], device, autocast, micro)
-    z = gather(torch.from_numpy(z), 0, even=False).numpy()
+    z = torch.zeros(single.sum(), model.config.rep_dim, device=feed.device)
+    mine = share(len(z))
+    z[mine] = torch.from_numpy(extract(lambda x: embed(model, x, feed.config.view).mean(1),
+                                       feed.cache, rows[single][mine], feed.device, plan.micro)
+                               ).to(feed.device)
+    add_up([z])
+    z = z.cpu().numpy()
     if not (np.isfinite(losses).all() and np.isfinite(z).all()):
         raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
     return dict(val_loss=float(np.mean(losses)), **clustering(z, labels[single].argmax(1)))
 
 
+# What a run tells of its speed
+
+def matmul_peak(device, precision):
+    """FLOP/s of a large matrix product here, of all processes: what no training step exceeds."""
+    n = 1024 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    matrix, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(6):
+        began = time.monotonic()
+        matrix @ matrix
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = min(best, time.monotonic() - began)
+    total = torch.tensor(2 * n ** 3 / best, device=device)
+    add_up([total])
+    del matrix
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return float(total)
+
+
+def peak_mib(device):
+    """Peak memory of this process, or on its GPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    status = Path("/proc/self/status")  # ru_maxrss would begin with what the parent had
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS: bytes
+
+
 # The run folder
 
-def describe_run(args, model, cache, plan, device):
-    """What args.json holds: arguments, settings in effect, sizes, versions, data."""
+def describe_run(args, model, cache, plan, samples):
+    """What args.json holds: arguments, settings in effect, sizes, speed, versions, data."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
                                 capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     except OSError:  # no git here
         commit = ""
     packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
-    return dict(args=vars(args), argv=sys.argv[1:], in_effect=plan, config=asdict(model.config),
-                n_parameters=n_parameters(model), git_commit=commit.strip() or None,
+    device = next(model.parameters()).device
+    forward, both = count_flops(model.config, samples)
+    twice = args.negatives == "batch" and plan.batch > plan.micro * plan.processes
+    return dict(args=vars(args), argv=sys.argv[1:], in_effect=asdict(plan),
+                config=asdict(model.config), n_parameters=n_parameters(model), samples=samples,
+                tokens=[samples // model.config.time_stride, len(LEADS)],
+                flop_per_record=2 * (both + forward * twice),  # two views
+                peak_flops=matmul_peak(device, model.precision), precision=model.precision,
+                start_mib=peak_mib(device),
+                device=str(device), threads=torch.get_num_threads(),
+                git_commit=commit.strip() or None,
                 versions={"python": platform.python_version(), **{p: version(p) for p in packages}},
-                device=str(device), threads=torch.get_num_threads(), data=cache.meta)
+                data=cache.meta)
 
 
-def check_run(run, record):
-    """Refuse a run folder that was begun with other arguments or data; say which differ."""
-    path = run / "args.json"
-    if not (run / "last.pt").exists() and not (run / "model.pt").exists():  # nothing to lose
-        return write_atomic(path, lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
-    try:
-        old = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove {run}") from error
-    differ = [f"--{k.replace('_', '-')}: {old['args'][k]} then, {v} now"
-              for k, v in record["args"].items()
-              if k not in NOT_A_RESULT and old["args"].get(k, v) != v]
-    if old["in_effect"]["micro"] != record["in_effect"]["micro"]:
-        differ.append(f"micro-batch in effect: {old['in_effect']['micro']} then, "
-                      f"{record['in_effect']['micro']} now, perhaps by another NPROC")
-    if old["data"]["fingerprint"] != record["data"]["fingerprint"]:
-        differ.append(f"data: {old['data']['data']} at {old['data']['rate']} Hz then, "
-                      f"{record['data']['data']} at {record['data']['rate']} Hz now")
-    if differ:
-        raise InputError(f"{run} was made with other arguments; give another RUN= (--run), or "
-                         f"remove the folder:\n  " + "\n  ".join(differ))
-    if old["git_commit"] != record["git_commit"]:
-        print(f"note: the code was at {old['git_commit']} when this run began")
+def differences(*records):
+    """In which arguments, settings and data two args.json differ, a line each."""
+    then, now = ({f"--{key.replace('_', '-')}": value for key, value in record["args"].items()
+                  if key not in NOT_A_RESULT} | {
+        "micro-batch in effect (NPROC?)": record["in_effect"]["micro"]} for record in records)
+    lines = [f"{key}: {then[key]} then, {now[key]} now" for key in now
+             if then.get(key, now[key]) != now[key]]
+    old, new = (record["data"] for record in records)
+    if old["fingerprint"] != new["fingerprint"]:
+        lines.append(f"data: {old['data']} at {old['rate']} Hz then, {new['data']} at "
+                     f"{new['rate']} Hz now")
+    return lines
 
 
-def lock_run(run):
-    """Make the folder and hold it while the returned file is open, against a second process."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / ".lock", "a")
-    try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"{run}: another process trains there; wait for it, or give another RUN="
-                         " (--run)") from error
-    return file
+class RunFolder:
+    """The folder of a run, written by the first process alone; `log` has a row an epoch.
+
+    Raises InputError, in all processes, when the folder is in use, or was begun with other
+    arguments or data; it says which differ.
+    """
+
+    def __init__(self, path, record):
+        self.path, self.record, self.first = Path(path), record, ranks()[0] == 0
+        self.log, self.writer, self.saved_at = [], None, time.monotonic()
+        refused = [None]
+        if self.first:
+            try:
+                self.open()
+            except (InputError, OSError) as error:
+                refused = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(refused)
+        if refused[0]:
+            raise refused[0]
+        self.finished = (self.path / "model.pt").exists()
+
+    def open(self):
+        """Lock the folder, and compare args.json with the arguments of today."""
+        if any(path.is_file() for path in (self.path, *self.path.parents)):
+            raise InputError(f"--run {self.path}: it, or a folder above it, is a file; give "
+                             "another")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "a")  # held while it is open
+        try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{self.path}: another process trains there; wait for it, or give "
+                             "another RUN= (--run)") from error
+        if not any((self.path / name).exists() for name in ("last.pt", "model.pt")):
+            text = json.dumps(self.record, indent=1)  # nothing to lose yet
+            write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
+        old = read_args(self.path)
+        if lines := differences(old, self.record):
+            raise InputError(f"{self.path} was made with other arguments; give another RUN= "
+                             "(--run), or remove the folder:\n  " + "\n  ".join(lines))
+        if old["git_commit"] != self.record["git_commit"]:
+            print(f"note: the code was at {old['git_commit']} when this run began")
+
+    def restore(self, model, optimizer):
+        """Load last.pt, if there: (steps done, sums since the last row of the log)."""
+        path, state = self.path / "last.pt", dict(step=0, sums={}, log=[])
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu")
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+            except Exception as error:  # whatever a damaged file leads torch to
+                raise InputError(f"{path} is damaged ({str(error)[:80]!r}); remove {self.path}"
+                                 ) from error
+        if dist.is_initialized():  # machines may differ in what a seed gives
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+        self.log = state["log"]
+        if self.first:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.writer = SummaryWriter(self.path / "tensorboard", purge_step=len(self.log) + 1)
+            self.write_log()  # a kill may have come between last.pt and it
+        return state["step"], state["sums"]
+
+    def save(self, weights, optimizer, step, sums):
+        """Write last.pt, what is needed to go on at `step`; then log.jsonl, which is within it."""
+        if self.first:
+            state = dict(model=weights, optimizer=optimizer.state_dict(), step=step, sums=sums,
+                         log=self.log)
+            write_atomic(self.path / "last.pt", lambda tmp: torch.save(state, tmp))
+            self.write_log()
+        self.saved_at = time.monotonic()
+
+    def write_log(self):
+        """Write log.jsonl, a line an epoch."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.log)
+        write_atomic(self.path / "log.jsonl", lambda tmp: tmp.write_text(lines))
+
+    def add(self, row):
+        """Add the row of an epoch to the log, to TensorBoard and to the screen."""
+        self.log.append(row)
+        if self.first:
+            plan = self.record["in_effect"]
+            show(row, math.ceil(plan["total"] / plan["steps"]))
+            for key, value in row.items():
+                if value is not None:
+                    self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
+
+    def finish(self, model):
+        """Write model.pt and let go of the folder."""
+        if self.first:
+            final = dict(model=model.state_dict(), config=asdict(model.config))
+            write_atomic(self.path / "model.pt", lambda tmp: torch.save(final, tmp))
+            self.writer.close()
+            self.lock.close()
+            print(f"{self.path / 'model.pt'}: finished, {self.record['in_effect']['total']} steps")
 
 
-def save(run, model, optimizer, step, sums, log):
-    """Write last.pt, then log.jsonl from the same rows: after a kill the two agree."""
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, sums=sums,
-                 log=log)
-    write_atomic(run / "last.pt", lambda tmp: torch.save(state, tmp))
-    lines = "".join(json.dumps(row) + "\n" for row in log)
-    write_atomic(run / "log.jsonl", lambda tmp: tmp.write_text(lines))
-
-
-def restore(run, model, optimizer):
-    """Load last.pt, if there: (steps done, sums since the last row of the log, log)."""
-    if not (run / "last.pt").exists():
-        return 0, {}, []
-    try:
-        state = torch.load(run / "last.pt", map_location="cpu")
-    except (RuntimeError, EOFError) as error:
-        raise InputError(f"{run / 'last.pt'} is damaged ({error}); remove {run}") from error
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["sums"], state["log"]
-
-
-def summary(sums, batch, n_tokens):
-    """Means over the n steps of an epoch, from the sums of their statistics."""
+def summary(sums, record):
+    """The row of an epoch: means over its steps, from the sums of their statistics."""
     mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
-    mean["data_share"] = mean.pop("waited") / mean["seconds"]
-    if STREAMS[0] in mean:
-        mean |= stream_norms([mean[key] for key in STREAMS], n_tokens)
+    if STREAM_NORMS[0] in mean:
+        mean |= stream_norms([mean[name] for name in STREAM_NORMS], record["tokens"])
     else:  # a ResNet has no streams
-        mean |= dict.fromkeys(stream_norms((1, 1), n_tokens))
-    return mean | dict(records_per_second=batch / mean.pop("seconds"))
+        mean |= dict.fromkeys(stream_norms((1, 1), (1, 1)))
+    seconds, flop = mean.pop("seconds"), record["flop_per_record"]
+    speed = record["in_effect"]["batch"] / seconds
+    return mean | dict(
+        records_per_second=speed, data_share=mean.pop("waited") / seconds,
+        gflop_per_record=flop / 1e9, of_peak=speed * flop / record["peak_flops"],
+        peak_mib=peak_mib(torch.device(record["device"])))
 
 
-def pick_device(name):
-    """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {error}; --device cpu always works") from error
-    return torch.device(name)
-
-
-def pick_autocast(precision, device):
-    """(precision in effect, a factory of context managers): bf16 autocast, or nothing."""
-    if precision == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if has_it else "float32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
-    return precision, nullcontext if precision != "bfloat16" else (
-        lambda: torch.autocast(device.type, torch.bfloat16))
-
-
-def chance(args, plan):
-    """The loss at chance, in training and in validation. args: a dict; plan: of settle()."""
-    terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
-    seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
-    return [terms * math.log(2 * n - 1) for n in (seen, plan["val_batch"])]
-
-
-def announce(config, cache, rows, plan, notes, where, args):
+def announce(record, n_train, n_val, notes):
     """Print what is about to be trained, on what, with which settings in effect."""
-    steps, total, meta, val = plan["steps"], plan["total"], cache.meta, plan["val_batch"]
-    chances = chance(vars(args), plan)
-    print(f"view       {config.describe()}\n"
-          f"data       {'SYNTHETIC, ' if meta['synthetic'] else ''}{meta['data']} at {meta['rate']}"
-          f" Hz: {len(rows[0])} training records (folds 1-8), {len(rows[1])} validation (fold 9, "
-          f"the loss on {len(rows[1]) // val * val} of them)\n"
-          f"model      {where}\n"
-          f"batch      {plan['batch']} in micro-batches of {plan['micro']}, negatives from the "
-          f"{'whole batch' if args.negatives == 'batch' else 'micro-batch'}\n"
-          f"schedule   {total} steps in {math.ceil(total / steps)} epochs of {steps}, warm-up "
-          f"{plan['warmup']}, learning rate up to {args.max_lr:g}, then down to {args.final_lr:g}\n"
-          f"chance     a loss of {chances[0]:.2f}, in validation {chances[1]:.2f}")
-    for note in notes:
-        print(f"note       {note}")
+    args, plan, meta = record["args"], record["in_effect"], record["data"]
+    synthetic = "SYNTHETIC, " if meta["synthetic"] else ""
+    epochs = math.ceil(plan["total"] / plan["steps"])
+    validated = n_val // plan["val_batch"] * plan["val_batch"]
+    for what, text in (
+            ("view", from_args(ViewConfig, args).describe()),
+            ("data", f"{synthetic}{meta['data']} at {meta['rate']} Hz: {n_train} training records "
+             f"(folds 1-8), {n_val} validation (fold 9, the loss on {validated} of them)"),
+            ("model", "{arch}, {n_parameters:,} parameters, {samples} samples a view, on {device} "
+             "in {precision}".format(arch=args["arch"], **record)
+             + (", compiled" if args["compile"] else "")),
+            ("batch", "{batch} in micro-batches of {micro}".format(**plan)
+             + f", negatives from the {args['negatives']}"),
+            ("schedule", f"{plan['total']} steps in {epochs} epochs of {plan['steps']}, warm-up "
+             f"{plan['warmup']}, rate up to {args['max_lr']:g}, then down to {args['final_lr']:g}"),
+            ("chance", "a loss of {:.2f}, in validation {:.2f}".format(*chance(args, plan))),
+            *(("note", note) for note in notes)):
+        print(f"{what:10} {text}")
 
 
 def show(row, epochs):
@@ -638,188 +722,125 @@ def show(row, epochs):
             ("grad_norm_ratio", "channel/time", ".2f"),
             ("grad_norm_ratio_corrected", "corrected", ".2f"), ("silhouette", "sil", "+.3f"),
             ("davies_bouldin", "DB", ".2f"), ("calinski_harabasz", "CH", ".2f"),
-            ("records_per_second", "rec/s", ".0f"), ("data_share", "data", ".1%")):
+            ("records_per_second", "rec/s", ".0f"), ("of_peak", "of peak", ".0%"),
+            ("data_share", "data", ".1%"), ("peak_mib", "MiB", ".0f")):
         parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
     tqdm.write("  ".join(parts))
 
 
-def record(writer, row):
-    """The numbers of an epoch, for TensorBoard."""
-    for key, value in row.items():
-        if value is not None:
-            writer.add_scalar(key, value, row["epoch"])
-    writer.flush()
+# Training
 
-
-def compute_gradient(model, forward, optimizer, views, step, config, args, plan, autocast):
-    """Gradient and learning rate of one effective batch, ready to step; return its statistics.
-
-    Raises FloatingPointError, before the weights change, when loss or gradient is not finite.
-    """
-    lr = learning_rate(step, plan["total"], plan["warmup"], args.max_lr, args.final_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    model.train()
-    optimizer.zero_grad(set_to_none=False)  # backward() wants them allocated
-    keep = draw_keep(config, plan["batch"], args.seed, step, 1,  # once: each copy waits for the GPU
-                     device=next(model.parameters()).device)
-    loss, norms = backward(forward, views, keep, plan["batch"], plan["micro"], (args.seed, step),
-                           args.tau, args.aux_weight, args.negatives, autocast)
-    stats = dict(loss=loss)
-    if hasattr(model.encoder, "stream_parameters"):
-        stats |= {**dict(zip(STREAMS, norms)), **parameter_norms(model)}
-    stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
-        model.parameters(), args.clip or math.inf))
-    if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
-        raise diverged(f"loss {loss}, gradient norm {stats['grad_norm']}", step, plan)
-    return stats | dict(lr=lr)
-
-
-def check_folds(cache):
-    """Rows of folds 1-8 and of fold 9; raise InputError when one of these folds is empty."""
+def check_data(cache, config, size):
+    """Rows of folds 1-8, rows of fold 9, samples of a view; raise InputError for what lacks."""
     empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
     if empty:
         raise InputError(f"{cache.folder} has no records in fold {', '.join(map(str, empty))}; "
                          "folds 1-8 train and 9 validates: see python data.py info")
-    return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
-
-
-def open_folder(args, config, record):
-    """The run folder, locked and checked by the first process; what it raises, all raise."""
-    run, lock = Path(args.run or f"runs/{config.view}-s{args.seed}"), None
-    refused = [None]
-    if any(path.is_file() for path in (run, *run.parents)):
-        raise InputError(f"--run {run}: it, or a folder above it, is a file; give another")
-    if ranks()[0] == 0:
-        try:
-            lock = lock_run(run)
-            check_run(run, record)
-        except (InputError, OSError) as error:
-            refused = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(refused)
-    if refused[0]:
-        raise refused[0]
-    return run, lock
-
-
-def accelerate(model, args):
-    """The model as training calls it: its blocks compiled if asked for, shared by all processes."""
-    if args.compile:
-        # on a CPU the same dropout as without; elsewhere it is fused, and repeats in both passes
-        torch._inductor.config.fallback_random = next(model.parameters()).device.type == "cpu"
-        torch._dynamo.config.recompile_limit = 64  # two streams, with and without a graph, ...
-        for module in model.modules():
-            if isinstance(module, (TimeStem, Layer, CrossAttention, Block)):
-                module.compile()
-    # share_statistics() has made BatchNorm's averages equal: no need to send them round again
-    return model if ranks()[1] == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
+    samples = cache.signals.shape[1] // 2
+    if config.view == "stochastic":
+        samples = cache.signals.shape[1]
+        pool(config, cache.meta["rate"])  # checks the band against the rate
+    if samples < size.time_stride:
+        raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
+    return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
 
 
 def train(args):
     """Pretrain and write the run folder. Raises InputError, before work starts, for bad input."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    config, size = from_args(ViewConfig, args), from_args(Config, args)
+    config, size, objective = (from_args(cls, vars(args))
+                               for cls in (ViewConfig, Config, Objective))
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
-    rows = check_folds(cache)
+    rows, val_rows, samples = check_data(cache, config, size)
     device = join_processes(args.device)
-    plan, notes = settle(args, len(rows[0]), len(rows[1]), ranks()[1])
-    precision, autocast = pick_autocast(args.precision, device)
-    if config.view == "stochastic":
-        pool(config, cache.meta["rate"])  # checks the band against the rate
-    samples = cache.signals.shape[1] // (1 if config.view == "stochastic" else 2)
-    if samples < size.time_stride:
-        raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
-    n_tokens = samples // size.time_stride, len(LEADS)
-    set_seed(args.seed)
-    model, first = Contrastive(size).to(device), ranks()[0] == 0
-    run, lock = open_folder(args, config, describe_run(args, model, cache, plan, device))
-    if (run / "model.pt").exists():
-        return first and print(f"{run}: finished, nothing to do; remove the folder to train again")
-
+    plan, notes = settle(args, len(rows), len(val_rows), ranks()[1])
+    torch.manual_seed(args.seed)  # of the initial weights; all else has streams of its own
+    model = Contrastive(size).to(device)
+    model.precision = pick_precision(args.precision, device)
+    record = describe_run(args, model, cache, plan, samples)
+    run = RunFolder(args.run or f"runs/{config.view}-s{args.seed}", record)
+    if run.finished:
+        if run.first:
+            print(f"{run.path}: finished, nothing to do; remove the folder to train again")
+        return
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
-    start, sums, log = restore(run, model, optimizer)
-    if start:
-        notes.append(f"resumed at step {start} of {plan['total']}")
-    where = (f"{size.arch}, {n_parameters(model):,} parameters, {samples} samples a view, on "
-             f"{device} in {precision}{', compiled' * args.compile}; -> {run}")
-    if first:
-        announce(config, cache, rows, plan, notes, where, args)
-    forward, clock = accelerate(model, args), Clock()
-    writer = SummaryWriter(run / "tensorboard", purge_step=len(log) + 1) if first else None
-    bar = tqdm(total=plan["total"], initial=start, desc=run.name, unit="step",
-               disable=None if first else True)
-    order = epoch_order(rows[0], plan["batch"], args.seed, start, plan["total"])
-    saved = tick = time.monotonic()
-    feed = batches(cache, config, args.seed, order, device, args.workers, clock)
-    for step, views in enumerate(feed, start):
-        stats = compute_gradient(model, forward, optimizer, views, step, config, args, plan,
-                                 autocast)
-        if first and time.monotonic() - saved > 60 * args.save_minutes:
-            save(run, model, optimizer, step, sums, log)  # these weights gave a finite loss
-            saved = time.monotonic()
+    start, sums = run.restore(model, optimizer)
+    if run.first:
+        where = [f"resumed at step {start} of {plan.total}"] if start else []
+        announce(record, len(rows), len(val_rows), [*notes, *where, f"writing to {run.path}"])
+    if args.compile:
+        compile_blocks(model)
+    feed = Feed(cache, config, args.seed, device, args.workers)
+    bar = tqdm(total=plan.total, initial=start, desc=run.path.name, unit="step",
+               disable=None if run.first else True)
+
+    tick = time.monotonic()
+    for step, batch in enumerate(feed(epoch_order(rows, plan, args.seed, start)), start):
+        lr = learning_rate(step, plan.total, plan.warmup, args.max_lr, args.final_lr)
+        optimizer.param_groups[0]["lr"] = lr
+        averages = {key: b.clone() for key, b in model.named_buffers()}  # BatchNorm's, of before
+        model.train()
+        optimizer.zero_grad(set_to_none=False)  # backward() wants them allocated
+        loss, norms = backward(model, batch, objective, plan.micro)
+        stats = dict(n=1, loss=loss, **stream_statistics(model, norms))
+        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
+            model.parameters(), args.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
+            raise diverged(f"loss {loss}, gradient norm {stats['grad_norm']}", step, plan)
+        if time.monotonic() - run.saved_at > 60 * args.save_minutes:  # a state whose loss is finite
+            run.save(model.state_dict() | averages, optimizer, step, sums)
         optimizer.step()
-        stats |= dict(n=1, seconds=time.monotonic() - tick, waited=clock.seconds)
-        tick, clock.seconds = time.monotonic(), 0.0
+
+        stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
-        bar.set_postfix(loss=f"{stats['loss']:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
-        if (step + 1) % plan["steps"] == 0 or step + 1 == plan["total"]:
-            row = dict(epoch=step // plan["steps"] + 1, step=step + 1)
-            row |= summary(sums, plan["batch"], n_tokens) | dict(lr=stats["lr"])
-            row |= validate(model, cache, rows[1], step, config, args, plan, device, autocast)
-            log, sums = [*log, row], {}
-            if first:
-                show(row, math.ceil(plan["total"] / plan["steps"]))
-                record(writer, row)
-                save(run, model, optimizer, step + 1, sums, log)
-            saved = tick = time.monotonic()
+        if (step + 1) % plan.steps == 0 or step + 1 == plan.total:
+            row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr) | summary(sums, record)
+            run.add(row | validate(model, feed, val_rows, plan, objective, step))
+            sums = {}
+            run.save(model.state_dict(), optimizer, step + 1, sums)
+        tick, feed.waited = time.monotonic(), 0.0
     bar.close()
-    if first:
-        writer.close()
-        final = dict(model=model.state_dict(), config=asdict(size))
-        write_atomic(run / "model.pt", lambda tmp: torch.save(final, tmp))
-        lock.close()
-        print(f"{run / 'model.pt'}: finished, {plan['total']} steps")
+    run.finish(model)
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s [--help] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = parser.add_argument_group("data and run")
     g.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
     g.add_argument("--run", help="run folder; by default runs/VIEW-sSEED")
-    g.add_argument("--seed", type=int, default=0, help="of everything: same seed, same run")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+    g.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
+    add_shared(g, "device")
+    g.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
                    help="processes that make stochastic views ahead of the model; 0: none")
-    g.add_argument("--save-minutes", type=float, default=10,
+    g.add_argument("--save-minutes", type=bounded(float, 0), default=10,
                    help="last.pt is written after each epoch, and this often within one")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=50, help="passes over folds 1-8")
-    g.add_argument("--max-steps", type=int, help="stop, with the whole schedule, after this many")
-    g.add_argument("--batch-size", type=int, help=f"effective batch; by default {BATCH}, or less "
-                   f"when that leaves under {MIN_STEPS} steps an epoch")
-    g.add_argument("--micro-batch", type=int, default=16, help="records in memory at once; must "
-                   "divide the batch; halve it if memory runs out")
-    g.add_argument("--negatives", choices=("batch", "micro"), default="batch", help="batch: exact "
-                   "gradient of the effective batch; micro: plain accumulation, as in the paper")
-    g.add_argument("--tau", type=float, default=0.1, help="temperature of NT-Xent")
-    g.add_argument("--aux-weight", type=float, default=0.5, help="weight of each auxiliary loss, "
-                   "with --aux-losses")
-    g.add_argument("--max-lr", type=float, default=3e-4, help="peak of the cycle; lower it if the "
-                   "loss jumps")
-    g.add_argument("--final-lr", type=float, default=3e-5, help="end of the cycle (paper)")
-    g.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up from 0 (paper)")
-    g.add_argument("--weight-decay", type=float, default=0.0, help="L2 penalty of Adam")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    g.add_argument("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
+    g.add_argument("--max-steps", type=bounded(int, 1), help="end after this many, with the whole "
+                   "schedule")
+    g.add_argument("--batch-size", type=bounded(int, 2), help=f"effective batch; by default "
+                   f"{BATCH}, or less when that leaves under {MIN_STEPS} steps an epoch")
+    g.add_argument("--micro-batch", type=bounded(int, 1), default=16, help="records in memory at "
+                   "once; halve it if memory runs out")
+    g.add_argument("--max-lr", type=bounded(float, 1e-12), default=3e-4, help="peak of the cycle; "
+                   "lower it if the loss jumps")
+    g.add_argument("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle "
+                   "(paper)")
+    g.add_argument("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up "
+                   "from 0 (paper)")
+    g.add_argument("--weight-decay", type=bounded(float, 0), default=0.0, help="L2 penalty of Adam")
+    g.add_argument("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: "
+                   "no clipping")
     g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
                    help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the "
                    "loss's products too). auto: bfloat16 on GPUs that have it")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
                    " the model: a minute or more at the start, and a C++ compiler on a CPU")
+    add_flags(parser, "loss", Objective)
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)
     return parse(parser, argv)

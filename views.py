@@ -11,9 +11,8 @@ Out: x1, x2 with the same number of records; full length, or half as many sample
     python views.py                                        # this table
     python -c "import torch, views; print(views.split(torch.arange(6.).view(1, 6, 1), 'noncontig'))"
 """
-import argparse
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import ecgmentations as E
 import numpy as np
@@ -21,29 +20,19 @@ import torch
 from scipy.interpolate import CubicSpline
 from scipy.signal import butter, sosfiltfilt
 
-from data import InputError
+from data import InputError, bounded, setting
 
 ALIASES = {"augment": "stochastic", "nonoverlap": "contig", "interleaved": "noncontig"}
 
 
-# Flags from a dataclass: each setting, its default and its help are written once, in the field.
-
-def setting(default, text, **more):
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata=dict(help=text, **more))
+# Whatever is random has a generator of its own, named by what it is for.
+PURPOSES = "order", "dropout", "mask", "shift", "augment"
 
 
-def add_flags(parser, title, cls):
-    """Add a flag for each field of a dataclass made of `setting`s."""
-    group = parser.add_argument_group(title)
-    for f in fields(cls):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
-
-
-def from_args(cls, args):
-    """The dataclass, filled from parsed arguments."""
-    return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+def generator(purpose, seed, *key):
+    """A NumPy generator: a function of purpose, seed and key (non-negative integers) alone."""
+    return np.random.default_rng(
+        np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose), *key)))
 
 
 # Segment views: batch operations on whatever device x is on.
@@ -102,16 +91,16 @@ def shift(x, offsets):
     return x.gather(1, at[:, :, None].expand(B, T, C))
 
 
-def draw_leads(shape, p, generator):
+def draw_leads(shape, p, rng):
     """Random lead masking: which leads a view keeps, each dropped with probability p.
 
-    shape: (..., C)  ->  bool of that shape. Where all leads fall, the draw is repeated (design
-    page, after Oh et al. 2022, arXiv 2203.06889). Drawn on the CPU: the same on every device.
+    shape: (..., C); rng: a NumPy generator  ->  bool tensor of that shape. Where all leads fall,
+    the draw is repeated (after Oh et al. 2022, arXiv 2203.06889).
     """
-    keep = torch.rand(shape, generator=generator) >= p
+    keep = rng.random(shape) >= p
     while (lost := ~keep.any(-1)).any():
-        keep[lost] = torch.rand((int(lost.sum()), shape[-1]), generator=generator) >= p
-    return keep
+        keep[lost] = rng.random((int(lost.sum()), shape[-1])) >= p
+    return torch.from_numpy(keep)
 
 
 # Stochastic views: numpy, one record at a time, in the workers of a DataLoader.
@@ -176,17 +165,22 @@ class ViewConfig:
                         f"{', '.join(ALIASES)}")
     mask_leads: bool = setting(None, "random lead masking of each view; by default on for the "
                                "segment views and off for stochastic, as in the paper")
-    mask_p: float = setting(0.5, "probability that a lead of a view is masked")
+    mask_p: float = setting(0.5, "probability that a lead of a view is masked",
+                            type=bounded(float, 0, .95))
     shift: bool = setting(False, "each segment view starts at a random time of its own, around the "
                           "end: interleaved views then no longer share the times of their beats")
-    augment_p: float = setting(0.5, "stochastic: probability of each transform")
+    augment_p: float = setting(0.5, "stochastic: probability of each transform",
+                               type=bounded(float, 0, 1))
     warp: float = setting(0.05, "stochastic: time warp; the library's 0.05 moves its knots by at "
-                          "most 0.4 %% of the record, 1.0 by 8 %%")
-    crop: float = setting(0.8, "stochastic: smallest share of the record that a crop keeps")
+                          "most 0.4 %% of the record, 1.0 by 8 %%", type=bounded(float, 0, 1))
+    crop: float = setting(0.8, "stochastic: smallest share of the record that a crop keeps",
+                          type=bounded(float, .1, 1))
     band_low: float = setting(0.5, "stochastic: lower edge of the band-pass, Hz")
     band_high: float = setting(47.0, "stochastic: upper edge of the band-pass, Hz")
-    noise: float = setting(0.01, "stochastic: variance of the Gaussian noise; signals have 1")
-    scale: float = setting(0.05, "stochastic: amplitude is scaled by 1 +- this")
+    noise: float = setting(0.01, "stochastic: variance of the Gaussian noise; signals have 1",
+                           type=bounded(float, 0))
+    scale: float = setting(0.05, "stochastic: amplitude is scaled by 1 +- this",
+                           type=bounded(float, 0, .99))
     shipped_filter: bool = setting(False, "stochastic: ecgmentations' own band-pass, which filters "
                                    "across the leads")
 
@@ -196,17 +190,13 @@ class ViewConfig:
             self.mask_leads = self.view != "stochastic"
         if self.shift and self.view == "stochastic":
             raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
-        for name, low, high in (("mask_p", 0, .95), ("augment_p", 0, 1), ("warp", 0, 1),
-                                ("crop", .1, 1), ("scale", 0, .99), ("noise", 0, np.inf)):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: "
-                                 f"give a number from {low} to {high}")
 
     def describe(self):
         """The strategy in words, for the start of a run."""
         masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
                   else "no lead masking")
-        return f"{self.view}: {WORDS[self.view]}; {masked}{', shifted' * self.shift}"
+        shifted = ", shifted" if self.shift else ""
+        return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}"
 
 
 def pool(config, rate):
@@ -228,22 +218,19 @@ def pool(config, rate):
 
 
 @contextmanager
-def numpy_seed(*key):
-    """Seed numpy's global state from a tuple of non-negative integers, and put it back after."""
+def numpy_state(rng):
+    """Seed NumPy's global state, which ecgmentations draws from, and put it back after."""
     state = np.random.get_state()
-    np.random.seed(np.random.SeedSequence(key).generate_state(4))
+    np.random.seed(rng.integers(2 ** 32, size=4))
     try:
         yield
     finally:
         np.random.set_state(state)
 
 
-def augment(x, transforms, key):
-    """Two random views of one record; the same key gives the same views.
-
-    x: (T, C) float32 array; key: non-negative integers  ->  (2, T, C) float32
-    """
-    with numpy_seed(*key):
+def augment(x, transforms, rng):
+    """Two random views of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
+    with numpy_state(rng):
         return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
 
 
