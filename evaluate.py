@@ -476,7 +476,7 @@ def describe(saved, meta):
 
 @dataclass
 class Run:
-    """A finished run and the records that it is tested on; evaluate() fills in the last three."""
+    """A finished run and the records that it is tested on; evaluate() fills in the last four."""
 
     folder: Path
     out: Path  # where the results go: the folder, or one within it for other data than its own
@@ -550,8 +550,8 @@ def resnet_config(config):
 def pretrain_resnet(run):
     """ResNet-18, pretrained as this run was, in the folder resnet18 within its own."""
     folder, cache = run.folder / "resnet18", run.cache.folder
-    if run.cache.meta["fingerprint"] != run.saved["data"]["fingerprint"]:
-        cache = run.trained["cache"]  # what this run was trained on
+    if run.out != run.folder:  # tested on other data than this run was trained on
+        cache = run.trained["cache"]
     if not (folder / "model.pt").exists():
         print(f"ResNet-18 is pretrained with this run's settings, in {folder}", flush=True)
         train(Namespace(**resnet_config(run.trained) | dict(
@@ -1101,7 +1101,7 @@ def evaluate(args):
     notes = [f"{name}: {len(task.train)} records train, {len(task.choose)} choose, "
              f"{len(task.test)} test" for name, task in run.tasks.items()]
     notes += [note for task in run.tasks.values() for note in gaps(task)]
-    if run.cache.meta["fingerprint"] != run.saved["data"]["fingerprint"]:
+    if run.out != run.folder:
         notes.append(f"pretrained on {run.saved['data']['data']}, evaluated on other data: "
                      f"{run.cache.meta['data']}")
     arch = run.saved["config"]["arch"]
