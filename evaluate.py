@@ -4,7 +4,7 @@ In:  a finished run folder of train.py, and the cache that it was trained on (or
 Out: in that folder metrics.csv, every number, a line each: protocol, row, labels, seed, metric,
      value, low, high; report.md and figures/, which are made from it; eval/: finished pieces of
      work, each kept while nothing changes that it depends on. eval/embeddings-pretrained.npz has
-     z (N, S, rep_dim) float32, S = 1 or 2 views, with ecg_id, patient_id, strat_fold and labels.
+     z (N, S, d) float32, S = 1 or 2 views, with ecg_id, patient_id, strat_fold and labels.
 
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
@@ -26,6 +26,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pandas as pd
@@ -52,14 +53,15 @@ from model import STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args, r
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
                    pick_precision, project, train)
 from train import get_args as train_args
-from views import VIEWS, ViewConfig, shift
+from views import VIEWS, ViewConfig, draw_leads, generator, shift
 
 K = len(CLASSES)
 FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
-STRENGTHS = 10.0 ** np.arange(-5, 1)  # inverse L2 penalties that a probe chooses from
+STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe chooses from
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
+MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 QUALITY = ("shift", "alignment", "uniformity", "rankme")
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
@@ -373,7 +375,7 @@ class Classifier(nn.Module):
     def __init__(self, model, view, n_views):
         super().__init__()
         self.model, self.view, self.n_views = model, view, n_views
-        self.head = nn.Linear(model.config.rep_dim, K)
+        self.head = nn.Linear(model.width, K)
 
     def forward(self, x, keep=None):
         z = embed(self.model, x, self.view, keep, self.n_views)
@@ -491,6 +493,7 @@ class Run:
     models: dict = field(default_factory=dict)  # row -> Contrastive
     encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
     features: dict = field(default_factory=dict)  # row -> dict of z (N, S, d), seconds
+    cv: Optional[Task] = None  # every labelled record, with --cv
 
     @property
     def micro(self):
@@ -520,6 +523,13 @@ class Run:
         return extract(lambda x: function(x, None if kept.all() else kept.expand(len(x), -1)),
                        self.cache, rows, self.device, self.micro)
 
+    def see_masked(self, function, rows, p):
+        """The same from leads that each record loses at random, each with probability p."""
+        keep = iter(draw_leads((len(rows), C), p, generator("mask", self.trained["seed"], VAL_STEP)
+                               ).to(self.device))
+        return extract(lambda x: function(x, torch.stack([next(keep) for _ in x])),
+                       self.cache, rows, self.device, self.micro)
+
 
 def open_run(args):
     """The Run that the arguments name; raise InputError for settings that it cannot have."""
@@ -531,9 +541,12 @@ def open_run(args):
     model, saved = load_run(folder, device)
     trained, cache = open_data(folder, saved, args.cache)
     model.precision = pick_precision(trained["precision"], device)
+    if args.readout and saved["config"]["arch"] != "resnet18":
+        model.readout = args.readout
     depends = dict(
         format=FORMAT, model=sha256(folder / "model.pt"), first_view=args.first_view,
-        data=cache.meta["fingerprint"], precision=model.precision, leads=list(LEAD_SETS.values()),
+        data=cache.meta["fingerprint"], precision=model.precision,
+        readout=model.readout, leads=list(LEAD_SETS.values()),
         labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
     other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
     out = folder / f"on-{cache.folder.name}" if other else folder
@@ -543,8 +556,8 @@ def open_run(args):
 
 def resnet_config(config):
     """The same settings for a ResNet-18, which has no streams."""
-    return config | dict(arch="resnet18") | dict.fromkeys(STREAM_OPTIONS, False) | dict(
-        channel_dropout=0.0)
+    return config | dict(arch="resnet18", channel_dropout=0.0, readout="z") | dict.fromkeys(
+        STREAM_OPTIONS, False)
 
 
 def pretrain_resnet(run):
@@ -607,24 +620,48 @@ def probe_row(run, row, task, rows):
     return scores
 
 
-def cross_validate(features, task, fold):
-    """Scores, predictions (n, K) of the records of the Task `cv`, each by a probe of other folds.
-
-    features: of represent(); fold: (N,) official folds, of which the one that follows chooses C and
-    thresholds. Raises InputError when a fold has no labelled record.
-    """
-    began, rows, z = time.monotonic(), task.test, features["z"]
-    if lacking := set(range(1, 11)) - set(fold[rows]):
-        raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it out")
-    p, predicted = np.zeros((2, len(z), K))
+def folds_of(task, fold):
+    """The Task `cv` for each official fold f of fold (N,) as the test: the next one chooses."""
     for f in range(1, 11):
-        test, choose = rows[fold[rows] == f], rows[fold[rows] == f % 10 + 1]
-        part = replace(task, train=np.setdiff1d(rows, [*test, *choose]), choose=choose, test=test)
-        probe, _ = choose_probe(z, part)
-        scores = {name: probe(z[getattr(part, name)].mean(1)) for name in ("choose", "test")}
-        p[test], predicted[test] = scores["test"], decide(part, scores)
-    return dict(test=p[rows], predicted=predicted[rows].astype(int),
-                seconds=features["seconds"] + time.monotonic() - began)
+        test, choose = (task.test[fold[task.test] == g] for g in (f, f % 10 + 1))
+        train = np.setdiff1d(task.test, [*test, *choose])
+        yield f, replace(task, train=train, choose=choose, test=test)
+
+
+def cross_validate(run, row, budget="100%", seed=0):
+    """Scores, predictions (n, K) of all labelled records, each by a probe of other folds.
+
+    Of the training labels a probe sees the budget. strength: what each fold's probe chose.
+    """
+    began, fold, z = time.monotonic(), run.cache.index.strat_fold.to_numpy(), run.features[row]["z"]
+    p, predicted, strengths = *np.zeros((2, len(z), K)), []
+    for _, task in folds_of(run.cv, fold):
+        probe, strength = choose_probe(z, task, draw_labels(task, budget, seed))
+        scores = {name: probe(z[getattr(task, name)].mean(1)) for name in ("choose", "test")}
+        p[task.test], predicted[task.test] = scores["test"], decide(task, scores)
+        strengths.append(strength)
+    return dict(test=p[run.cv.test], predicted=predicted[run.cv.test].astype(int),
+                strengths=strengths, strength=np.median(strengths),
+                seconds=run.features[row]["seconds"] + time.monotonic() - began)
+
+
+def cross_validate_leads(run, row, strengths):
+    """Scores (n, K) of all labelled records from fewer leads, {number of leads: scores}.
+
+    A probe learns from its records whole and masked at random, with the strength chosen for all.
+    """
+    rows, fold = run.cv.test, run.cache.index.strat_fold.to_numpy()[run.cv.test]
+    y, encoder, z = run.cv.y[rows], run.encoders[row], run.features[row]["z"][rows].mean(1)
+    copies = [z, *(run.see_masked(encoder, rows, p).mean(1) for p in MASKED)]
+    fewer = {n: run.see(encoder, rows, leads).mean(1) for n, leads in LEAD_SETS.items()}
+    scores = {str(n): np.zeros(y.shape) for n in fewer}
+    for f, strength in enumerate(strengths, 1):
+        train, test = ~np.isin(fold, (f, f % 10 + 1)), fold == f
+        probe = fit_probe(np.concatenate([copy[train] for copy in copies]),
+                          np.tile(y[train], (len(copies), 1)), strength / len(copies), False)
+        for n, seen in fewer.items():
+            scores[str(n)][test] = probe(seen[test])
+    return scores
 
 
 def network_row(run, row, task, rows, seed):
@@ -635,7 +672,8 @@ def network_row(run, row, task, rows, seed):
     config = run.saved["config"]
     model = (deepcopy(run.models["pretrained"]) if row == "finetuned" else
              untrained(config if row == "supervised" else resnet_config(config), seed, run.device))
-    model.precision = run.models["pretrained"].precision
+    model.precision, dual = run.models["pretrained"].precision, row != "resnet18-supervised"
+    model.readout = run.models["pretrained"].readout if dual else "z"
     net = Classifier(model, run.trained["view"], 1 if run.settings.first_view else None)
     rates = (0.1 * lr if row == "finetuned" else lr), lr
     fit_network(net.to(run.device), run, task, rows, rates, seed)
@@ -686,11 +724,31 @@ def score_all(run, rows):
                 scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
     if args.cv:
         known = np.flatnonzero(official.y.any(1))
-        run.tasks["cv"] = cv = replace(official, name="cv", train=known, test=known)
-        for row, features in run.features.items():
-            scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row, lambda: cross_validate(
-                features, cv, run.cache.index.strat_fold.to_numpy()))
+        run.tasks["cv"] = run.cv = replace(official, name="cv", train=known, test=known)
+        if lacking := set(range(1, 11)) - set(run.cache.index.strat_fold.iloc[known]):
+            raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it "
+                             "out")
+        for row in run.features:
+            scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row,
+                                                     lambda: cross_validate(run, row))
     return scores
+
+
+def few_scores(run, cv):
+    """Cross-validated scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
+
+    cv: {row: what cross_validate gives}. labels-cv: few labels; leads-cv: fewer leads.
+    """
+    found = {"labels-cv": {}, "leads-cv": {}}
+    for row, full in cv.items():
+        found["labels-cv"][row] = {budget: [full["test"] if budget == "100%" else run.piece(
+            f"cv-{row}-{budget}-{seed}", row,
+            lambda: cross_validate(run, row, budget, seed))["test"]
+            for seed in range(run.settings.seeds)] for budget in run.settings.labels}
+        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
+            run, row, full["strengths"]), masked=list(MASKED))
+        found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
+    return found
 
 
 # Every number, a line each
@@ -727,6 +785,20 @@ def score_lines(run, scores, draws):
     return out
 
 
+def few_lines(run, found, draws):
+    """Lines of few_scores(), means over the draws of labels; `draws` as in score_lines."""
+    out, y, patients = [], run.cv.y[run.cv.test], run.cv.patients[run.cv.test]
+    for protocol, rows in found.items():
+        for row, variants in rows.items():
+            sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
+                                for p in some], axis=0) for some in variants.values()]
+            draws[f"{protocol}-{row}"] = np.stack(sampled, axis=1)
+            values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
+                      for name, some in variants.items()}
+            out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
+    return out
+
+
 def seconds_of(folder):
     """Training time of a run, from its log; None without one."""
     if not (folder / "log.jsonl").exists():
@@ -736,7 +808,7 @@ def seconds_of(folder):
 
 
 def differences(groups, wanted):
-    """Lines of paired differences of MEASURES, of each ((group, row), (group, row)) in `wanted`.
+    """Lines of paired differences, of each ((group, row), (group, row)) in `wanted`.
 
     groups: {label: runs}, dicts of table and draws. Points, and bootstrap draws on the same test
     records, are means over a group's runs.
@@ -746,20 +818,25 @@ def differences(groups, wanted):
         for run in groups[group]:
             t = run["table"]
             at = t[(t.protocol == protocol) & (t.row == row) & (t.labels == "100%") & (t.seed == 0)]
-            points.append(at.set_index("metric").value[list(MEASURES)].to_numpy())
+            points.append(at.set_index("metric").value)
         draws = [run["draws"][f"{protocol}-{row}"] for run in groups[group]]
-        return np.mean(points, axis=0), np.mean(draws, axis=0)
+        return pd.concat(points, axis=1).mean(axis=1), np.mean(draws, axis=0)
 
     out = []
-    for protocol in ("official", "cv", "paper"):
+    for protocol in ("official", "cv", "paper", "labels-cv", "leads-cv"):
         for pair in wanted:
             if any(f"{protocol}-{row}" not in run["draws"] for group, row in pair
                    for run in groups[group]):
                 continue
             (points_a, draws_a), (points_b, draws_b) = (mean(protocol, *side) for side in pair)
-            bounds = {m: interval(d) for m, d in zip(MEASURES, (draws_a - draws_b).T)}
+            if draws_a.shape != draws_b.shape:
+                continue  # other --labels
+            points = points_a - points_b
+            if "-cv" not in protocol:
+                points = points[list(MEASURES)]
+            bounds = {m: interval(d) for m, d in zip(points.index, (draws_a - draws_b).T)}
             name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
-            out += lines(protocol, name, dict(zip(MEASURES, points_a - points_b)), bounds)
+            out += lines(protocol, name, points.to_dict(), bounds)
     return out
 
 
@@ -902,6 +979,10 @@ ABOUT = {
     "differences": "Paired by patient on the same test records; where an interval holds 0, these "
     "records do not tell which is better. Between views: they differ untrained already, since a "
     "probe sees other inputs. Intervals do not tell what another seed would give.",
+    "labels-cv": "Macro AUROC of all labelled records, each scored by a probe that saw so many "
+    "labels of the other folds; mean over draws of them. A whole fold more chooses C.",
+    "leads-cv": "Macro AUROC of all labelled records, cross-validated. All probes, ROCKET's too, "
+    "learned from their records whole and from two copies with leads masked at random.",
     "labels": "Official protocol, test fold 10; mean ± standard deviation over draws of the "
     "training labels. All of fold 9 still chooses C, thresholds and when a network stops.",
     "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
@@ -920,6 +1001,7 @@ TITLES = {"official": "Official protocol (the headline)", "cv": "Cross-validated
           "paper": "The paper's protocol, fold 10",
           "table3": "Linear probe: Table 3 of the paper", "clustering": "Clustering: Table 2 of "
           "the paper", "quality": "Quality without labels", "leads": "Fewer leads",
+          "labels-cv": "Few labels, cross-validated", "leads-cv": "Fewer leads, cross-validated",
           "streams": "The two streams"}
 
 
@@ -956,6 +1038,10 @@ def sections(numbers):
             grid(few, [*by[:-1], "labels", "row"], ["records", *MEASURES, "seconds"])]
     leads = {f"macro_auroc/{n}": f"{n}: {' '.join(s)}" if n < 6 else f"{n}"
              for n, s in LEAD_SETS.items()}
+    for name in ("labels-cv", "leads-cv"):
+        part = found[found.protocol == name]
+        out += [f"## {TITLES[name]}\n{ABOUT[name]}", grid(part, by, {
+            m: m.split("/")[1] for m in part.metric.unique()})] if len(part) else []
     for name, columns in (("clustering", CLUSTERING), ("quality", QUALITY), ("leads", leads),
                           ("streams", ["macro_auroc"])):
         if name in set(full.protocol):  # a ResNet has no streams
@@ -1113,12 +1199,16 @@ def evaluate(args):
     run.models["untrained"] = untrained(run.saved["config"], run.trained["seed"], run.device)
     if "resnet18" in rows:
         run.models["resnet18"] = pretrain_resnet(run)
+    run.models["untrained"].readout = run.depends["readout"]
     for model in run.models.values():
         model.precision = run.depends["precision"]
     run.encoders = make_encoders(run)
     run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
     table = score_lines(run, scores, draws) + cluster_lines(run) + quality_lines(run)
+    if run.cv:
+        cv = {row: s for (protocol, row, *_), s in scores.items() if protocol == "cv"}
+        table += few_lines(run, few_scores(run, cv), draws)
     if arch != "resnet18":
         table += stream_lines(run, float(scores["official", "pretrained", "100%", 0]["strength"]))
     table = pd.DataFrame(table)
@@ -1196,7 +1286,7 @@ def group_runs(runs):
     groups, out = {}, {}
     for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
         args = run["saved"]["args"]
-        label = " ".join([args["view"], *(["small"] if args["preset"] == "small" else []),
+        label = " ".join([args["view"], *([args["preset"]] if args["preset"] != "paper" else []),
                           *(f"{k}={v}" for k, v in sorted(changes(run).items()))])
         groups.setdefault((label, run["about"]["data"]["fingerprint"]), []).append(run)
     for (label, fingerprint), members in groups.items():
@@ -1408,7 +1498,10 @@ def get_args(argv=None):
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
                    "fine-tuning, from scratch, ResNet-18; the report is then without them")
     p.add_argument("--cv", action="store_true", help="score every labelled record of all folds by "
-                   "probes of the other folds as well: narrower intervals on small data")
+                   "probes of the other folds as well, also with few labels and leads: narrower "
+                   "intervals on small data")
+    p.add_argument("--readout", choices=("z", "streams", "all"), help="what a probe sees of an "
+                   "encoder; by default as the run was trained for")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
                    "of a record alone; by default its two views are averaged")
     p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "

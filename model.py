@@ -1,15 +1,15 @@
 """The dual-view transformer (paper 4.3), a 1-D ResNet-18 to compare with, and NT-Xent.
 
 In:  a view x (B, T, C) float32, z-scored; optionally keep (B, C) bool, the leads that it keeps.
-Out: Output(z, time, channel): z (B, rep_dim) is the representation, time and channel (B, D) are the
-     pooled streams; Contrastive adds projections (B, proj_dim) for the loss. load_run(folder) gives
-     a trained one.
+Out: Output(z, time, channel): z (B, rep_dim), and what the two streams hand on, pooled (B, D);
+     Contrastive adds projections (B, proj_dim) for the loss, and represent() what is used
+     downstream: z, unless --readout says otherwise. load_run(folder) gives a trained one.
 
 Glossary: B batch, T time samples, C leads (12), D model width, H heads, N tokens, K classes (5),
 tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
 
     python model.py                   # size and cost of the default (paper) model
-    python model.py --preset small    # of the small one
+    python model.py --preset conv     # of the one that is worth most on small data
 """
 import argparse
 import json
@@ -30,11 +30,18 @@ from data import LEADS, InputError, add_flags, from_args, run_script, setting
 
 C = len(LEADS)
 STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
-# Sizes for CPUs and for a few hundred to a few thousand records; the fields' defaults are `paper`.
-# The last three are train.py's.
+# The fields' defaults are `paper`; some settings are those of views.py and train.py.
+# small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
+# conv: for such records too, but convolutional stems, strong views and a schedule that suits them.
 PRESETS = {"paper": {}, "small": dict(
     width=96, heads=4, depth=2, ff_mult=4, stem_width=48, time_stride=4, channel_bins=128,
-    fusion_width=384, rep_dim=256, proj_dim=128, max_lr=1e-3, epochs=40, micro_batch=64)}
+    fusion_width=384, rep_dim=256, proj_dim=128, max_lr=1e-3, epochs=40, micro_batch=64),
+    "conv": dict(
+    time_stem="conv", channel_stem="conv", positions=False, max_pool=True, lead_tokens=True,
+    readout="streams", width=96, heads=4, depth=1, ff_mult=2, stem_width=64, time_stride=8,
+    fusion_width=192, rep_dim=192, proj_dim=128, dropout=0.0, aux_losses=True, aux_weight=1.0,
+    window=0.5, speed=0.2, lead_gain=0.4, wander=0.5, max_noise=0.5,
+    max_lr=2e-3, weight_decay=0.05, epochs=90, batch_size=128, micro_batch=128)}
 
 
 @dataclass
@@ -54,6 +61,18 @@ class Config:
     rep_dim: int = setting(512, "width of the representation")
     proj_dim: int = setting(256, "width of the projection that the loss sees")
     dropout: float = setting(0.1, "dropout of residual branches")
+    time_stem: str = setting("linear", "how samples become time tokens: linear, one convolution as "
+                             "in the paper; conv, a residual net", choices=("linear", "conv"))
+    channel_stem: str = setting("linear", "how leads become tokens: linear in absolute time, as in "
+                                "the paper; conv, a net shared by the leads, pooled over time",
+                                choices=("linear", "conv"))
+    positions: bool = setting(True, "position encodings of the time tokens")
+    max_pool: bool = setting(False, "streams hand on mean and maximum of their tokens, not the "
+                             "mean alone")
+    lead_tokens: bool = setting(False, "the channel stream hands on its tokens side by side, not "
+                                "pooled")
+    readout: str = setting("z", "the representation: z; streams: what the two hand on; or all of "
+                           "these", choices=("z", "streams", "all"))
     mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
                               "which mix the leads before they become tokens")
     channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
@@ -73,6 +92,15 @@ class Config:
             problems.append(f"--heads {self.heads} does not divide --width {self.width} (even)")
         if self.arch == "resnet18" and self.stem_width < 3:
             problems.append(f"--stem-width {self.stem_width}: at least 3 for resnet18")
+        if "conv" in (self.time_stem, self.channel_stem) and (
+                self.width % 8 or self.stem_width % 16):
+            problems.append(f"--width {self.width} --stem-width {self.stem_width}: conv stems need "
+                            "multiples of 8 and of 16")
+        if self.time_stem == "conv" and (self.time_stride < 2
+                                         or self.time_stride & self.time_stride - 1):
+            problems.append(f"--time-stride {self.time_stride}: a conv stem needs 2, 4, 8, ...")
+        if self.arch == "resnet18" and self.readout != "z":
+            problems.append(f"--readout {self.readout}: --arch resnet18 has z only")
         if self.late_masking and self.width % C:
             problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
@@ -84,9 +112,15 @@ class Config:
         if problems:
             raise InputError("; ".join(problems))
 
+    @property
+    def widths(self):
+        """Features of Output's z, time and channel."""
+        pooled = self.width * (1 + self.max_pool)
+        return self.rep_dim, pooled, self.width * C if self.lead_tokens else pooled
+
 
 class Output(NamedTuple):
-    """z: (B, rep_dim) the representation; time, channel: (B, D) pooled streams, or None."""
+    """z: (B, rep_dim); time, channel: what the streams hand on, (B, D) or wider, or None."""
 
     z: torch.Tensor
     time: Optional[torch.Tensor] = None
@@ -236,6 +270,68 @@ class ChannelStem(nn.Module):
         return self.norm(self.out(h @ pooling(h.shape[2], self.bins, h.device).to(h.dtype)))
 
 
+class Block(nn.Module):
+    """Basic residual block of ResNet-18, in one dimension: (B, W, T) -> (B, W', T')."""
+
+    def __init__(self, width_in, width, stride, kernel=7, norm=nn.BatchNorm1d):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(width_in, width, kernel, stride, kernel // 2, bias=False), norm(width),
+            nn.ReLU(), nn.Conv1d(width, width, kernel, 1, kernel // 2, bias=False), norm(width))
+        self.skip = nn.Identity() if width_in == width and stride == 1 else nn.Sequential(
+            nn.Conv1d(width_in, width, 1, stride, bias=False), norm(width))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.skip(x))
+
+
+GROUPS = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
+
+
+class ConvTimeStem(nn.Module):
+    """Lift samples to time tokens by residual convolutions: (B, T, C) -> (B, T // time_stride, D).
+
+    time_stride: a power of 2. It does not know absolute time.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        W, D, halvings = config.stem_width, config.width, int(math.log2(config.time_stride)) - 1
+        self.stride, self.body = config.time_stride, nn.Sequential(
+            nn.Conv1d(C, W, 9, 2, 4, bias=False), GROUPS(W), nn.ReLU(),
+            *[Block(W, W, 2, 5, GROUPS) for _ in range(halvings)],
+            Block(W, D, 1, 5, GROUPS), Block(D, D, 1, 5, GROUPS))
+
+    def forward(self, x):
+        h = self.body(x.transpose(1, 2)).transpose(1, 2)  # (B, N or N + 1, D)
+        return h[:, :x.shape[1] // self.stride]
+
+
+class ConvChannelStem(nn.Module):
+    """Turn each lead into one token by one net for all leads: (B, T, C) -> (B, C, D).
+
+    Mean and maximum over time, and an embedding of the lead: it knows which lead it sees, not when.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        W = config.stem_width // 2
+        self.net = nn.Sequential(
+            nn.Conv1d(1, W, 15, 4, 7, bias=False), GROUPS(W), nn.ReLU(),
+            nn.Conv1d(W, 2 * W, 7, 2, 3, bias=False), GROUPS(2 * W), nn.ReLU())
+        self.out = nn.Linear(4 * W, config.width)
+        self.lead = nn.Parameter(0.5 * torch.randn(C, config.width))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        h = self.net(x.transpose(1, 2).reshape(B * C, 1, T))  # (B C, 2 W, T // 8)
+        h = torch.cat([h.mean(2), h.amax(2)], dim=1)
+        return self.out(h).view(B, C, -1) + self.lead
+
+
+STEMS = {"linear": (TimeStem, ChannelStem), "conv": (ConvTimeStem, ConvChannelStem)}
+
+
 def positions(n, width, device):
     """Sinusoidal position encodings (Vaswani et al. 2017, arXiv 1706.03762): (n, width)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000) / width))
@@ -251,21 +347,28 @@ class DualView(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D = config.width
         self.config = config
-        self.time_stem, self.channel_stem = TimeStem(config), ChannelStem(config)
+        self.time_stem = STEMS[config.time_stem][0](config)
+        self.channel_stem = STEMS[config.channel_stem][1](config)
         layer = torch_layer if config.arch == "torchnn" else Layer
         self.time_layers = nn.ModuleList(layer(config) for _ in range(config.depth))
         self.channel_layers = nn.ModuleList(layer(config, config.gate_channel)
                                             for _ in range(config.depth))
         self.cross = CrossAttention(config)
         self.channel_dropout = nn.Dropout1d(config.channel_dropout)  # drops whole tokens
-        self.fusion = nn.Sequential(nn.Linear(2 * D, config.fusion_width),
+        joined = sum(config.widths[1:])
+        self.fusion = nn.Sequential(nn.Linear(joined, config.fusion_width),
                                     nn.LayerNorm(config.fusion_width), nn.GELU(),
                                     nn.Linear(config.fusion_width, config.rep_dim),
                                     nn.LayerNorm(config.rep_dim))
-        self.shortcut = nn.Linear(2 * D, config.rep_dim)  # "residual to the fusion head", 4.4
+        self.shortcut = nn.Linear(joined, config.rep_dim)  # "residual to the fusion head", 4.4
         self.gate = nn.Parameter(torch.tensor(0.1))
+
+    def hand_on(self, t, c):
+        """What the streams hand on of their tokens (B, N, D) and (B, C, D): Output's widths."""
+        time, channel = (torch.cat([h.mean(1), h.amax(1)], dim=-1) if self.config.max_pool
+                         else h.mean(1) for h in (t, c))
+        return time, c.flatten(1) if self.config.lead_tokens else channel
 
     def forward(self, x, keep=None):
         seen = x if keep is None else x * keep[:, None, :]
@@ -273,14 +376,15 @@ class DualView(nn.Module):
         c = self.channel_dropout(self.channel_stem(seen))  # (B, C, D)
         if self.config.late_masking and keep is not None:  # D // C features fall with each lead
             t = t * keep.repeat_interleave(t.shape[2] // C, dim=1)[:, None, :]
-        early = torch.cat([t.mean(1), c.mean(1)], dim=-1)  # (B, 2 D)
-        t = t + positions(t.shape[1], t.shape[2], t.device)
+        early = torch.cat(self.hand_on(t, c), dim=-1)  # (B, 2 D)
+        if self.config.positions:
+            t = t + positions(t.shape[1], t.shape[2], t.device)
         for layer in self.time_layers:
             t = layer(t)
         for layer in self.channel_layers:
             c = layer(c)
         t2, c2 = self.cross(t, c)
-        time, channel = (t + t2).mean(1), (c + c2).mean(1)
+        time, channel = self.hand_on(t + t2, c + c2)
         fused = self.fusion(torch.cat([time, channel], dim=-1))
         z = fused + self.gate.sigmoid() * self.shortcut(early)
         return Output(z, time, channel)
@@ -288,21 +392,6 @@ class DualView(nn.Module):
     def stream_parameters(self, name):
         """Parameters of one stream, `time` or `channel`: its stem and its layers."""
         return [p for key, p in self.named_parameters() if key.startswith(f"{name}_")]
-
-
-class Block(nn.Module):
-    """Basic residual block of ResNet-18, in one dimension: (B, W, T) -> (B, W', T')."""
-
-    def __init__(self, width_in, width, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv1d(width_in, width, 7, stride, 3, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
-            nn.Conv1d(width, width, 7, 1, 3, bias=False), nn.BatchNorm1d(width))
-        self.skip = nn.Identity() if width_in == width and stride == 1 else nn.Sequential(
-            nn.Conv1d(width_in, width, 1, stride, bias=False), nn.BatchNorm1d(width))
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.skip(x))
 
 
 class ResNet18(nn.Module):
@@ -332,8 +421,9 @@ ARCHITECTURES = {"dualview": DualView, "torchnn": DualView, "resnet18": ResNet18
 
 def projector(width, out):
     """Projection head: (B, width) -> (B, out)."""
-    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(),
-                         nn.Linear(width, out))
+    hidden = min(width, 512)
+    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, out))
 
 
 class Contrastive(nn.Module):
@@ -346,15 +436,21 @@ class Contrastive(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.precision = config, "float32"
+        self.config, self.precision, self.readout = config, "float32", config.readout
         self.encoder = ARCHITECTURES[config.arch](config)
-        widths = [config.rep_dim] + [config.width] * (2 * config.aux_losses)
-        self.heads = nn.ModuleList(projector(width, config.proj_dim) for width in widths)
+        self.heads = nn.ModuleList(projector(width, config.proj_dim)
+                                   for width in config.widths[:1 + 2 * config.aux_losses])
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # PyTorch's own weights put all records into one narrow cone, where the loss of
                 # `contig` first collapses; without its biases the first loss is far from chance
                 nn.init.xavier_uniform_(module.weight)
+
+    @property
+    def width(self):
+        """Features of the representation."""
+        z, *streams = self.config.widths
+        return dict(z=z, streams=sum(streams), all=z + sum(streams))[self.readout]
 
     def autocast(self, device):
         """The context that the encoder and the heads run in."""
@@ -370,21 +466,39 @@ class Contrastive(nn.Module):
         return output, torch.stack([F.normalize(p.float(), dim=-1) for p in projections])
 
     def represent(self, x, keep=None):
-        """Representations of views: x (B, T, C), keep (B, C) bool or None -> (B, rep_dim)."""
+        """Representations of views, by the readout: x (B, T, C), keep (B, C) or None -> (B, d)."""
         with self.autocast(x.device):
-            return self.encoder(x, keep).z.float()
+            output = self.encoder(x, keep)
+            parts = dict(z=output[:1], streams=output[1:], all=output)[self.readout]
+            return torch.cat(parts, dim=-1).float()
 
 
-def nt_xent(z1, z2, tau=0.1):
+def nt_xent(z1, z2, tau=0.1, decoupled=False):
     """NT-Xent (Chen et al. 2020, arXiv 2002.05709): mean over the 2B anchors, in nats.
 
     z1, z2: (B, d) of length 1, row i of both from the same record. ln(2B - 1) at chance, >= 0.
+    decoupled: without the positive in the denominator (Yeh et al. 2021, arXiv 2110.06848).
     """
     B = len(z1)
     z = torch.cat([z1, z2])
     similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)  # an anchor is not its own negative
     positive = torch.arange(2 * B, device=z.device).roll(B)
-    return F.cross_entropy(similarity, positive)
+    if not decoupled:
+        return F.cross_entropy(similarity, positive)
+    others = similarity.scatter(1, positive[:, None], -torch.inf).logsumexp(1)
+    return (others - similarity.gather(1, positive[:, None])[:, 0]).mean()
+
+
+def barlow_twins(z1, z2, off_diagonal=0.005):
+    """Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230) over d: no negatives; about 1 at chance.
+
+    z1, z2: (B, d), row i of both from the same record. Standardised over the batch, their
+    correlation matrix (d, d) is drawn to the identity.
+    """
+    z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
+    c = z1.T @ z2 / len(z1)
+    on = (1 - c.diagonal()).square().sum()
+    return (on + off_diagonal * (c.square().sum() - c.diagonal().square().sum())) / len(c)
 
 
 @torch.no_grad()

@@ -56,6 +56,8 @@ real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real recor
 CPU = torch.device("cpu")
 TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
             fusion_width=32, rep_dim=16, proj_dim=8)
+CONV = dict(time_stem="conv", channel_stem="conv", positions=False, max_pool=True, lead_tokens=True,
+            readout="streams", aux_losses=True, stem_width=16, time_stride=8)
 TINY_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
 RECORD = "records100/00000/00003_lr"  # a record of `small`
 LOGGED = {"epoch", "loss", "val_loss", "lr", "grad_norm_time", "grad_norm_channel",
@@ -732,6 +734,44 @@ class TestViews:
             views.ViewConfig(view="stochastic", shift=True)
 
 
+DISTURB = dict(window=.5, speed=.2, lead_gain=.4, wander=.5, max_noise=.5, time_out=.3)
+
+
+class TestDisturb:
+    def views(self, x, **strengths):
+        return views.disturb(x, views.ViewConfig(**strengths), torch.Generator().manual_seed(0))
+
+    def test_a_window_is_a_stretch_of_the_view_at_its_own_place_and_speed(self):
+        ramp = torch.arange(400.)[None, :, None].expand(64, 400, 12)  # each sample is its own time
+        got = self.views(ramp, window=.25, speed=.2)
+        assert got.shape == (64, 100, 12) and (got == got[:, :, :1]).all()
+        first, last = got[:, 0, 0], got[:, -1, 0]
+        torch.testing.assert_close(got[:, :, 0], first[:, None] + (last - first)[:, None]
+                                   * torch.linspace(0, 1, 100), atol=1e-3, rtol=0)
+        speed = (last - first) / 99
+        assert .79 < speed.min() < .85 and 1.15 < speed.max() < 1.21
+        assert first.min() >= 0 and last.max() <= 399 and first.std() > 60  # anywhere
+        torch.testing.assert_close(self.views(ramp), ramp)  # all strengths 0: the view itself
+
+    def test_each_strength_does_what_it_says_and_no_more(self):
+        x = 1 + torch.rand(400, 200, 12, generator=torch.Generator().manual_seed(1))
+        x = self.views(x)  # read between samples, as the others are
+        gain = self.views(x, lead_gain=.4) / x
+        torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), rtol=1e-4,
+                                   atol=0)  # one a record and lead
+        assert abs(gain[:, 0].log().std() - .4) < .02 and abs(gain[:, 0].log().mean()) < .02
+        noise = (self.views(x, max_noise=.5) - x).std((1, 2))  # one strength a record
+        assert .45 < noise.max() < .52 and scipy.stats.kstest(noise / .5, "uniform").pvalue > 1e-3
+        wave = self.views(x, wander=.5) - x  # A sin(2 pi (f t + phase)): second differences
+        ratio = (wave[:, 2:] - 2 * wave[:, 1:-1] + wave[:, :-2]) / wave[:, 1:-1]
+        want = 2 * torch.cos(2 * math.pi * torch.linspace(0, 1.2, 99) / 199) - 2
+        middle = ratio[wave[:, 1:-1].abs() > .3]  # elsewhere it is rounding
+        assert want.min() - 2e-4 < middle.min() and middle.max() < 2e-4
+        lost = (self.views(x, time_out=.3) == 0).all(2)
+        assert lost.sum(1).max() <= 61 and 20 < lost.sum(1).float().mean() < 40
+        assert ((lost[:, 1:] != lost[:, :-1]).sum(1) <= 2).all()  # in one piece
+
+
 class TestModel:
     @pytest.mark.parametrize("shape", [(64, 50, 96), (7, 3, 5), (1, 1)])
     def test_dropout_is_that_of_torch_in_law(self, shape):
@@ -849,6 +889,38 @@ class TestModel:
             changed = (stem(x) - stem(other)).abs().amax(-1)[0] > 1e-6
             assert changed[5] and changed.sum() == (12 if mix else 1)
 
+    def test_conv_stems_know_the_lead_but_not_the_time(self):
+        config = model.Config(**TINY | CONV)
+        time, channel = model.ConvTimeStem(config), model.ConvChannelStem(config)
+        beat = torch.zeros(1, 256, 12)
+        beat[:, 100:110] = torch.randn(10, 12)
+        torch.testing.assert_close(channel(beat), channel(beat.roll(64, 1)), atol=1e-5, rtol=1e-4)
+        tokens, later = time(beat)[:, 8:16], time(beat.roll(64, 1))
+        moved, stayed = ((later[:, i:i + 8] - tokens).abs().max() for i in (16, 8))
+        assert moved < .1 * stayed  # the ends of the record are a little seen everywhere
+        other = beat.clone()
+        other[..., 5] += torch.randn(256)
+        changed = (channel(beat) != channel(other)).any(-1)[0]
+        assert changed[5] and changed.sum() == 1
+        same = channel(torch.zeros(1, 256, 12)) - channel.lead
+        torch.testing.assert_close(same, same[:, :1].expand_as(same))  # one net for all leads
+        for T in (250, 255, 256):
+            assert time(torch.randn(2, T, 12)).shape == (2, T // 8, 24)
+
+    def test_streams_hand_on_mean_and_maximum_and_lead_tokens_and_the_readout_takes_them(self):
+        m = tiny(**CONV).eval()
+        t, c, x = torch.randn(3, 31, 24), torch.randn(3, 12, 24), torch.randn(3, 256, 12)
+        time, channel = m.encoder.hand_on(t, c)
+        for i in range(3):
+            assert time[i].tolist() == pytest.approx(
+                [np.mean([row[d] for row in t[i].tolist()]) for d in range(24)]
+                + [max(row[d] for row in t[i].tolist()) for d in range(24)], abs=1e-6)
+            assert channel[i].tolist() == [v for row in c[i].tolist() for v in row]
+        output = m.encoder(x)
+        for m.readout, want in (("z", output[:1]), ("streams", output[1:]), ("all", output)):
+            got = m.represent(x)
+            assert torch.equal(got, torch.cat(want, -1)) and got.shape == (3, m.width)
+
     def test_masking_zeroes_the_signal_by_default(self):
         m, x = tiny().eval(), torch.randn(2, 500, 12)
         keep = torch.rand(2, 12) > .5
@@ -885,6 +957,18 @@ class TestModel:
         plain = model.Layer(m.config).eval()
         plain.load_state_dict(layer.state_dict(), strict=False)
         torch.testing.assert_close(layer(x), plain(x))
+
+    def test_the_other_losses_are_what_their_papers_write(self):
+        z1, z2 = F.normalize(torch.randn(2, 9, 5, dtype=torch.float64), dim=-1)
+        z, want = [*z1, *z2], 0.0
+        for i in range(18):  # decoupled: the pair itself is not in the sum
+            others = sum(math.exp(float(z[i] @ z[j]) / .2) for j in range(18) if j % 9 != i % 9)
+            want += (math.log(others) - float(z[i] @ z[(i + 9) % 18]) / .2) / 18
+        assert float(model.nt_xent(z1, z2, .2, decoupled=True)) == pytest.approx(want)
+        c = np.corrcoef(z1.T, z2.T)[:5, 5:]
+        want = sum((1 - c[i, i]) ** 2 if i == j else .005 * c[i, j] ** 2
+                   for i in range(5) for j in range(5)) / 5
+        assert float(model.barlow_twins(z1, z2)) == pytest.approx(want)
 
     def test_the_objective_adds_a_share_of_the_streams_nt_xent(self):
         m = tiny(aux_losses=True).eval()
@@ -940,6 +1024,9 @@ class TestModel:
         (dict(heads=0), "heads: at least 1"), (dict(depth=-1), "depth: at least 1"),
         (dict(heads=5), "--heads 5 does not divide --width 24"), (dict(arch="vit"), "--arch vit"),
         (dict(width=26, late_masking=True), "--late-masking needs a --width that 12 divides"),
+        (dict(time_stem="conv"), "--width 24 --stem-width 12: conv stems need"),
+        (dict(time_stem="conv", stem_width=16), "--time-stride 20: a conv stem needs 2, 4, 8"),
+        (dict(arch="resnet18", readout="all"), "--readout all: --arch resnet18 has z only"),
         (dict(arch="resnet18", aux_losses=True), "no streams"), (dict(dropout=1.), "--dropout")])
     def test_impossible_sizes_are_refused(self, bad, says):
         with pytest.raises(InputError, match=says):
@@ -949,10 +1036,11 @@ class TestModel:
 CASES = [(6, "batch"), (2, "batch"), (2, "micro")]  # micro-batch, negatives
 
 
-def step_of(m, micro, negatives="batch", **more):
+def step_of(m, micro, negatives="batch", loss="ntxent", **more):
     """(gradient, loss, norms) of one step of a model with dropout."""
     m.zero_grad()
-    loss, norms = train.backward(m, big_batch(**more), train.Objective(negatives=negatives), micro)
+    objective = train.Objective(negatives=negatives, loss=loss)
+    loss, norms = train.backward(m, big_batch(**more), objective, micro)
     return gradient(m), loss, norms
 
 
@@ -969,10 +1057,11 @@ def gradients_of_a_process():
 
 
 class TestTrain:
-    @pytest.mark.parametrize("micro", [3, 4, 6, 12])
-    def test_the_chunked_gradient_is_that_of_the_whole_batch_with_dropout_on(self, micro):
-        m, batch, objective = with_dropout(), big_batch(), train.Objective()
-        got, loss, norms = step_of(m, micro)
+    @pytest.mark.parametrize("micro, name", [(3, "ntxent"), (4, "ntxent"), (12, "ntxent"),
+                                             (4, "decoupled"), (6, "barlow")])
+    def test_the_chunked_gradient_is_that_of_the_whole_batch_with_dropout_on(self, micro, name):
+        m, batch, objective = with_dropout(), big_batch(), train.Objective(loss=name)
+        got, loss, norms = step_of(m, micro, loss=name)
         m.zero_grad()
         outputs, projections = zip(*[train.project(m, batch, slice(i, i + micro))
                                      for i in range(0, 12, micro)])  # every graph is kept
@@ -1158,6 +1247,16 @@ class TestTrain:
             for whole, part in zip(batch.cut(slice(0, 12)), batch.cut(slice(i, i + 4))):
                 assert torch.equal(whole[i:i + 4], part)
 
+    @pytest.mark.parametrize("view", views.VIEWS)
+    def test_disturbed_views_repeat_in_the_second_pass_and_differ_from_each_other(self, cache, view):
+        c, rows = data.open_cache(cache), np.arange(8)
+        (batch,) = self.feed(c, [(3, rows)], view=view, **DISTURB)
+        x1, x2 = batch.cut(slice(0, 4))
+        assert x1.shape == (4, 500 if view == "stochastic" else 250, 12)
+        again, other = batch.cut(slice(0, 4)), batch.cut(slice(4, 8))
+        assert torch.equal(x1, again[0]) and torch.equal(x2, again[1])
+        assert not torch.equal(x1, x2) and not torch.equal(x1, other[0])
+
     def test_stochastic_batches_are_augmented_records_whatever_the_workers(self, cache):
         c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
         order = [(0, np.array([5, 3])), (1, np.resize(np.array([5, 8]), 18))]
@@ -1303,7 +1402,9 @@ class TestRun:
     @pytest.mark.parametrize("argv", [["--view", "contig", "--negatives", "micro", "--shift"],
                                       ["--view", "stochastic", "--mask-leads", "--workers", 1],
                                       ["--arch", "torchnn", "--clip", 0, "--precision", "tf32"],
-                                      ["--late-masking", "--precision", "bfloat16"]])
+                                      ["--late-masking", "--precision", "bfloat16"],
+                                      ["--preset", "conv", "--stem-width", 16, "--time-stride", 8],
+                                      ["--loss", "barlow", "--time-out", .2, "--view", "contig"]])
     def test_each_option_trains(self, cache, tmp_path, argv):
         run_train(cache, tmp_path / "r", "--max-steps", 2, *argv)
         (row,) = log_of(tmp_path / "r")
@@ -1600,7 +1701,10 @@ class TestProbe:
         monkeypatch.setattr(evaluate, "STRENGTHS", [.1])
         (z, y), fold, rows = self.blurred(200), np.arange(200) % 10 + 1, np.arange(5, 200)
         task = evaluate.Task("cv", y, np.arange(200), rows, rows[:0], rows)
-        got = evaluate.cross_validate(dict(z=z, seconds=0), task, fold)
+        run = types.SimpleNamespace(
+            cv=task, features=dict(row=dict(z=z, seconds=0)),
+            cache=types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold))))
+        got = evaluate.cross_validate(run, "row")
         for f in (1, 10):
             at, next_ = rows[fold[rows] == f], rows[fold[rows] == {1: 2, 10: 1}[f]]
             learn = np.setdiff1d(rows, [*at, *next_])
@@ -1608,6 +1712,29 @@ class TestProbe:
             p, cut = probe(z[at, 0]), evaluate.best_thresholds(y[next_], probe(z[next_, 0]))
             np.testing.assert_allclose(got["test"][fold[rows] == f], p)
             np.testing.assert_array_equal(got["predicted"][fold[rows] == f], p >= cut)
+
+    def test_a_probe_for_fewer_leads_learns_from_masked_copies_of_other_folds(self, cache):
+        c = data.open_cache(cache)
+        rows, fold = np.flatnonzero(c.index[list(CLASSES)].any(axis=1)), c.index.strat_fold
+        task = evaluate.Task("cv", c.index[list(CLASSES)].to_numpy(), fold, rows, rows, rows)
+
+        def encoder(x, keep=None):  # a lead's features tell whether it is there
+            return (x if keep is None else x * keep[:, None]).abs().mean(1)[:, None]
+
+        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), c, CPU, {}, None, {},
+                           encoders=dict(row=encoder), cv=task)
+        z = run.see(encoder, np.arange(len(c.index)))
+        run.features = dict(row=dict(z=z))
+        got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
+        copies = [z[rows, 0]] + [run.see_masked(encoder, rows, p)[:, 0] for p in evaluate.MASKED]
+        for copy, p in zip(copies, (0, *evaluate.MASKED)):
+            assert abs((copy == 0).mean() - p) < .05
+        f, y = fold.to_numpy()[rows], task.y[rows]
+        learn = (f != 3) & (f != 4)
+        probe = evaluate.fit_probe(np.concatenate([copy[learn] for copy in copies]),
+                                   np.concatenate([y[learn]] * 3), .1 / 3, False)
+        three = z[rows, 0] * [lead in evaluate.LEAD_SETS[3] for lead in LEADS]
+        np.testing.assert_allclose(got["3"][f == 3], probe(three[f == 3]), rtol=1e-5)
 
     def test_rocket_is_its_double_loop(self):
         T, n = 60, 40
@@ -1742,6 +1869,12 @@ class TestEvaluate:
         assert rows["table3"] == set(evaluate.PROBED) == rows["cv"] | {"majority"}
         for row in ("finetuned", "supervised"):
             assert at["official", row, "3shot"][:, "macro_auroc"].nunique() == 2
+        for protocol, variants in (("labels-cv", {"3shot", "100%"}), ("leads-cv", set("12631"))):
+            for row in (*rows["cv"], "pretrained - rocket"):
+                found = at[protocol, row].index.get_level_values("metric").str.split("/").str[1]
+                assert set("".join(found)) == set("".join(variants)), (protocol, row)
+        assert at["labels-cv", "rocket", "100%", 0, "macro_auroc/100%"] == pytest.approx(
+            at["cv", "rocket", "100%", 0, "macro_auroc"])
         assert (tmp_path / "r" / "resnet18" / "model.pt").exists()
         assert at["quality", "resnet18", "100%", 0, "alignment"] > 0
 

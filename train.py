@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
-from model import (Config, Contrastive, add_model_flags, compile_blocks, count_flops, n_parameters,
-                   nt_xent, parse, read_args)
-from views import ViewConfig, augment, draw_leads, generator, pool, shift, split
+from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
+                   n_parameters, nt_xent, parse, read_args)
+from views import ViewConfig, augment, disturb, draw_leads, generator, pool, shift, split
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -55,8 +55,11 @@ NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may diff
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss: NT-Xent of the representation, plus a share of that of each stream, if there."""
+    """The loss of the projections, plus a share of that of each stream, if there."""
 
+    loss: str = setting("ntxent", "ntxent; decoupled, without the positive in its denominator; or "
+                        "barlow, Barlow Twins, without negatives",
+                        choices=("ntxent", "decoupled", "barlow"))
     tau: float = setting(0.1, "temperature of NT-Xent", type=bounded(float, 1e-6))
     aux_weight: float = setting(0.5, "weight of each auxiliary loss, with --aux-losses",
                                 type=bounded(float, 0))
@@ -65,7 +68,11 @@ class Objective:
 
     def __call__(self, projections):
         """projections: (1 or 3, 2, B, proj_dim)  ->  the loss, in nats"""
-        losses = [nt_xent(z1, z2, self.tau) for z1, z2 in projections]
+        if self.loss == "barlow":
+            losses = [barlow_twins(z1, z2) for z1, z2 in projections]
+        else:
+            losses = [nt_xent(z1, z2, self.tau, self.loss == "decoupled")
+                      for z1, z2 in projections]
         return losses[0] + self.aux_weight * sum(losses[1:])
 
 
@@ -143,7 +150,9 @@ def chance(args, plan):
     """The loss at chance, in training and in validation; both dicts, as in args.json."""
     terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
     seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
-    return [terms * math.log(2 * n - 1) for n in (seen, plan["val_batch"])]
+    one = dict(ntxent=lambda n: math.log(2 * n - 1), decoupled=lambda n: math.log(2 * n - 2),
+               barlow=lambda n: 1.0)[args.get("loss", "ntxent")]
+    return [terms * one(n) for n in (seen, plan["val_batch"])]
 
 
 def pick_device(name):
@@ -278,7 +287,15 @@ class Feed:
             if self.config.mask_leads:
                 keep = draw_leads((2, len(rows), len(LEADS)), self.config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
+            if self.config.disturbs:
+                cut = partial(self.disturbed, cut, step)
             yield Batch(len(rows), cut, keep, (self.seed, step))
+
+    def disturbed(self, cut, step, part):
+        """The views of cut(part), disturbed: the same each time, for the same slices."""
+        seed = int(generator("disturb", self.seed, step, part.start).integers(2 ** 63))
+        rng = torch.Generator(self.device).manual_seed(seed)
+        return [disturb(view, self.config, rng) for view in cut(part)]
 
     @contextmanager
     def waiting(self):
@@ -426,9 +443,11 @@ def stream_norms(norms, n_tokens):
 
 def stream_statistics(model, norms):
     """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
-    if model.config.arch == "resnet18":
+    size = model.config
+    if size.arch == "resnet18":
         return {}
-    found = dict(zip(STREAM_NORMS, norms))
+    # they compare streams that hand on the mean of their tokens
+    found = {} if size.max_pool or size.lead_tokens else dict(zip(STREAM_NORMS, norms))
     for name in ("time", "channel"):
         gradients = [p.grad for p in model.encoder.stream_parameters(name)]
         found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
@@ -441,7 +460,7 @@ def embed(model, x, view, keep=None, n_views=None):
     """Representations of the views of whole records: never augmented, nor masked unless asked.
 
     x: (B, T, C) z-scored 10 s records; keep: (B, C) bool or None, leads that are there; n_views:
-    the first so many views, by default all  ->  (B, S, rep_dim), S = 1 for stochastic, else 2
+    the first so many views, by default all  ->  (B, S, d), S = 1 for stochastic, else 2
     """
     x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
     return torch.stack([model.represent(v, keep) for v in split(x, view)[:n_views]], dim=1)
@@ -494,11 +513,11 @@ def validate(model, feed, rows, plan, objective, step):
         losses.append(float(objective(project_all(model, batch, parts))))
     labels = feed.cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
-    z = torch.zeros(single.sum(), model.config.rep_dim, device=feed.device)
-    mine = share(len(z))
-    z[mine] = torch.from_numpy(extract(lambda x: embed(model, x, feed.config.view).mean(1),
-                                       feed.cache, rows[single][mine], feed.device, plan.micro)
-                               ).to(feed.device)
+    mine = share(single.sum())
+    found = extract(lambda x: embed(model, x, feed.config.view).mean(1), feed.cache,
+                    rows[single][mine], feed.device, plan.micro)
+    z = torch.zeros(single.sum(), found.shape[1], device=feed.device)
+    z[mine] = torch.from_numpy(found).to(feed.device)
     add_up([z])
     z = z.cpu().numpy()
     if not (np.isfinite(losses).all() and np.isfinite(z).all()):
@@ -682,7 +701,7 @@ def summary(sums, record):
     mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
     if STREAM_NORMS[0] in mean:
         mean |= stream_norms([mean[name] for name in STREAM_NORMS], record["tokens"])
-    else:  # a ResNet has no streams
+    else:  # a ResNet has no streams; others may hand on more than means
         mean |= dict.fromkeys(stream_norms((1, 1), (1, 1)))
     seconds, flop = mean.pop("seconds"), record["flop_per_record"]
     speed = record["in_effect"]["batch"] / seconds
@@ -740,6 +759,7 @@ def check_data(cache, config, size):
     if config.view == "stochastic":
         samples = cache.signals.shape[1]
         pool(config, cache.meta["rate"])  # checks the band against the rate
+    samples = round(config.window * samples)
     if samples < size.time_stride:
         raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
     return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
@@ -763,7 +783,7 @@ def train(args):
         if run.first:
             print(f"{run.path}: finished, nothing to do; remove the folder to train again")
         return
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     start, sums = run.restore(model, optimizer)
     if run.first:
         where = [f"resumed at step {start} of {plan.total}"] if start else []
@@ -832,7 +852,7 @@ def get_args(argv=None):
                    "(paper)")
     g.add_argument("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up "
                    "from 0 (paper)")
-    g.add_argument("--weight-decay", type=bounded(float, 0), default=0.0, help="L2 penalty of Adam")
+    g.add_argument("--weight-decay", type=bounded(float, 0), default=0.0, help="decoupled (AdamW)")
     g.add_argument("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: "
                    "no clipping")
     g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",

@@ -1,7 +1,8 @@
 """Two views of each ECG record: the three strategies of the paper, and random lead masking.
 
 In:  x (B, T, C) float32, z-scored (data.normalize), T = 10 s.
-Out: x1, x2 with the same number of records; full length, or half as many samples.
+Out: x1, x2 with the same number of records; full length, half as many samples, or windows of
+     them, which may be disturbed (`disturb`).
 
     VIEW         alias         the paper calls it          what a view is
     stochastic   augment       stochastic augmentations    a random pass through a pool
@@ -11,6 +12,7 @@ Out: x1, x2 with the same number of records; full length, or half as many sample
     python views.py                                        # this table
     python -c "import torch, views; print(views.split(torch.arange(6.).view(1, 6, 1), 'noncontig'))"
 """
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ ALIASES = {"augment": "stochastic", "nonoverlap": "contig", "interleaved": "nonc
 
 
 # Whatever is random has a generator of its own, named by what it is for.
-PURPOSES = "order", "dropout", "mask", "shift", "augment"
+PURPOSES = "order", "dropout", "mask", "shift", "augment", "disturb"
 
 
 def generator(purpose, seed, *key):
@@ -103,6 +105,37 @@ def draw_leads(shape, p, rng):
     return torch.from_numpy(keep)
 
 
+def disturb(x, config, rng):
+    """Windows of views at random places, played faster or slower, with what recordings suffer from.
+
+    In this order, each of a strength of its own in the ViewConfig: window, speed, lead_gain, wander
+    (a slow wave in each lead), max_noise, time_out. All of it in one batch, on x's device.
+    x: (B, T, C), rng: a torch.Generator there  ->  (B, round(window T), C)
+    """
+    B, T, C = x.shape
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=rng, device=x.device)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=rng, device=x.device)
+
+    W = round(config.window * T)
+    t = torch.linspace(0, 1, W, device=x.device)[:, None]  # (W, 1)
+    span = ((W - 1) * (1 + config.speed * (2 * uniform(B, 1, 1) - 1))).clamp(max=T - 1)
+    at = uniform(B, 1, 1) * (T - 1 - span) + span * t  # (B, W, 1), where each sample lies in x
+    left = at.long().clamp(max=T - 2)
+    here, after = (x.gather(1, i.expand(B, W, C)) for i in (left, left + 1))
+    x = torch.lerp(here, after, at - left)
+    x = x * (config.lead_gain * normal(B, 1, C)).exp()
+    waves = 1.2 * uniform(B, 1, 1) * t + uniform(B, 1, C)  # up to 1.2 of them in a window
+    x = x + config.wander * normal(B, 1, C) * torch.sin(2 * math.pi * waves)
+    x = x + config.max_noise * uniform(B, 1, 1) * normal(B, W, C)
+    lost = config.time_out * uniform(B, 1, 1)
+    start = uniform(B, 1, 1) * (1 - lost)
+    return x * ((t < start) | (t >= start + lost))
+
+
 # Stochastic views: numpy, one record at a time, in the workers of a DataLoader.
 
 class BandPassFilter(E.EcgOnlyAugmentation):
@@ -157,6 +190,9 @@ class TimeCropResize(E.EcgOnlyAugmentation):
         return ("keep",)
 
 
+STRENGTHS = "speed", "lead_gain", "wander", "max_noise", "time_out"  # of disturb
+
+
 @dataclass
 class ViewConfig:
     """The view strategy and its strengths. Defaults of the pool are ecgmentations' own."""
@@ -169,6 +205,18 @@ class ViewConfig:
                             type=bounded(float, 0, .95))
     shift: bool = setting(False, "each segment view starts at a random time of its own, around the "
                           "end: interleaved views then no longer share the times of their beats")
+    window: float = setting(1.0, "share of each view that is seen, at a random place",
+                            type=bounded(float, .05, 1))
+    speed: float = setting(0.0, "each view is played faster or slower by up to this share",
+                           type=bounded(float, 0, .9))
+    lead_gain: float = setting(0.0, "gains of the leads: standard deviation of their logarithm",
+                               type=bounded(float, 0, 3))
+    wander: float = setting(0.0, "slow waves in the leads: standard deviation of their amplitude",
+                            type=bounded(float, 0))
+    max_noise: float = setting(0.0, "white noise of up to this standard deviation",
+                               type=bounded(float, 0))
+    time_out: float = setting(0.0, "up to this share of a view becomes zeros",
+                              type=bounded(float, 0, .95))
     augment_p: float = setting(0.5, "stochastic: probability of each transform",
                                type=bounded(float, 0, 1))
     warp: float = setting(0.05, "stochastic: time warp; the library's 0.05 moves its knots by at "
@@ -191,12 +239,19 @@ class ViewConfig:
         if self.shift and self.view == "stochastic":
             raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
 
+    @property
+    def disturbs(self):
+        """Whether `disturb` has anything to do."""
+        return self.window < 1 or any(getattr(self, name) for name in STRENGTHS)
+
     def describe(self):
         """The strategy in words, for the start of a run."""
         masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
                   else "no lead masking")
         shifted = ", shifted" if self.shift else ""
-        return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}"
+        disturbed = "".join(f", {name.replace('_', ' ')} {getattr(self, name):g}"
+                            for name in ("window", *STRENGTHS) if self.disturbs)
+        return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}{disturbed}"
 
 
 def pool(config, rate):
