@@ -4,7 +4,7 @@
 
 VIEW   ?= noncontig# stochastic, contig, noncontig; or an alias: augment, nonoverlap, interleaved
 SEED   ?= 0# of everything random
-PRESET ?= paper# paper, or small: for CPUs and a few hundred to a few thousand records
+PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
 NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
@@ -14,7 +14,7 @@ NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst i
 ifeq ($(filter stochastic contig noncontig,$(NAME)),)
 $(error unknown VIEW '$(VIEW)'; choose one of stochastic (or augment), contig (or nonoverlap), noncontig (or interleaved))
 endif
-RATE  ?= $(if $(filter stochastic,$(NAME)),100,500)# Hz: 100 or 500; as in the paper by default
+RATE  ?= $(if $(filter stochastic,$(NAME))$(filter conv,$(PRESET)),100,500)# Hz: 100 or 500; as in the paper by default, 100 for conv
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
@@ -44,8 +44,8 @@ help: ## this text
 	@echo "Scripts skip what is done and resume what was cut off; a changed *.py retrains nothing."
 
 demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
-	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=small RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--epochs 15 $(ARGS)"
-	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS=--fast
+	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=conv RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--epochs 40 --batch-size 32 $(ARGS)"
+	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--fast --cv"
 	$(MAKE) plots RUN=runs/demo-$(NAME)-s$(SEED) RUNS= ARGS=
 
 test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records

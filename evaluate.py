@@ -501,10 +501,16 @@ class Run:
         return max(self.trained["micro_batch"], 16)
 
     def piece(self, name, row, make, **depends):
-        """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same."""
-        path = self.out / "eval" / f"{name}.npz"
-        key = json.dumps(self.depends | depends | dict(weights=self.weights.get(row)),
-                         sort_keys=True)
+        """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same.
+
+        ROCKET's depend on no run: they are kept with the cache, for all runs of its seed.
+        """
+        path, depends = self.out / "eval" / f"{name}.npz", self.depends | depends
+        if row == "rocket":
+            path = self.cache.folder / f"rocket-s{self.trained['seed']}" / f"{name}.npz"
+            for of_a_run in ("model", "first_view", "precision", "readout"):
+                del depends[of_a_run]
+        key = json.dumps(depends | dict(weights=self.weights.get(row)), sort_keys=True)
         if path.exists():
             try:
                 with np.load(path) as old:
@@ -722,7 +728,7 @@ def score_all(run, rows):
         for row in rows:
             for seed in range(1 if budget == "100%" else args.seeds):
                 scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
-    if args.cv:
+    if args.cv is not None:
         known = np.flatnonzero(official.y.any(1))
         run.tasks["cv"] = run.cv = replace(official, name="cv", train=known, test=known)
         if lacking := set(range(1, 11)) - set(run.cache.index.strat_fold.iloc[known]):
@@ -739,12 +745,13 @@ def few_scores(run, cv):
 
     cv: {row: what cross_validate gives}. labels-cv: few labels; leads-cv: fewer leads.
     """
-    found = {"labels-cv": {}, "leads-cv": {}}
-    for row, full in cv.items():
+    found, args = {"labels-cv": {}, "leads-cv": {}}, run.settings
+    for row, full in cv.items() if "labels" in args.cv else ():
         found["labels-cv"][row] = {budget: [full["test"] if budget == "100%" else run.piece(
             f"cv-{row}-{budget}-{seed}", row,
             lambda: cross_validate(run, row, budget, seed))["test"]
-            for seed in range(run.settings.seeds)] for budget in run.settings.labels}
+            for seed in range(args.seeds)] for budget in args.labels}
+    for row, full in cv.items() if "leads" in args.cv else ():
         leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
             run, row, full["strengths"]), masked=list(MASKED))
         found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
@@ -1497,9 +1504,9 @@ def get_args(argv=None):
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
                    "fine-tuning, from scratch, ResNet-18; the report is then without them")
-    p.add_argument("--cv", action="store_true", help="score every labelled record of all folds by "
-                   "probes of the other folds as well, also with few labels and leads: narrower "
-                   "intervals on small data")
+    p.add_argument("--cv", nargs="*", choices=("labels", "leads"), help="score every labelled "
+                   "record of all folds by probes of the other folds as well: narrower intervals "
+                   "on small data; --cv labels leads: also with few labels, and with fewer leads")
     p.add_argument("--readout", choices=("z", "streams", "all"), help="what a probe sees of an "
                    "encoder; by default as the run was trained for")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "

@@ -41,7 +41,7 @@ PRESETS = {"paper": {}, "small": dict(
     readout="all", width=96, heads=4, depth=1, ff_mult=2, stem_width=64, time_stride=8,
     fusion_width=192, rep_dim=192, proj_dim=128, dropout=0.0, aux_losses=True, aux_weight=1.0,
     window=0.5, speed=0.2, lead_gain=0.4, wander=0.5, max_noise=0.5,
-    max_lr=2e-3, weight_decay=0.05, epochs=90, batch_size=128, micro_batch=128)}
+    max_lr=2e-3, weight_decay=0.05, epochs=90, micro_batch=128)}
 
 
 @dataclass

@@ -1861,7 +1861,7 @@ class TestEvaluate:
         monkeypatch.setattr(evaluate, "LABEL_STEPS", 20)
         run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
         run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
-                     "--cv")
+                     "--cv", "labels", "leads")
         at = metrics_of(tmp_path / "r").value
         rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
                            if " - " not in row} for protocol in ("official", "table3", "cv")}
