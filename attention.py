@@ -12,6 +12,7 @@ Maps are of the first view of a record, unmasked, by the model's own softmax, av
 """
 import argparse
 import math
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, cycle
@@ -69,10 +70,10 @@ COLUMNS = {"entropy": ("entropy", "this run"), "untrained": ("entropy", "untrain
 # columns of log.jsonl, the first drawn solid, the second dashed.
 TRAINING = {
     "loss": ("Loss along training", "linear", (8, 4.6), [[
-        ("", "NT-Xent (nats); thin: chance, dots\nin training, dashes on fold 9",
+        ("", "loss; thin: chance, dots\nin training, dashes on fold 9",
          ("loss", "val_loss"))]]),
     "gradients": ("Gradient norms of the streams", "log", (11, 6.4), [[
-        ("at the tokens, as in the paper", "norm", ("grad_norm_time", "grad_norm_channel")),
+        ("at mean-pooled tokens, as in the paper", "norm", ("grad_norm_time", "grad_norm_channel")),
         ("tokens x sqrt(N)", "", ("grad_norm_time_corrected", "grad_norm_channel_corrected")),
         ("over the parameters", "", ("param_grad_norm_time", "param_grad_norm_channel"))], [
         ("", "channel / time; dashed: equal", ("grad_norm_ratio",)),
@@ -599,13 +600,14 @@ def plot_curves(kind, runs, path):
                            sharey="row" if kind == "gradients" else False)
     for axis, (name, label, columns) in zip(axes.flat, chain(*rows)):
         draw_curves(axis, runs, columns)
-        axis.set(title=name, ylabel=label, yscale=scale, xlim=(0, None))
+        axis.set(title=name, ylabel=label, yscale=scale)
         if "ratio" in columns[0]:
             axis.axhline(1, **DASHED)
     if kind == "loss":
         axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
+        axis.set_xlim(left=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     logs = {name: log for name, (_, log) in runs.items()}
@@ -696,7 +698,7 @@ def plot_rates(folder, ecg_id, about, path):
 # Views
 
 def example(cache, config, seed, row):
-    """Both views of a record (2, T', C) and the leads that they keep (2, C) bool.
+    """Both views of a record (2, T', C), or a window of each, and the leads they keep (2, C) bool.
 
     Made by the code of training, for a batch of this record alone; of a step in which both
     stochastic views differ from the record, since none may be transformed.
@@ -704,10 +706,11 @@ def example(cache, config, seed, row):
     x = normalize(torch.from_numpy(cache.signals[[row]]))
     feed = Feed(cache, config, seed, torch.device("cpu"))
     for batch in feed((step, np.array([row])) for step in range(100)):
-        pair = torch.cat(list(batch.cut(slice(0, 1))))
-        if config.view != "stochastic" or (pair != x).any((1, 2)).all():
+        pair = torch.cat(list(batch.cut(slice(0, 1)))[::config.windows])
+        if config.view != "stochastic" or config.disturbs or (pair != x).any((1, 2)).all():
             break
-    kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else batch.keep[:, 0].numpy()
+    kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else (
+        batch.keep[::config.windows, 0].numpy())
     return pair.numpy(), kept
 
 
@@ -733,7 +736,7 @@ def draw_beat(axis, x, parts, peaks, color):
                   linewidth=0.8, label=f"view {i + 1}")
     middle = min(peaks, key=lambda peak: abs(peak - SECONDS / 2), default=SECONDS / 2)
     axis.set(xlim=(middle - 0.6, middle + 0.6), xlabel="time (s)")
-    axis.set_ylabel("lead II, unmasked and\nunshifted (z-score)", fontsize=8)
+    axis.set_ylabel("lead II, unmasked and\nundisturbed (z-score)", fontsize=8)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -748,9 +751,10 @@ def plot_views(cache, config, seed, row, about, path):
     pair, kept = example(cache, config, seed, row)
     times = [part[0, :, 0].numpy() for part in split(torch.from_numpy(t)[None, :, None],
                                                      config.view)]
-    parts = [part[0].numpy() for part in split(x, config.view)]  # neither masked nor shifted
+    parts = [part[0].numpy() for part in split(x, config.view)]  # as evaluation sees them
     if config.view == "stochastic":
-        times, parts = [t, t], pair
+        times, parts = [t, t], parts if config.disturbs else pair
+    apart = config.shift or config.disturbs  # a view that has a time of its own
     x, figure = x[0].numpy(), Figure((11, 9))
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)
@@ -762,12 +766,13 @@ def plot_views(cache, config, seed, row, about, path):
         axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
         axis.set_xlabel("time (s)")
     for i, axis in enumerate(axes[2:]):
-        start = times[i][0] if config.shift else 0  # a shifted view has a time of its own
-        draw_leads_apart(axis, times[i] - start, pair[i], kept[i], offsets, color)
+        start = times[i][0] if apart else 0
+        seconds = times[i][:len(pair[i])] - start
+        draw_leads_apart(axis, seconds, pair[i], kept[i], offsets, color)
         axis.set(title=f"view {i + 1}: {kept[i].sum()} of 12 leads", ylim=axes[1].get_ylim(),
-                 xlabel="time from the view's start (s)" if config.shift else "time (s)")
+                 xlabel="time from the view's start (s)" if apart else "time (s)")
     draw_beat(below.subplots(), x, zip(times, parts), r_peaks(signal, rate), color)
-    figure.suptitle(f"{config.describe()}\n{about}")
+    figure.suptitle(f"{textwrap.fill(config.describe(), 110)}\n{about}")
     save_figure(figure, path, dict(millivolt=mv, normalized=x, views=pair, kept=kept, leads=LEADS))
 
 

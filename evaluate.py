@@ -887,9 +887,9 @@ def two_views(run, model):
     """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
     rows = run.cache.rows([TEST_FOLD])
     feed = Feed(run.cache, from_args(ViewConfig, run.trained), run.trained["seed"], run.device)
-    (batch,) = feed([(VAL_STEP, rows)])
-    z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(0, (2, -1))
-         for i in range(0, len(rows), run.micro)]
+    (batch,), windows = feed([(VAL_STEP, rows)]), feed.config.windows  # of these the first
+    z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(
+        0, (2 * windows, -1))[::windows] for i in range(0, len(rows), run.micro)]
     return torch.cat(z, dim=1).float().cpu()
 
 

@@ -26,6 +26,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Optional
@@ -67,12 +68,11 @@ class Objective:
                              "accumulation, as in the paper", choices=("batch", "micro"))
 
     def __call__(self, projections):
-        """projections: (1 or 3, 2, B, proj_dim)  ->  the loss, in nats"""
-        if self.loss == "barlow":
-            losses = [barlow_twins(z1, z2) for z1, z2 in projections]
-        else:
-            losses = [nt_xent(z1, z2, self.tau, self.loss == "decoupled")
-                      for z1, z2 in projections]
+        """projections: (1 or 3, V, B, proj_dim)  ->  the loss, in nats; mean over pairs of views"""
+        one = barlow_twins if self.loss == "barlow" else partial(
+            nt_xent, tau=self.tau, decoupled=self.loss == "decoupled")
+        losses = [sum(one(*pair) for pair in combinations(views, 2)) / math.comb(len(views), 2)
+                  for views in projections]
         return losses[0] + self.aux_weight * sum(losses[1:])
 
 
@@ -227,10 +227,11 @@ def add_up(tensors):
 
 @dataclass
 class Batch:
-    """An effective batch of `size` records, of which cut(part) makes the two views of a slice.
+    """An effective batch of `size` records, of which cut(part) makes the V views of a slice.
 
-    cut: slice -> x1, x2 (b, T', C) float32 on the device, the same each time; keep: (2, B, C) bool,
-    the leads that each view keeps, or None for all; key: (seed, step), names its randomness
+    cut: slice -> V of (b, T', C) float32 on the device, the same each time; keep: (V, B, C) bool,
+    the leads that each view keeps, or None for all; key: (seed, step), names its randomness. V is
+    2, or 2 windows with --windows.
     """
 
     size: int
@@ -285,7 +286,8 @@ class Feed:
         for (step, rows), cut in zip(order, views):
             keep = None
             if self.config.mask_leads:
-                keep = draw_leads((2, len(rows), len(LEADS)), self.config.mask_p,
+                shape = 2 * self.config.windows, len(rows), len(LEADS)
+                keep = draw_leads(shape, self.config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
             if self.config.disturbs:
                 cut = partial(self.disturbed, cut, step)
@@ -295,7 +297,8 @@ class Feed:
         """The views of cut(part), disturbed: the same each time, for the same slices."""
         seed = int(generator("disturb", self.seed, step, part.start).integers(2 ** 63))
         rng = torch.Generator(self.device).manual_seed(seed)
-        return [disturb(view, self.config, rng) for view in cut(part)]
+        return [disturb(view, self.config, rng) for view in cut(part)
+                for _ in range(self.config.windows)]
 
     @contextmanager
     def waiting(self):
@@ -351,29 +354,31 @@ def epoch_order(rows, plan, seed, start):
 # The loss of one effective batch, and its exact gradient in the memory of a micro-batch
 
 def project(model, batch, part):
-    """Output and projections (1 or 3, 2, b, proj_dim) of a slice of a batch.
+    """Output and projections (1 or 3, V, b, proj_dim) of a slice of a batch.
 
     The same each time, dropout included: its seed follows from the batch's key and the slice.
     """
     seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
     torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
     keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
-    output, projections = model(torch.cat(batch.cut(part)), keep)
-    return output, projections.unflatten(1, (2, -1))
+    views = batch.cut(part)
+    output, projections = model(torch.cat(views), keep)
+    return output, projections.unflatten(1, (len(views), -1))
 
 
 @torch.no_grad()
 def project_all(model, batch, parts, kept=None):
-    """Projections (1 or 3, 2, B, proj_dim) of a batch, of which this process makes some parts.
+    """Projections (1 or 3, V, B, proj_dim) of a batch, of which this process makes some parts.
 
     Without a graph. BatchNorm normalises as in training, but its running averages stand still.
     kept: what project() gave for the only part, if it is there already
     """
-    before = [b.clone() for b in model.buffers()]
-    out = torch.zeros(len(model.heads), 2, batch.size, model.config.proj_dim,
-                      device=next(model.parameters()).device)
+    before, out = [b.clone() for b in model.buffers()], None
     for part in parts:
-        out[:, :, part] = (kept or project(model, batch, part))[1]
+        found = (kept or project(model, batch, part))[1]
+        if out is None:
+            out = found.new_zeros(*found.shape[:2], batch.size, found.shape[3])
+        out[:, :, part] = found
     if not kept:
         for b, old in zip(model.buffers(), before):
             b.copy_(old)
@@ -430,8 +435,8 @@ def backward(model, batch, objective, micro):
 def stream_norms(norms, n_tokens):
     """Gradient norms at the streams as the paper logged them, and corrected for token counts.
 
-    norms: at the pooled vectors. Mean pooling hands each of N tokens 1/N of that gradient, so the
-    norm at the token tensor, the paper's, is norm / sqrt(N).
+    norms: at what the streams hand on. Mean pooling gives each of N tokens 1/N of that gradient, so
+    the norm at the token tensor, the paper's, is norm / sqrt(N).
     """
     (time_norm, channel_norm), (n_time, n_channel) = norms, n_tokens
     paper = [time_norm / math.sqrt(n_time), channel_norm / math.sqrt(n_channel)]
@@ -443,11 +448,9 @@ def stream_norms(norms, n_tokens):
 
 def stream_statistics(model, norms):
     """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
-    size = model.config
-    if size.arch == "resnet18":
+    if model.config.arch == "resnet18":
         return {}
-    # they compare streams that hand on the mean of their tokens
-    found = {} if size.max_pool or size.lead_tokens else dict(zip(STREAM_NORMS, norms))
+    found = dict(zip(STREAM_NORMS, norms))
     for name in ("time", "channel"):
         gradients = [p.grad for p in model.encoder.stream_parameters(name)]
         found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
@@ -572,7 +575,7 @@ def describe_run(args, model, cache, plan, samples):
     return dict(args=vars(args), argv=sys.argv[1:], in_effect=asdict(plan),
                 config=asdict(model.config), n_parameters=n_parameters(model), samples=samples,
                 tokens=[samples // model.config.time_stride, len(LEADS)],
-                flop_per_record=2 * (both + forward * twice),  # two views
+                flop_per_record=2 * args.windows * (both + forward * twice),
                 peak_flops=matmul_peak(device, model.precision), precision=model.precision,
                 start_mib=peak_mib(device),
                 device=str(device), threads=torch.get_num_threads(),
@@ -701,7 +704,9 @@ def summary(sums, record):
     mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
     if STREAM_NORMS[0] in mean:
         mean |= stream_norms([mean[name] for name in STREAM_NORMS], record["tokens"])
-    else:  # a ResNet has no streams; others may hand on more than means
+        if record["config"]["max_pool"] or record["config"]["lead_tokens"]:  # not the mean alone
+            mean |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
+    else:  # a ResNet has no streams
         mean |= dict.fromkeys(stream_norms((1, 1), (1, 1)))
     seconds, flop = mean.pop("seconds"), record["flop_per_record"]
     speed = record["in_effect"]["batch"] / seconds

@@ -190,7 +190,7 @@ class TimeCropResize(E.EcgOnlyAugmentation):
         return ("keep",)
 
 
-STRENGTHS = "speed", "lead_gain", "wander", "max_noise", "time_out"  # of disturb
+DISTURBANCES = "windows", "window", "speed", "lead_gain", "wander", "max_noise", "time_out"
 
 
 @dataclass
@@ -205,6 +205,8 @@ class ViewConfig:
                             type=bounded(float, 0, .95))
     shift: bool = setting(False, "each segment view starts at a random time of its own, around the "
                           "end: interleaved views then no longer share the times of their beats")
+    windows: int = setting(1, "windows that are cut out of each view, all of a record pairs of "
+                           "another: a step costs as many times as much", type=bounded(int, 1, 16))
     window: float = setting(1.0, "share of each view that is seen, at a random place",
                             type=bounded(float, .05, 1))
     speed: float = setting(0.0, "each view is played faster or slower by up to this share",
@@ -242,7 +244,7 @@ class ViewConfig:
     @property
     def disturbs(self):
         """Whether `disturb` has anything to do."""
-        return self.window < 1 or any(getattr(self, name) for name in STRENGTHS)
+        return any(getattr(self, name) != getattr(ViewConfig, name) for name in DISTURBANCES)
 
     def describe(self):
         """The strategy in words, for the start of a run."""
@@ -250,7 +252,8 @@ class ViewConfig:
                   else "no lead masking")
         shifted = ", shifted" if self.shift else ""
         disturbed = "".join(f", {name.replace('_', ' ')} {getattr(self, name):g}"
-                            for name in ("window", *STRENGTHS) if self.disturbs)
+                            for name in DISTURBANCES if getattr(self, name) != getattr(
+                                ViewConfig, name))
         return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}{disturbed}"
 
 
