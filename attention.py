@@ -604,7 +604,7 @@ def plot_curves(kind, runs, path):
         if "ratio" in columns[0]:
             axis.axhline(1, **DASHED)
     if kind == "loss":
-        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+        axis.set_ylim(min(0, axis.get_ylim()[0]), 1.08 * axis.get_ylim()[1])
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
         axis.set_xlim(left=0)

@@ -3,8 +3,8 @@
 In:  a finished run folder of train.py, and the cache that it was trained on (or one like it).
 Out: in that folder metrics.csv, every number, a line each: protocol, row, labels, seed, metric,
      value, low, high; report.md and figures/, which are made from it; eval/: finished pieces of
-     work, each kept while nothing changes that it depends on. eval/embeddings-pretrained.npz has
-     z (N, S, d) float32, S = 1 or 2 views, with ecg_id, patient_id, strat_fold and labels.
+     work, each kept while nothing changes that it depends on (ROCKET's: in the cache).
+     eval/embeddings-pretrained.npz has z (N, S, d) float32, S = 1 or 2 views, ids and labels.
 
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
@@ -14,6 +14,7 @@ Out: in that folder metrics.csv, every number, a line each: protocol, row, label
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -503,12 +504,13 @@ class Run:
     def piece(self, name, row, make, **depends):
         """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same.
 
-        ROCKET's depend on no run: they are kept with the cache, for all runs of its seed.
+        ROCKET's depend on no run: they are kept in the cache's folder, if it can be written, for
+        all runs of its seed.
         """
         path, depends = self.out / "eval" / f"{name}.npz", self.depends | depends
-        if row == "rocket":
+        if row == "rocket" and os.access(self.cache.folder, os.W_OK):
             path = self.cache.folder / f"rocket-s{self.trained['seed']}" / f"{name}.npz"
-            for of_a_run in ("model", "first_view", "precision", "readout"):
+            for of_a_run in ("model", "first_view", "readout"):
                 del depends[of_a_run]
         key = json.dumps(depends | dict(weights=self.weights.get(row)), sort_keys=True)
         if path.exists():
@@ -549,6 +551,13 @@ def open_run(args):
     model.precision = pick_precision(trained["precision"], device)
     if args.readout and saved["config"]["arch"] != "resnet18":
         model.readout = args.readout
+    tasks, cv = protocols(cache.index), None
+    if args.cv is not None:
+        known = np.flatnonzero(tasks["official"].y.any(1))
+        if lacking := set(range(1, 11)) - set(cache.index.strat_fold.iloc[known]):
+            raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it "
+                             "out")
+        tasks["cv"] = cv = replace(tasks["official"], name="cv", train=known, test=known)
     depends = dict(
         format=FORMAT, model=sha256(folder / "model.pt"), first_view=args.first_view,
         data=cache.meta["fingerprint"], precision=model.precision,
@@ -556,8 +565,8 @@ def open_run(args):
         labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
     other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
     out = folder / f"on-{cache.folder.name}" if other else folder
-    return Run(folder, out, saved, trained, cache, device, protocols(cache.index), args, depends,
-               models=dict(pretrained=model))
+    return Run(folder, out, saved, trained, cache, device, tasks, args, depends,
+               models=dict(pretrained=model), cv=cv)
 
 
 def resnet_config(config):
@@ -713,13 +722,10 @@ def score_row(run, row, task, budget="100%", seed=0):
 
 
 def score_all(run, rows):
-    """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}.
-
-    With --cv it adds that Task to the run's.
-    """
+    """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}."""
     scores, args, official = {}, run.settings, run.tasks["official"]
     for name, task in run.tasks.items():
-        for row in rows:
+        for row in rows if name != "cv" else ():
             if row in NETWORKS and name == "table3" or (
                     row == "finetuned" and "100%" not in args.labels):
                 continue
@@ -728,15 +734,9 @@ def score_all(run, rows):
         for row in rows:
             for seed in range(1 if budget == "100%" else args.seeds):
                 scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
-    if args.cv is not None:
-        known = np.flatnonzero(official.y.any(1))
-        run.tasks["cv"] = run.cv = replace(official, name="cv", train=known, test=known)
-        if lacking := set(range(1, 11)) - set(run.cache.index.strat_fold.iloc[known]):
-            raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it "
-                             "out")
-        for row in run.features:
-            scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row,
-                                                     lambda: cross_validate(run, row))
+    for row in run.features if run.cv else ():
+        scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row,
+                                                 lambda: cross_validate(run, row))
     return scores
 
 
@@ -746,15 +746,16 @@ def few_scores(run, cv):
     cv: {row: what cross_validate gives}. labels-cv: few labels; leads-cv: fewer leads.
     """
     found, args = {"labels-cv": {}, "leads-cv": {}}, run.settings
-    for row, full in cv.items() if "labels" in args.cv else ():
-        found["labels-cv"][row] = {budget: [full["test"] if budget == "100%" else run.piece(
-            f"cv-{row}-{budget}-{seed}", row,
-            lambda: cross_validate(run, row, budget, seed))["test"]
-            for seed in range(args.seeds)] for budget in args.labels}
-    for row, full in cv.items() if "leads" in args.cv else ():
-        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
-            run, row, full["strengths"]), masked=list(MASKED))
-        found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
+    for row, full in cv.items():
+        if "labels" in args.cv:
+            found["labels-cv"][row] = {budget: [full["test"] if budget == "100%" else run.piece(
+                f"cv-{row}-{budget}-{seed}", row,
+                lambda: cross_validate(run, row, budget, seed))["test"]
+                for seed in range(args.seeds)] for budget in args.labels}
+        if "leads" in args.cv:
+            leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
+                run, row, full["strengths"]), masked=list(MASKED))
+            found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
     return found
 
 
@@ -799,7 +800,7 @@ def few_lines(run, found, draws):
         for row, variants in rows.items():
             sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
                                 for p in some], axis=0) for some in variants.values()]
-            draws[f"{protocol}-{row}"] = np.stack(sampled, axis=1)
+            draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
             values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
                       for name, some in variants.items()}
             out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
@@ -821,29 +822,27 @@ def differences(groups, wanted):
     records, are means over a group's runs.
     """
     def mean(protocol, group, row):
-        points = []
+        """Means over a group's runs of what all have: {metric: (point, bootstrap draws)}."""
+        found = []
         for run in groups[group]:
             t = run["table"]
             at = t[(t.protocol == protocol) & (t.row == row) & (t.labels == "100%") & (t.seed == 0)]
-            points.append(at.set_index("metric").value)
-        draws = [run["draws"][f"{protocol}-{row}"] for run in groups[group]]
-        return pd.concat(points, axis=1).mean(axis=1), np.mean(draws, axis=0)
+            points, name = at.set_index("metric").value, f"{protocol}-{row}"
+            few = {f"macro_auroc/{key.split('/')[1]}": draws for key, draws in run["draws"].items()
+                   if key.startswith(f"{name}/")}
+            all_draws = few | dict(zip(MEASURES, run["draws"].get(name, np.empty((0, 0))).T))
+            found.append({m: (points[m], draws) for m, draws in all_draws.items()})
+        return {m: [np.mean(values, axis=0) for values in zip(*(one[m] for one in found))]
+                for m in found[0] if all(m in one for one in found)}
 
     out = []
     for protocol in ("official", "cv", "paper", "labels-cv", "leads-cv"):
         for pair in wanted:
-            if any(f"{protocol}-{row}" not in run["draws"] for group, row in pair
-                   for run in groups[group]):
-                continue
-            (points_a, draws_a), (points_b, draws_b) = (mean(protocol, *side) for side in pair)
-            if draws_a.shape != draws_b.shape:
-                continue  # other --labels
-            points = points_a - points_b
-            if "-cv" not in protocol:
-                points = points[list(MEASURES)]
-            bounds = {m: interval(d) for m, d in zip(points.index, (draws_a - draws_b).T)}
+            a, b = (mean(protocol, *side) for side in pair)
             name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
-            out += lines(protocol, name, points.to_dict(), bounds)
+            both = [m for m in a if m in b]
+            out += lines(protocol, name, {m: a[m][0] - b[m][0] for m in both},
+                         {m: interval(a[m][1] - b[m][1]) for m in both})
     return out
 
 
@@ -987,9 +986,11 @@ ABOUT = {
     "records do not tell which is better. Between views: they differ untrained already, since a "
     "probe sees other inputs. Intervals do not tell what another seed would give.",
     "labels-cv": "Macro AUROC of all labelled records, each scored by a probe that saw so many "
-    "labels of the other folds; mean over draws of them. A whole fold more chooses C.",
+    "labels of the other folds; mean over draws of them, intervals over patients alone. A whole "
+    "fold more chooses C.",
     "leads-cv": "Macro AUROC of all labelled records, cross-validated. All probes, ROCKET's too, "
-    "learned from their records whole and from two copies with leads masked at random.",
+    "learned from their records whole and from two copies with leads masked at random; "
+    "C as chosen with all leads.",
     "labels": "Official protocol, test fold 10; mean ± standard deviation over draws of the "
     "training labels. All of fold 9 still chooses C, thresholds and when a network stops.",
     "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
@@ -1194,6 +1195,8 @@ def evaluate(args):
     notes = [f"{name}: {len(task.train)} records train, {len(task.choose)} choose, "
              f"{len(task.test)} test" for name, task in run.tasks.items()]
     notes += [note for task in run.tasks.values() for note in gaps(task)]
+    notes.append(f"a probe sees of an encoder: {run.depends['readout']}, "
+                 f"{run.models['pretrained'].width} features")
     if run.out != run.folder:
         notes.append(f"pretrained on {run.saved['data']['data']}, evaluated on other data: "
                      f"{run.cache.meta['data']}")
@@ -1282,7 +1285,8 @@ def changes(run):
     usual |= asdict(from_args(ViewConfig, usual))  # settings that follow the view
     found = {k: v for k, v in args.items()
              if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
-    return found | {k: settings[k] for k in ("first_view", "label_lr") if settings[k]}
+    return found | {k: settings[k] for k in ("readout", "first_view", "label_lr")
+                    if settings.get(k)}
 
 
 def group_runs(runs):

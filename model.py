@@ -1,7 +1,7 @@
 """The dual-view transformer (paper 4.3), a 1-D ResNet-18 to compare with, and NT-Xent.
 
 In:  a view x (B, T, C) float32, z-scored; optionally keep (B, C) bool, the leads that it keeps.
-Out: Output(z, time, channel): z (B, rep_dim), and what the two streams hand on, pooled (B, D);
+Out: Output(z, time, channel): z (B, rep_dim), and what the two streams hand on, (B, D) or wider;
      Contrastive adds projections (B, proj_dim) for the loss, and represent() what is used
      downstream: z, unless --readout says otherwise. load_run(folder) gives a trained one.
 
@@ -54,9 +54,10 @@ class Config:
     heads: int = setting(6, "attention heads H; must divide the width")
     depth: int = setting(4, "encoder layers of each stream")
     ff_mult: int = setting(5, "feed-forward width over D")
-    stem_width: int = setting(192, "width of the time stream's first convolution")
+    stem_width: int = setting(192, "width of the time stream's first convolution; a conv channel "
+                              "stem takes half of it")
     time_stride: int = setting(1, "samples per time token; cost falls about in proportion")
-    channel_bins: int = setting(512, "samples that a lead is pooled to before it becomes a token")
+    channel_bins: int = setting(512, "samples that a linear channel stem pools a lead to")
     fusion_width: int = setting(2048, "hidden width of the fusion network")
     rep_dim: int = setting(512, "width of the representation")
     proj_dim: int = setting(256, "width of the projection that the loss sees")
@@ -77,7 +78,8 @@ class Config:
                               "which mix the leads before they become tokens")
     channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
     gate_channel: bool = setting(False, "paper section 6: gates on the channel stream's residuals")
-    aux_losses: bool = setting(False, "paper section 6: NT-Xent on each pooled stream as well")
+    aux_losses: bool = setting(False, "paper section 6: the loss on what each stream hands on as "
+                              "well")
     late_masking: bool = setting(False, "paper section 7: mask the lifted time tokens, not the "
                                  "signal; the channel stream still sees masked leads")
 
@@ -100,13 +102,14 @@ class Config:
                                          or self.time_stride & self.time_stride - 1):
             problems.append(f"--time-stride {self.time_stride}: a conv stem needs 2, 4, 8, ...")
         if self.arch == "resnet18" and self.readout != "z":
-            problems.append(f"--readout {self.readout}: --arch resnet18 has z only")
+            problems.append(f"--readout {self.readout}: give --readout z, all that resnet18 has")
         if self.late_masking and self.width % C:
             problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
             problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
         if self.arch == "resnet18" and any(getattr(self, name) for name in STREAM_OPTIONS):
-            problems.append("--arch resnet18 has no streams: leave out the options of the streams")
+            problems.append("--arch resnet18 has no streams: leave out their options, and give "
+                            "--no-aux-losses where the preset has them")
         if self.arch == "torchnn" and self.gate_channel:
             problems.append("--arch torchnn has no gates: leave out --gate-channel")
         if problems:
@@ -285,7 +288,7 @@ class Block(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-GROUPS = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
+group_norm = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
 
 
 class ConvTimeStem(nn.Module):
@@ -298,9 +301,9 @@ class ConvTimeStem(nn.Module):
         super().__init__()
         W, D, halvings = config.stem_width, config.width, int(math.log2(config.time_stride)) - 1
         self.stride, self.body = config.time_stride, nn.Sequential(
-            nn.Conv1d(C, W, 9, 2, 4, bias=False), GROUPS(W), nn.ReLU(),
-            *[Block(W, W, 2, 5, GROUPS) for _ in range(halvings)],
-            Block(W, D, 1, 5, GROUPS), Block(D, D, 1, 5, GROUPS))
+            nn.Conv1d(C, W, 9, 2, 4, bias=False), group_norm(W), nn.ReLU(),
+            *[Block(W, W, 2, 5, group_norm) for _ in range(halvings)],
+            Block(W, D, 1, 5, group_norm), Block(D, D, 1, 5, group_norm))
 
     def forward(self, x):
         h = self.body(x.transpose(1, 2)).transpose(1, 2)  # (B, N or N + 1, D)
@@ -317,8 +320,8 @@ class ConvChannelStem(nn.Module):
         super().__init__()
         W = config.stem_width // 2
         self.net = nn.Sequential(
-            nn.Conv1d(1, W, 15, 4, 7, bias=False), GROUPS(W), nn.ReLU(),
-            nn.Conv1d(W, 2 * W, 7, 2, 3, bias=False), GROUPS(2 * W), nn.ReLU())
+            nn.Conv1d(1, W, 15, 4, 7, bias=False), group_norm(W), nn.ReLU(),
+            nn.Conv1d(W, 2 * W, 7, 2, 3, bias=False), group_norm(2 * W), nn.ReLU())
         self.out = nn.Linear(4 * W, config.width)
         self.lead = nn.Parameter(0.5 * torch.randn(C, config.width))
 
@@ -326,7 +329,7 @@ class ConvChannelStem(nn.Module):
         B, T, C = x.shape
         h = self.net(x.transpose(1, 2).reshape(B * C, 1, T))  # (B C, 2 W, T // 8)
         h = torch.cat([h.mean(2), h.amax(2)], dim=1)
-        return self.out(h).view(B, C, -1) + self.lead
+        return self.out(h).unflatten(0, (B, C)) + self.lead
 
 
 STEMS = {"linear": (TimeStem, ChannelStem), "conv": (ConvTimeStem, ConvChannelStem)}
@@ -366,9 +369,10 @@ class DualView(nn.Module):
 
     def hand_on(self, t, c):
         """What the streams hand on of their tokens (B, N, D) and (B, C, D): Output's widths."""
-        time, channel = (torch.cat([h.mean(1), h.amax(1)], dim=-1) if self.config.max_pool
-                         else h.mean(1) for h in (t, c))
-        return time, c.flatten(1) if self.config.lead_tokens else channel
+        def pool(h):
+            return torch.cat([h.mean(1), h.amax(1)], -1) if self.config.max_pool else h.mean(1)
+
+        return pool(t), c.flatten(1) if self.config.lead_tokens else pool(c)
 
     def forward(self, x, keep=None):
         seen = x if keep is None else x * keep[:, None, :]
@@ -376,7 +380,7 @@ class DualView(nn.Module):
         c = self.channel_dropout(self.channel_stem(seen))  # (B, C, D)
         if self.config.late_masking and keep is not None:  # D // C features fall with each lead
             t = t * keep.repeat_interleave(t.shape[2] // C, dim=1)[:, None, :]
-        early = torch.cat(self.hand_on(t, c), dim=-1)  # (B, 2 D)
+        early = torch.cat(self.hand_on(t, c), dim=-1)  # (B, 2 D), or wider
         if self.config.positions:
             t = t + positions(t.shape[1], t.shape[2], t.device)
         for layer in self.time_layers:
@@ -419,9 +423,8 @@ class ResNet18(nn.Module):
 ARCHITECTURES = {"dualview": DualView, "torchnn": DualView, "resnet18": ResNet18}
 
 
-def projector(width, out):
+def projector(width, hidden, out):
     """Projection head: (B, width) -> (B, out)."""
-    hidden = min(width, 512)
     return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU(),
                          nn.Linear(hidden, out))
 
@@ -438,8 +441,9 @@ class Contrastive(nn.Module):
         super().__init__()
         self.config, self.precision, self.readout = config, "float32", config.readout
         self.encoder = ARCHITECTURES[config.arch](config)
-        self.heads = nn.ModuleList(projector(width, config.proj_dim)
-                                   for width in config.widths[:1 + 2 * config.aux_losses])
+        self.heads = nn.ModuleList(
+            projector(width, min(width, 512) if config.lead_tokens else width, config.proj_dim)
+            for width in config.widths[:1 + 2 * config.aux_losses])
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # PyTorch's own weights put all records into one narrow cone, where the loss of
@@ -613,8 +617,9 @@ def load_run(folder, device="cpu"):
 
 def add_model_flags(parser):
     """--preset and a flag for each field of Config."""
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes that the flags "
-                        f"below then change; small is {PRESETS['small']}")
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="settings that flags "
+                        "then change. " + "; ".join(f"{name}: {values}" for name, values in
+                                                    PRESETS.items() if values))
     add_flags(parser, "model", Config)
 
 

@@ -7,7 +7,8 @@ Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), m
     python train.py --cache cache/ptbxl-500 --view noncontig
     python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
 
-Everything random is a function of (seed, step): a resumed run repeats the interrupted one.
+Everything random is a function of (seed, step), dropout and disturbances of the slice of a batch
+too: a resumed run repeats the interrupted one.
 train() at the end is the method. One step: Feed draws the rows of a batch and cuts two views of
 each; backward() projects them without a graph, takes NT-Xent over the whole batch and its gradient
 at the projections, and projects again, part by part, to hand that gradient on; then clip and Adam.
@@ -68,7 +69,7 @@ class Objective:
                              "accumulation, as in the paper", choices=("batch", "micro"))
 
     def __call__(self, projections):
-        """projections: (1 or 3, V, B, proj_dim)  ->  the loss, in nats; mean over pairs of views"""
+        """projections: (1 or 3, V, B, proj_dim)  ->  the loss, mean over pairs of views"""
         one = barlow_twins if self.loss == "barlow" else partial(
             nt_xent, tau=self.tau, decoupled=self.loss == "decoupled")
         losses = [sum(one(*pair) for pair in combinations(views, 2)) / math.comb(len(views), 2)
@@ -230,14 +231,15 @@ class Batch:
     """An effective batch of `size` records, of which cut(part) makes the V views of a slice.
 
     cut: slice -> V of (b, T', C) float32 on the device, the same each time; keep: (V, B, C) bool,
-    the leads that each view keeps, or None for all; key: (seed, step), names its randomness. V is
-    2, or 2 windows with --windows.
+    the leads that each view keeps, or None for all; key: (seed, step), names its randomness;
+    n_views: V, 2 or with --windows twice as many as those
     """
 
     size: int
     cut: Callable
     keep: Optional[torch.Tensor]
     key: tuple
+    n_views: int = 2
 
 
 class Augmented(Dataset):
@@ -283,15 +285,16 @@ class Feed:
     def __call__(self, order):
         order = list(order)
         views = self.augmented(order) if self.config.view == "stochastic" else self.segments(order)
+        n_views = 2 * self.config.windows
         for (step, rows), cut in zip(order, views):
             keep = None
             if self.config.mask_leads:
-                shape = 2 * self.config.windows, len(rows), len(LEADS)
+                shape = n_views, len(rows), len(LEADS)
                 keep = draw_leads(shape, self.config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
             if self.config.disturbs:
                 cut = partial(self.disturbed, cut, step)
-            yield Batch(len(rows), cut, keep, (self.seed, step))
+            yield Batch(len(rows), cut, keep, (self.seed, step), n_views)
 
     def disturbed(self, cut, step, part):
         """The views of cut(part), disturbed: the same each time, for the same slices."""
@@ -361,9 +364,8 @@ def project(model, batch, part):
     seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
     torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
     keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
-    views = batch.cut(part)
-    output, projections = model(torch.cat(views), keep)
-    return output, projections.unflatten(1, (len(views), -1))
+    output, projections = model(torch.cat(batch.cut(part)), keep)
+    return output, projections.unflatten(1, (batch.n_views, -1))
 
 
 @torch.no_grad()
@@ -373,12 +375,11 @@ def project_all(model, batch, parts, kept=None):
     Without a graph. BatchNorm normalises as in training, but its running averages stand still.
     kept: what project() gave for the only part, if it is there already
     """
-    before, out = [b.clone() for b in model.buffers()], None
+    before = [b.clone() for b in model.buffers()]
+    out = torch.zeros(len(model.heads), batch.n_views, batch.size, model.config.proj_dim,
+                      device=next(model.parameters()).device)
     for part in parts:
-        found = (kept or project(model, batch, part))[1]
-        if out is None:
-            out = found.new_zeros(*found.shape[:2], batch.size, found.shape[3])
-        out[:, :, part] = found
+        out[:, :, part] = (kept or project(model, batch, part))[1]
     if not kept:
         for b, old in zip(model.buffers(), before):
             b.copy_(old)
@@ -636,6 +637,8 @@ class RunFolder:
             text = json.dumps(self.record, indent=1)  # nothing to lose yet
             write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
         old = read_args(self.path)
+        usual = vars(get_args(["--preset", old["args"].get("preset", "paper")]))
+        old["args"] = usual | old["args"]  # a flag may be younger than the run
         if lines := differences(old, self.record):
             raise InputError(f"{self.path} was made with other arguments; give another RUN= "
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))

@@ -109,7 +109,8 @@ def disturb(x, config, rng):
     """Windows of views at random places, played faster or slower, with what recordings suffer from.
 
     In this order, each of a strength of its own in the ViewConfig: window, speed, lead_gain, wander
-    (a slow wave in each lead), max_noise, time_out. All of it in one batch, on x's device.
+    (a slow wave in each lead), max_noise, time_out. All of it in one batch, on x's device. A window
+    starts between samples and is read by linear interpolation, which softens its steepest parts.
     x: (B, T, C), rng: a torch.Generator there  ->  (B, round(window T), C)
     """
     B, T, C = x.shape
@@ -238,6 +239,12 @@ class ViewConfig:
         self.view = resolve_view(self.view)
         if self.mask_leads is None:
             self.mask_leads = self.view != "stochastic"
+        if self.window * (1 + self.speed) > 1:
+            raise InputError(f"--window {self.window} --speed {self.speed}: a window would not fit "
+                             "into its view; window x (1 + speed) may be 1 at most")
+        if self.windows > 1 and self.window == 1:
+            raise InputError(f"--windows {self.windows} of whole views are the same: give a "
+                             "--window below 1")
         if self.shift and self.view == "stochastic":
             raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
 
