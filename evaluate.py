@@ -1139,22 +1139,28 @@ def plot_roc(y, scores, title, path):
 
 
 def plot_lines(found, xlabel, title, path, log=False):
-    """Macro AUROC of each row against something: lines with columns row, x, value, sd."""
+    """Macro AUROC of each row against something: lines with columns row, x, value, sd, low, high.
+
+    Bars: the interval where all points of a row have one, else the sd.
+    """
     figure = Figure((8.4, 4.2), layout="constrained")
     axis = figure.subplots()
     for i, (row, points) in enumerate(found.groupby("row", sort=False)):
         points = points.sort_values("x")
         aside = 1 + 0.02 * (i - 3) if log else 1  # so that the bars do not overlap
-        axis.errorbar(points.x * aside, points.value, points.sd.fillna(0), marker="osD^vPX<"[i],
-                      capsize=2, markersize=5, color=ROW_COLORS[row], label=ROWS[row],
+        bars = points.sd.fillna(0)
+        if points.low.notna().all():
+            bars = points.value - points.low, points.high - points.value
+        axis.errorbar(points.x * aside, points.value, bars, marker="osD^vPX<"[i], capsize=2,
+                      markersize=5, color=ROW_COLORS[row], label=ROWS[row],
                       linestyle="--" if row in NETWORKS else "-")
-    axis.set(xlabel=xlabel, ylabel="macro AUROC, fold 10", xscale="log" if log else "linear")
+    axis.set(xlabel=xlabel, ylabel="macro AUROC", xscale="log" if log else "linear")
     ticks = sorted(set(found.x))
     axis.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path, found[["row", "x", "value", "sd"]])
+    save_figure(figure, path, found[["row", "x", "value", "sd", "low", "high"]])
 
 
 def draw(run, table, scores):
@@ -1178,14 +1184,17 @@ def draw(run, table, scores):
                                          for row in ("rocket", "untrained", "pretrained")},
              f"Fold 10, official protocol ({len(official.test)} records). {about}", paths["roc"])
     found = summarize(table)
-    leads = found[found.protocol == "leads"]
+    name, how = "leads", "Fold 10: trained on 12 leads, tested on fewer"
+    if "leads-cv" in set(found.protocol):
+        name, how = "leads-cv", "Fewer leads at test, cross-validated; all probes saw masked leads"
+    leads = found[(found.protocol == name) & found.row.isin(ROWS)]
     plot_lines(leads.assign(x=leads.metric.str.split("/").str[1].astype(int)), "leads at test",
-               f"Trained on 12 leads, tested on fewer. {about}", paths["leads"])
+               f"{how}. {about}", paths["leads"])
     few = found[(found.protocol == "official") & (found.metric == "macro_auroc")
                 & found.row.isin(ROWS)]
     plot_lines(few.assign(x=[len(draw_labels(official, b, 0)) for b in few.labels]),
-               "records with labels", f"Few labels, mean and sd; draws: {run.settings.seeds}. "
-               f"{about}", paths["labels"], log=True)
+               "records with labels", f"Fold 10, few labels, mean and sd; draws: "
+               f"{run.settings.seeds}. {about}", paths["labels"], log=True)
     return list(paths.values())
 
 
