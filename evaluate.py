@@ -62,6 +62,7 @@ STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
+NOT_OF_PROBES = "embeddings", "later", "views", "tsne"  # pieces that no probe had a part in
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 QUALITY = ("shift", "alignment", "uniformity", "rankme")
@@ -495,6 +496,7 @@ class Run:
     encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
     features: dict = field(default_factory=dict)  # row -> dict of z (N, S, d), seconds
     cv: Optional[Task] = None  # every labelled record, with --cv
+    amplitude: Optional[np.ndarray] = None  # log deviation of each lead (N, C), with --amplitude
 
     @property
     def micro(self):
@@ -508,6 +510,8 @@ class Run:
         all runs of its seed.
         """
         path, depends = self.out / "eval" / f"{name}.npz", self.depends | depends
+        if self.amplitude is not None and not name.startswith(NOT_OF_PROBES):
+            depends |= dict(amplitude=True)
         if row == "rocket" and os.access(self.cache.folder, os.W_OK):
             path = self.cache.folder / f"rocket-s{self.trained['seed']}" / f"{name}.npz"
             for of_a_run in ("model", "first_view", "readout"):
@@ -525,6 +529,16 @@ class Run:
         save_arrays(path, arrays)
         return arrays
 
+    def beside(self, z, rows, kept=1):
+        """Features z (n, S, d) of some records as a probe sees them; d + C with --amplitude.
+
+        kept: 0 for the leads that are not there, which are flat
+        """
+        if self.amplitude is None:
+            return z
+        a = (self.amplitude[rows] * kept)[:, None].repeat(z.shape[1], axis=1)
+        return np.concatenate([z, a], axis=2)
+
     def see(self, function, rows, leads=LEADS):
         """What function(x, keep) gives for some records (n, ...), from some of the leads."""
         kept = torch.tensor([lead in leads for lead in LEADS], device=self.device)
@@ -532,11 +546,11 @@ class Run:
                        self.cache, rows, self.device, self.micro)
 
     def see_masked(self, function, rows, p):
-        """The same from leads that each record loses at random, each with probability p."""
-        keep = iter(draw_leads((len(rows), C), p, generator("mask", self.trained["seed"], VAL_STEP)
-                               ).to(self.device))
-        return extract(lambda x: function(x, torch.stack([next(keep) for _ in x])),
-                       self.cache, rows, self.device, self.micro)
+        """The same, and (n, C) leads that are there: each is lost with probability p."""
+        keep = draw_leads((len(rows), C), p, generator("mask", self.trained["seed"], VAL_STEP))
+        at = iter(keep.to(self.device))
+        return extract(lambda x: function(x, torch.stack([next(at) for _ in x])),
+                       self.cache, rows, self.device, self.micro), keep.numpy()
 
 
 def open_run(args):
@@ -565,8 +579,12 @@ def open_run(args):
         labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
     other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
     out = folder / f"on-{cache.folder.name}" if other else folder
+    amplitude = None
+    if args.amplitude:  # normalize() takes it away, and hypertrophy is diagnosed by it
+        deviation = np.stack([signal.std(axis=0) for signal in cache.signals])
+        amplitude = np.log1p(deviation).astype(np.float32)
     return Run(folder, out, saved, trained, cache, device, tasks, args, depends,
-               models=dict(pretrained=model), cv=cv)
+               models=dict(pretrained=model), cv=cv, amplitude=amplitude)
 
 
 def resnet_config(config):
@@ -624,13 +642,14 @@ def majority(task):
 
 def probe_row(run, row, task, rows):
     """Scores (n, K) of a probe on `choose`, on `test`, and on `test` with fewer leads."""
-    z, began = run.features[row]["z"], time.monotonic()
+    began, z = time.monotonic(), run.beside(run.features[row]["z"], slice(None))
     probe, strength = choose_probe(z, task, rows)
     scores = {part: probe(task.samples(z, getattr(task, part))[0]) for part in ("choose", "test")}
     scores |= dict(strength=strength,
                    seconds=run.features[row]["seconds"] + time.monotonic() - began)
     if task.name == "official" and len(rows) == len(task.train):
-        scores["leads"] = [probe(run.see(run.encoders[row], task.test, leads).mean(1))
+        scores["leads"] = [probe(run.beside(run.see(run.encoders[row], task.test, leads),
+                                            task.test, np.isin(LEADS, leads)).mean(1))
                            for leads in LEAD_SETS.values()]
     return scores
 
@@ -648,7 +667,8 @@ def cross_validate(run, row, budget="100%", seed=0):
 
     Of the training labels a probe sees the budget. strength: what each fold's probe chose.
     """
-    began, fold, z = time.monotonic(), run.cache.index.strat_fold.to_numpy(), run.features[row]["z"]
+    began, fold = time.monotonic(), run.cache.index.strat_fold.to_numpy()
+    z = run.beside(run.features[row]["z"], slice(None))
     p, predicted, strengths = *np.zeros((2, len(z), K)), []
     for _, task in folds_of(run.cv, fold):
         probe, strength = choose_probe(z, task, draw_labels(task, budget, seed))
@@ -666,9 +686,13 @@ def cross_validate_leads(run, row, strengths):
     A probe learns from its records whole and masked at random, with the strength chosen for all.
     """
     rows, fold = run.cv.test, run.cache.index.strat_fold.to_numpy()[run.cv.test]
-    y, encoder, z = run.cv.y[rows], run.encoders[row], run.features[row]["z"][rows].mean(1)
-    copies = [z, *(run.see_masked(encoder, rows, p).mean(1) for p in MASKED)]
-    fewer = {n: run.see(encoder, rows, leads).mean(1) for n, leads in LEAD_SETS.items()}
+    y, encoder, z = run.cv.y[rows], run.encoders[row], run.features[row]["z"][rows]
+    copies = [run.beside(z, rows).mean(1)]
+    for p in MASKED:
+        z, kept = run.see_masked(encoder, rows, p)
+        copies.append(run.beside(z, rows, kept).mean(1))
+    fewer = {n: run.beside(run.see(encoder, rows, leads), rows, np.isin(LEADS, leads)).mean(1)
+             for n, leads in LEAD_SETS.items()}
     scores = {str(n): np.zeros(y.shape) for n in fewer}
     for f, strength in enumerate(strengths, 1):
         train, test = ~np.isin(fold, (f, f % 10 + 1)), fold == f
@@ -1205,7 +1229,8 @@ def evaluate(args):
              f"{len(task.test)} test" for name, task in run.tasks.items()]
     notes += [note for task in run.tasks.values() for note in gaps(task)]
     notes.append(f"a probe sees of an encoder: {run.depends['readout']}, "
-                 f"{run.models['pretrained'].width} features")
+                 f"{run.models['pretrained'].width} features"
+                 + ", and all probes each lead's amplitude" * args.amplitude)
     if run.out != run.folder:
         notes.append(f"pretrained on {run.saved['data']['data']}, evaluated on other data: "
                      f"{run.cache.meta['data']}")
@@ -1294,7 +1319,7 @@ def changes(run):
     usual |= asdict(from_args(ViewConfig, usual))  # settings that follow the view
     found = {k: v for k, v in args.items()
              if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
-    return found | {k: settings[k] for k in ("readout", "first_view", "label_lr")
+    return found | {k: settings[k] for k in ("readout", "amplitude", "first_view", "label_lr")
                     if settings.get(k)}
 
 
@@ -1522,6 +1547,8 @@ def get_args(argv=None):
                    "on small data; --cv labels leads: also with few labels, and with fewer leads")
     p.add_argument("--readout", choices=("z", "streams", "all"), help="what a probe sees of an "
                    "encoder; by default as the run was trained for")
+    p.add_argument("--amplitude", action="store_true", help="all probes see each lead's amplitude "
+                   "too, which normalisation takes away")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
                    "of a record alone; by default its two views are averaged")
     p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "

@@ -1708,9 +1708,9 @@ class TestProbe:
         monkeypatch.setattr(evaluate, "STRENGTHS", [.1])
         (z, y), fold, rows = self.blurred(200), np.arange(200) % 10 + 1, np.arange(5, 200)
         task = evaluate.Task("cv", y, np.arange(200), rows, rows[:0], rows)
-        run = types.SimpleNamespace(
-            cv=task, features=dict(row=dict(z=z, seconds=0)),
-            cache=types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold))))
+        cache = types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold)))
+        run = evaluate.Run(None, None, {}, {}, cache, CPU, {}, None, {}, cv=task,
+                           features=dict(row=dict(z=z, seconds=0)))
         got = evaluate.cross_validate(run, "row")
         for f in (1, 10):
             at, next_ = rows[fold[rows] == f], rows[fold[rows] == {1: 2, 10: 1}[f]]
@@ -1733,7 +1733,8 @@ class TestProbe:
         z = run.see(encoder, np.arange(len(c.index)))
         run.features = dict(row=dict(z=z))
         got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
-        copies = [z[rows, 0]] + [run.see_masked(encoder, rows, p)[:, 0] for p in evaluate.MASKED]
+        copies = [z[rows, 0]] + [run.see_masked(encoder, rows, p)[0][:, 0]
+                                 for p in evaluate.MASKED]
         for copy, p in zip(copies, (0, *evaluate.MASKED)):
             assert abs((copy == 0).mean() - p) < .05
         f, y = fold.to_numpy()[rows], task.y[rows]
@@ -1742,6 +1743,19 @@ class TestProbe:
                                    np.concatenate([y[learn]] * 3), .1 / 3, False)
         three = z[rows, 0] * [lead in evaluate.LEAD_SETS[3] for lead in LEADS]
         np.testing.assert_allclose(got["3"][f == 3], probe(three[f == 3]), rtol=1e-5)
+
+    def test_amplitudes_stand_beside_what_a_probe_sees_and_are_0_without_the_lead(self, cache):
+        c, z = data.open_cache(cache), np.random.default_rng(0).random((4, 2, 3), np.float32)
+        run = evaluate.Run(None, None, {}, {}, c, CPU, {}, None, {})
+        assert run.beside(z, slice(4)) is z
+        run.amplitude = np.log1p(np.stack([x.std(0) for x in c.signals]))
+        got = run.beside(z, np.arange(4), np.isin(LEADS, ("I", "II")))
+        assert got.shape == (4, 2, 15) and np.array_equal(got[:, :, :3], z)
+        millivolt = wfdb.rdrecord(f"{c.meta['data']}/records100/00000/00003_lr").p_signal
+        (row,) = np.flatnonzero(c.index.ecg_id == 3)
+        want = np.log1p(1000 * millivolt[:, 1].std())
+        assert run.beside(z, [row] * 4)[0, 0, 4] == pytest.approx(want, rel=1e-5)
+        assert (got[:, :, 3:5] > 0).all() and (got[:, :, 5:] == 0).all()
 
     def test_rocket_is_its_double_loop(self):
         T, n = 60, 40
@@ -1872,7 +1886,7 @@ class TestEvaluate:
         monkeypatch.setattr(evaluate, "LABEL_STEPS", 20)
         run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
         run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
-                     "--cv", "labels", "leads")
+                     "--cv", "labels", "leads", "--amplitude")
         at = metrics_of(tmp_path / "r").value
         rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
                            if " - " not in row} for protocol in ("official", "table3", "cv")}
