@@ -972,7 +972,7 @@ def summarize(table, by=("protocol", "row", "labels", "metric")):
 
 def cell(line):
     """0.781 [0.712, 0.840], or 0.781 ± 0.012 over several values, or a dash."""
-    form = {"strength": "g", "seconds": ".0f", "pretraining_seconds": ".0f", "records": ".0f"}
+    form = {"strength": ".2g", "seconds": ".0f", "pretraining_seconds": ".0f", "records": ".0f"}
     text = number(line.value, (line.low, line.high), form.get(line.metric, ".3f"))
     few = f" ({line.n} of {line.of} seeds)" if 0 < line.n < getattr(line, "of", 0) else ""
     return text + (f" ± {line.sd:.3f}" if line.sd > 0 else "") + few
