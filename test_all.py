@@ -753,6 +753,13 @@ class TestDisturb:
         assert first.min() >= 0 and last.max() <= 399 and first.std() > 60  # anywhere
         torch.testing.assert_close(self.views(ramp), ramp)  # all strengths 0: the view itself
 
+    @pytest.mark.parametrize("bad, says", [
+        (dict(speed=.2), "--window 1.0 --speed 0.2: a window would not fit"),
+        (dict(windows=2), "--windows 2 of whole views are the same")])
+    def test_windows_that_do_not_fit_or_do_not_differ_are_refused(self, bad, says):
+        with pytest.raises(InputError, match=says):
+            views.ViewConfig(**bad)
+
     def test_each_strength_does_what_it_says_and_no_more(self):
         x = 1 + torch.rand(400, 200, 12, generator=torch.Generator().manual_seed(1))
         x = self.views(x)  # read between samples, as the others are
@@ -906,6 +913,7 @@ class TestModel:
         torch.testing.assert_close(same, same[:, :1].expand_as(same))  # one net for all leads
         for T in (250, 255, 256):
             assert time(torch.randn(2, T, 12)).shape == (2, T // 8, 24)
+        assert channel(torch.randn(0, 256, 12)).shape == (0, 12, 24)  # no record of one class
 
     def test_streams_hand_on_mean_and_maximum_and_lead_tokens_and_the_readout_takes_them(self):
         m = tiny(**CONV).eval()
@@ -1382,6 +1390,18 @@ class TestRun:
         with pytest.raises(InputError, match="data: .* then, .* now"):
             run_train(small.parent / "cache", finished[0], "--epochs", 2)
         assert (finished[0] / "model.pt").read_bytes() == before
+
+    def test_a_run_older_than_a_flag_had_its_default(self, finished, cache, tmp_path, capsys):
+        run = shutil.copytree(finished[0], tmp_path / "r")
+        saved = json.loads((run / "args.json").read_text())
+        for name in ("loss", "windows", "max_noise"):
+            del saved["args"][name]
+        (run / "args.json").write_text(json.dumps(saved))
+        same = "--view", "noncontig", "--epochs", 2, "--workers", 0
+        run_train(cache, run, *same)
+        assert "finished, nothing to do" in capsys.readouterr().out
+        with pytest.raises(InputError, match="--loss: ntxent then, barlow now"):
+            run_train(cache, run, *same, "--loss", "barlow")
 
     def test_a_second_process_is_kept_out_of_a_run_in_progress(self, cache, tmp_path):
         code = ("import fcntl, sys; file = open(sys.argv[1], 'a')\n"
