@@ -1213,7 +1213,7 @@ def draw(run, table, scores):
         name, how = "leads-cv", "Fewer leads at test, cross-validated; all probes saw masked leads"
     leads = found[(found.protocol == name) & found.row.isin(ROWS)]
     plot_lines(leads.assign(x=leads.metric.str.split("/").str[1].astype(int)), "leads at test",
-               f"{how}. {about}", paths["leads"])
+               f"{how}\n{about}", paths["leads"])
     few = found[(found.protocol == "official") & (found.metric == "macro_auroc")
                 & found.row.isin(ROWS)]
     plot_lines(few.assign(x=[len(draw_labels(official, b, 0)) for b in few.labels]),
