@@ -591,6 +591,7 @@ class TestDownload:
         names = sorted(n for n in data.read_sums(synth / "SHA256SUMS.txt") if "records100" in n)
         return {name: list(f) for name, f in zip(names, faults)}
 
+    @slow
     def test_faults_that_pass_are_overcome(self, synth, serve, tmp_path):
         server = serve(faults=self.faulty(synth, ["cut"], ["wrong"], [503, 500], ["reset"], [429],
                                           ["cut", "wrong", 502]))
@@ -1293,6 +1294,7 @@ class TestTrain:
         far = z + 100 * (np.arange(6) % 2)[:, None]
         assert train.clustering(far, np.arange(6) % 2)["silhouette"] > .9
 
+    @slow
     def test_one_batch_is_overfitted(self):
         m = with_dropout()
         optimizer = torch.optim.Adam(m.parameters(), lr=2e-3)
@@ -1472,6 +1474,7 @@ class TestRun:
             run_train(cache, tmp_path / "v", "--max-steps", 1, "--max-lr", "1e30", "--clip", 0)
         assert not (tmp_path / "v" / "last.pt").exists()
 
+    @slow
     def test_a_run_that_saved_nothing_may_begin_with_other_arguments(self, cache, tmp_path):
         run_train(cache, tmp_path / "other", "--max-steps", 1)
         (tmp_path / "r").mkdir()
@@ -1930,6 +1933,7 @@ class TestEvaluate:
         protocols = metrics_of(tmp_path / "r").index.get_level_values("protocol")
         assert {"official", "quality"} <= set(protocols) and "streams" not in protocols
 
+    @slow
     def test_bad_input_is_named_and_other_data_are_noted(self, evaluated, small, tmp_path, capsys):
         data.build_cache(small, 500, tmp_path / "c500", workers=1)
         for argv, says in (
@@ -2110,6 +2114,7 @@ class TestAttention:
         assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
 
     @real
+    @slow
     def test_the_same_r_peaks_are_found_at_both_rates_of_real_records(self):
         table, both, all_of_them = data.load_tables(PTBXL), 0, 0
         for i in table.index[::10]:
@@ -2414,6 +2419,7 @@ class TestMake:
             script.get_args([*command, "--help"])
         assert stop.value.code == 0 and "show this help" in capsys.readouterr().out
 
+    @slow
     def test_importing_does_nothing_and_loading_a_run_needs_no_readers(self, finished, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 f"sys.path.insert(0, {str(HERE)!r}); import model; model.load_run(sys.argv[1])\n"
