@@ -707,7 +707,7 @@ def example(cache, config, seed, row):
     feed = Feed(cache, config, seed, torch.device("cpu"))
     for batch in feed((step, np.array([row])) for step in range(100)):
         pair = torch.cat(list(batch.cut(slice(0, 1)))[::config.windows])
-        if config.view != "stochastic" or config.disturbs or (pair != x).any((1, 2)).all():
+        if config.view != "stochastic" or config.disturbances or (pair != x).any((1, 2)).all():
             break
     kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else (
         batch.keep[::config.windows, 0].numpy())
@@ -753,8 +753,8 @@ def plot_views(cache, config, seed, row, about, path):
                                                      config.view)]
     parts = [part[0].numpy() for part in split(x, config.view)]  # as evaluation sees them
     if config.view == "stochastic":
-        times, parts = [t, t], parts if config.disturbs else pair
-    apart = config.shift or config.disturbs  # a view that has a time of its own
+        times, parts = [t, t], parts if config.disturbances else pair
+    apart = config.shift or config.disturbances  # a view that has a time of its own
     x, figure = x[0].numpy(), Figure((11, 9))
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)

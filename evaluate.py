@@ -50,9 +50,10 @@ from threadpoolctl import threadpool_limits
 from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
                   bounded, from_args, load_tables, normalize, open_cache, run_script, sha256,
                   write_atomic)
-from model import STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args, read_log
+from model import (READOUTS, STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args,
+                   read_log)
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
-                   pick_precision, project, train)
+                   pick_precision, project, train, with_defaults)
 from train import get_args as train_args
 from views import VIEWS, ViewConfig, draw_leads, generator, shift
 
@@ -62,7 +63,6 @@ STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
-NOT_OF_PROBES = "embeddings", "later", "views", "tsne"  # pieces that no probe had a part in
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 QUALITY = ("shift", "alignment", "uniformity", "rankme")
@@ -451,7 +451,7 @@ def open_data(folder, saved, cache=None):
     saved: its args.json; cache: a folder, by default the run's own. Raises InputError when its rate
     is another one.
     """
-    trained = vars(train_args([])) | saved["args"]  # a flag may be younger than the run
+    trained = with_defaults(saved["args"])
     cache = open_cache(cache or trained["cache"])
     rate, was = cache.meta["rate"], saved["data"]["rate"]
     if rate != was:
@@ -495,7 +495,6 @@ class Run:
     models: dict = field(default_factory=dict)  # row -> Contrastive
     encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
     features: dict = field(default_factory=dict)  # row -> dict of z (N, S, d), seconds
-    cv: Optional[Task] = None  # every labelled record, with --cv
     amplitude: Optional[np.ndarray] = None  # log deviation of each lead (N, C), with --amplitude
 
     @property
@@ -510,8 +509,6 @@ class Run:
         all runs of its seed.
         """
         path, depends = self.out / "eval" / f"{name}.npz", self.depends | depends
-        if self.amplitude is not None and not name.startswith(NOT_OF_PROBES):
-            depends |= dict(amplitude=True)
         if row == "rocket" and os.access(self.cache.folder, os.W_OK):
             path = self.cache.folder / f"rocket-s{self.trained['seed']}" / f"{name}.npz"
             for of_a_run in ("model", "first_view", "readout"):
@@ -565,13 +562,13 @@ def open_run(args):
     model.precision = pick_precision(trained["precision"], device)
     if args.readout and saved["config"]["arch"] != "resnet18":
         model.readout = args.readout
-    tasks, cv = protocols(cache.index), None
+    tasks = protocols(cache.index)
     if args.cv is not None:
         known = np.flatnonzero(tasks["official"].y.any(1))
         if lacking := set(range(1, 11)) - set(cache.index.strat_fold.iloc[known]):
             raise InputError(f"--cv: no record with a superclass in fold {min(lacking)}; leave it "
                              "out")
-        tasks["cv"] = cv = replace(tasks["official"], name="cv", train=known, test=known)
+        tasks["cv"] = replace(tasks["official"], name="cv", train=known, test=known)
     depends = dict(
         format=FORMAT, model=sha256(folder / "model.pt"), first_view=args.first_view,
         data=cache.meta["fingerprint"], precision=model.precision,
@@ -584,7 +581,7 @@ def open_run(args):
         deviation = np.stack([signal.std(axis=0) for signal in cache.signals])
         amplitude = np.log1p(deviation).astype(np.float32)
     return Run(folder, out, saved, trained, cache, device, tasks, args, depends,
-               models=dict(pretrained=model), cv=cv, amplitude=amplitude)
+               models=dict(pretrained=model), amplitude=amplitude)
 
 
 def resnet_config(config):
@@ -654,12 +651,13 @@ def probe_row(run, row, task, rows):
     return scores
 
 
-def folds_of(task, fold):
-    """The Task `cv` for each official fold f of fold (N,) as the test: the next one chooses."""
+def folds_of(run):
+    """The Task `cv` for each official fold as the test; the fold that follows chooses."""
+    cv, fold = run.tasks["cv"], run.cache.index.strat_fold.to_numpy()
     for f in range(1, 11):
-        test, choose = (task.test[fold[task.test] == g] for g in (f, f % 10 + 1))
-        train = np.setdiff1d(task.test, [*test, *choose])
-        yield f, replace(task, train=train, choose=choose, test=test)
+        test, choose = (cv.test[fold[cv.test] == g] for g in (f, f % 10 + 1))
+        train = np.setdiff1d(cv.test, [*test, *choose])
+        yield replace(cv, train=train, choose=choose, test=test)
 
 
 def cross_validate(run, row, budget="100%", seed=0):
@@ -667,16 +665,16 @@ def cross_validate(run, row, budget="100%", seed=0):
 
     Of the training labels a probe sees the budget. strength: what each fold's probe chose.
     """
-    began, fold = time.monotonic(), run.cache.index.strat_fold.to_numpy()
+    began, rows = time.monotonic(), run.tasks["cv"].test
     z = run.beside(run.features[row]["z"], slice(None))
     p, predicted, strengths = *np.zeros((2, len(z), K)), []
-    for _, task in folds_of(run.cv, fold):
+    for task in folds_of(run):
         probe, strength = choose_probe(z, task, draw_labels(task, budget, seed))
         scores = {name: probe(z[getattr(task, name)].mean(1)) for name in ("choose", "test")}
         p[task.test], predicted[task.test] = scores["test"], decide(task, scores)
         strengths.append(strength)
-    return dict(test=p[run.cv.test], predicted=predicted[run.cv.test].astype(int),
-                strengths=strengths, strength=np.median(strengths),
+    return dict(test=p[rows], predicted=predicted[rows].astype(int), strengths=strengths,
+                strength=np.median(strengths),
                 seconds=run.features[row]["seconds"] + time.monotonic() - began)
 
 
@@ -685,8 +683,8 @@ def cross_validate_leads(run, row, strengths):
 
     A probe learns from its records whole and masked at random, with the strength chosen for all.
     """
-    rows, fold = run.cv.test, run.cache.index.strat_fold.to_numpy()[run.cv.test]
-    y, encoder, z = run.cv.y[rows], run.encoders[row], run.features[row]["z"][rows]
+    rows, encoder = run.tasks["cv"].test, run.encoders[row]
+    y, z = run.tasks["cv"].y[rows], run.features[row]["z"][rows]
     copies = [run.beside(z, rows).mean(1)]
     for p in MASKED:
         z, kept = run.see_masked(encoder, rows, p)
@@ -694,8 +692,8 @@ def cross_validate_leads(run, row, strengths):
     fewer = {n: run.beside(run.see(encoder, rows, leads), rows, np.isin(LEADS, leads)).mean(1)
              for n, leads in LEAD_SETS.items()}
     scores = {str(n): np.zeros(y.shape) for n in fewer}
-    for f, strength in enumerate(strengths, 1):
-        train, test = ~np.isin(fold, (f, f % 10 + 1)), fold == f
+    for task, strength in zip(folds_of(run), strengths):
+        train, test = (np.isin(rows, part) for part in (task.train, task.test))
         probe = fit_probe(np.concatenate([copy[train] for copy in copies]),
                           np.tile(y[train], (len(copies), 1)), strength / len(copies), False)
         for n, seen in fewer.items():
@@ -727,14 +725,19 @@ def network_row(run, row, task, rows, seed):
 def score_row(run, row, task, budget="100%", seed=0):
     """Scores of a row under a protocol from the labels of a budget: arrays `choose`, `test`.
 
-    Networks are trained once, for `official`; the largest of their scores decides in `paper`.
+    For `cv` see cross_validate(). Networks are trained once, for `official`; the largest of their
+    scores decides in `paper`.
     """
     if row == "majority":
         return majority(task)
     name = f"{task.name}-{row}-{budget}-{seed}"
+    if task.name == "cv":
+        return run.piece(name, row, lambda: cross_validate(run, row, budget, seed),
+                         amplitude=run.settings.amplitude)
     if row not in NETWORKS:
         rows = draw_labels(task, budget, seed)
-        return run.piece(name, row, lambda: probe_row(run, row, task, rows))
+        return run.piece(name, row, lambda: probe_row(run, row, task, rows),
+                         amplitude=run.settings.amplitude)
     if task.single:
         official = run.tasks["official"]
         scores = score_row(run, row, official, budget, seed)
@@ -749,8 +752,8 @@ def score_all(run, rows):
     """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}."""
     scores, args, official = {}, run.settings, run.tasks["official"]
     for name, task in run.tasks.items():
-        for row in rows if name != "cv" else ():
-            if row in NETWORKS and name == "table3" or (
+        for row in rows:
+            if row in NETWORKS and name == "table3" or name == "cv" and row not in run.features or (
                     row == "finetuned" and "100%" not in args.labels):
                 continue
             scores[name, row, "100%", 0] = score_row(run, row, task)
@@ -758,27 +761,24 @@ def score_all(run, rows):
         for row in rows:
             for seed in range(1 if budget == "100%" else args.seeds):
                 scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
-    for row in run.features if run.cv else ():
-        scores["cv", row, "100%", 0] = run.piece(f"cv-{row}", row,
-                                                 lambda: cross_validate(run, row))
     return scores
 
 
-def few_scores(run, cv):
+def few_scores(run):
     """Cross-validated scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
 
-    cv: {row: what cross_validate gives}. labels-cv: few labels; leads-cv: fewer leads.
+    labels-cv: few labels; leads-cv: fewer leads; each if --cv names it.
     """
-    found, args = {"labels-cv": {}, "leads-cv": {}}, run.settings
-    for row, full in cv.items():
+    found, args, cv = {"labels-cv": {}, "leads-cv": {}}, run.settings, run.tasks["cv"]
+    for row in run.features:
         if "labels" in args.cv:
-            found["labels-cv"][row] = {budget: [full["test"] if budget == "100%" else run.piece(
-                f"cv-{row}-{budget}-{seed}", row,
-                lambda: cross_validate(run, row, budget, seed))["test"]
-                for seed in range(args.seeds)] for budget in args.labels}
+            found["labels-cv"][row] = {budget: [
+                score_row(run, row, cv, budget, seed)["test"]
+                for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
         if "leads" in args.cv:
+            strengths = score_row(run, row, cv)["strengths"]
             leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
-                run, row, full["strengths"]), masked=list(MASKED))
+                run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
             found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
     return found
 
@@ -819,7 +819,8 @@ def score_lines(run, scores, draws):
 
 def few_lines(run, found, draws):
     """Lines of few_scores(), means over the draws of labels; `draws` as in score_lines."""
-    out, y, patients = [], run.cv.y[run.cv.test], run.cv.patients[run.cv.test]
+    out, cv = [], run.tasks["cv"]
+    y, patients = cv.y[cv.test], cv.patients[cv.test]
     for protocol, rows in found.items():
         for row, variants in rows.items():
             sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
@@ -1225,9 +1226,10 @@ def draw(run, table, scores):
 def evaluate(args):
     """Evaluate one run: metrics.csv, report.md and figures/ in its folder."""
     run = open_run(args)
-    notes = [f"{name}: {len(task.train)} records train, {len(task.choose)} choose, "
-             f"{len(task.test)} test" for name, task in run.tasks.items()]
-    notes += [note for task in run.tasks.values() for note in gaps(task)]
+    split = [task for task in run.tasks.values() if task.name != "cv"]
+    notes = [f"{task.name}: {len(task.train)} records train, {len(task.choose)} choose, "
+             f"{len(task.test)} test" for task in split]
+    notes += [note for task in split for note in gaps(task)]
     notes.append(f"a probe sees of an encoder: {run.depends['readout']}, "
                  f"{run.models['pretrained'].width} features"
                  + ", and all probes each lead's amplitude" * args.amplitude)
@@ -1250,9 +1252,8 @@ def evaluate(args):
     run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
     table = score_lines(run, scores, draws) + cluster_lines(run) + quality_lines(run)
-    if run.cv:
-        cv = {row: s for (protocol, row, *_), s in scores.items() if protocol == "cv"}
-        table += few_lines(run, few_scores(run, cv), draws)
+    if "cv" in run.tasks:
+        table += few_lines(run, few_scores(run), draws)
     if arch != "resnet18":
         table += stream_lines(run, float(scores["official", "pretrained", "100%", 0]["strength"]))
     table = pd.DataFrame(table)
@@ -1545,7 +1546,7 @@ def get_args(argv=None):
     p.add_argument("--cv", nargs="*", choices=("labels", "leads"), help="score every labelled "
                    "record of all folds by probes of the other folds as well: narrower intervals "
                    "on small data; --cv labels leads: also with few labels, and with fewer leads")
-    p.add_argument("--readout", choices=("z", "streams", "all"), help="what a probe sees of an "
+    p.add_argument("--readout", choices=READOUTS, help="what a probe sees of an "
                    "encoder; by default as the run was trained for")
     p.add_argument("--amplitude", action="store_true", help="all probes see each lead's amplitude "
                    "too, which normalisation takes away")

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import LEADS, InputError, add_flags, from_args, run_script, setting
 
 C = len(LEADS)
+READOUTS = "z", "streams", "all"
 STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
 # The fields' defaults are `paper`; some settings are those of views.py and train.py.
 # small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
@@ -73,7 +74,7 @@ class Config:
     lead_tokens: bool = setting(False, "the channel stream hands on its tokens side by side, not "
                                 "pooled")
     readout: str = setting("z", "the representation: z; streams: what the two hand on; or all of "
-                           "these", choices=("z", "streams", "all"))
+                           "these", choices=READOUTS)
     mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
                               "which mix the leads before they become tokens")
     channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")

@@ -1732,7 +1732,7 @@ class TestProbe:
         (z, y), fold, rows = self.blurred(200), np.arange(200) % 10 + 1, np.arange(5, 200)
         task = evaluate.Task("cv", y, np.arange(200), rows, rows[:0], rows)
         cache = types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold)))
-        run = evaluate.Run(None, None, {}, {}, cache, CPU, {}, None, {}, cv=task,
+        run = evaluate.Run(None, None, {}, {}, cache, CPU, dict(cv=task), None, {},
                            features=dict(row=dict(z=z, seconds=0)))
         got = evaluate.cross_validate(run, "row")
         for f in (1, 10):
@@ -1751,8 +1751,8 @@ class TestProbe:
         def encoder(x, keep=None):  # a lead's features tell whether it is there
             return (x if keep is None else x * keep[:, None]).abs().mean(1)[:, None]
 
-        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), c, CPU, {}, None, {},
-                           encoders=dict(row=encoder), cv=task)
+        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), c, CPU, dict(cv=task),
+                           None, {}, encoders=dict(row=encoder))
         z = run.see(encoder, np.arange(len(c.index)))
         run.features = dict(row=dict(z=z))
         got = evaluate.cross_validate_leads(run, "row", [.1] * 10)

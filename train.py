@@ -292,7 +292,7 @@ class Feed:
                 shape = n_views, len(rows), len(LEADS)
                 keep = draw_leads(shape, self.config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
-            if self.config.disturbs:
+            if self.config.disturbances:
                 cut = partial(self.disturbed, cut, step)
             yield Batch(len(rows), cut, keep, (self.seed, step), n_views)
 
@@ -637,8 +637,7 @@ class RunFolder:
             text = json.dumps(self.record, indent=1)  # nothing to lose yet
             write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
         old = read_args(self.path)
-        usual = vars(get_args(["--preset", old["args"].get("preset", "paper")]))
-        old["args"] = usual | old["args"]  # a flag may be younger than the run
+        old["args"] = with_defaults(old["args"])
         if lines := differences(old, self.record):
             raise InputError(f"{self.path} was made with other arguments; give another RUN= "
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))
@@ -872,6 +871,11 @@ def get_args(argv=None):
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)
     return parse(parser, argv)
+
+
+def with_defaults(saved):
+    """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
+    return vars(get_args(["--preset", saved.get("preset", "paper")])) | saved
 
 
 def main():

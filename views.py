@@ -249,18 +249,18 @@ class ViewConfig:
             raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
 
     @property
-    def disturbs(self):
-        """Whether `disturb` has anything to do."""
-        return any(getattr(self, name) != getattr(ViewConfig, name) for name in DISTURBANCES)
+    def disturbances(self):
+        """What `disturb` has to do: its settings, but for those that change nothing."""
+        return {name: getattr(self, name) for name in DISTURBANCES
+                if getattr(self, name) != getattr(ViewConfig, name)}
 
     def describe(self):
         """The strategy in words, for the start of a run."""
         masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
                   else "no lead masking")
         shifted = ", shifted" if self.shift else ""
-        disturbed = "".join(f", {name.replace('_', ' ')} {getattr(self, name):g}"
-                            for name in DISTURBANCES if getattr(self, name) != getattr(
-                                ViewConfig, name))
+        disturbed = "".join(f", {name.replace('_', ' ')} {value:g}"
+                            for name, value in self.disturbances.items())
         return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}{disturbed}"
 
 
