@@ -1,25 +1,37 @@
 # Two commands for a newcomer:   make demo    (synthetic records, no network, minutes on a CPU)
 #                                make test
 # The real thing:                make pretrain VIEW=noncontig
+# All views, compared:           make study
 
-VIEW   ?= noncontig# stochastic, contig, noncontig; or an alias: augment, nonoverlap, interleaved
+VIEW   ?= noncontig# of pretrain: stochastic, contig, noncontig, masking, or an alias: see views.py
 SEED   ?= 0# of everything random
 PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
 NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
+STUDY  ?= views# of study: views, equal, streams, collapse, departures, cost
+SEEDS  ?= 3# of study: runs of each row
+JOBS   ?= 1# of study: runs at a time, each with its share of the cores
+EVAL   ?= --fast --cv# of study: how runs are evaluated; --fast leaves out what trains networks
 PYTHON ?= python3# makes .venv; 3.11 or later
 
-NAME  := $(patsubst augment,stochastic,$(patsubst nonoverlap,contig,$(patsubst interleaved,noncontig,$(VIEW))))
-ifeq ($(filter stochastic contig noncontig,$(NAME)),)
-$(error unknown VIEW '$(VIEW)'; choose one of stochastic (or augment), contig (or nonoverlap), noncontig (or interleaved))
+# Names, aliases and rates are those of VIEWS in views.py.
+NAMES := $(shell sed -nE 's/^    "([a-z0-9]+)": View.*/\1/p' views.py)
+NAME  := $(or $(filter $(VIEW),$(NAMES)),$(shell sed -nE 's/^    "([a-z0-9]+)": View.*alias="$(VIEW)".*/\1/p' views.py))
+ifeq ($(NAME),)
+$(error unknown VIEW '$(VIEW)'; choose one of $(NAMES), or an alias: see views.py)
 endif
-RATE  ?= $(if $(filter stochastic,$(NAME))$(filter conv,$(PRESET)),100,500)# Hz: 100 or 500; as in the paper by default, 100 for conv
+ifneq ($(filter-out views equal streams collapse departures cost,$(STUDY)),)
+$(error unknown STUDY '$(STUDY)'; choose one of views equal streams collapse departures cost)
+endif
+RATE  ?= $(if $(filter conv,$(PRESET))$(shell grep '^    "$(NAME)": View.*rate=100' views.py),100,500)# Hz: 100 or 500; by default as in the paper, 100 for conv
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
 CACHES := cache/$(notdir $(abspath $(DATA)))
 CACHE := $(CACHES)-$(RATE)
+STUDY_RATES := $(if $(filter-out file,$(origin RATE)),$(RATE),100 $(if $(filter views,$(STUDY)),$(if $(filter conv,$(PRESET)),,500)))
+OUT   ?= runs/study$(addprefix -,$(filter-out views,$(STUDY)))# of study: folder of its runs and report
 PY    := .venv/bin/python
 TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --)
 ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
@@ -32,7 +44,7 @@ SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%,$(wildcard $(
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help download cache pretrain eval compare plots attention bench demo test info clean FORCE
+.PHONY: help download cache pretrain eval compare plots attention study bench demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
 help: ## this text
@@ -64,14 +76,18 @@ eval: | .venv/.done ## tables and figures of the finished run RUN, beside baseli
 compare: | .venv/.done ## tables over all evaluated RUNS, the paper's numbers beside ours
 	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) $(ARGS)
 
-plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" their training in one
+study: $(STUDY_RATES:%=$(CACHES)-%/meta.json) ## all views, SEEDS runs each: one report in OUT; or another STUDY
+	$(PY) evaluate.py study --study $(STUDY) --caches $(STUDY_RATES:%=$(CACHES)-%) --preset $(PRESET) \
+		--seeds $(SEEDS) --jobs $(JOBS) --out $(OUT) --eval="$(EVAL)" --train="$(ARGS)"
+
+plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" theirs side by side
 	$(PY) attention.py plots $(or $(RUNS),$(RUN)) $(ARGS)
 
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
 	$(PY) attention.py maps --run $(RUN) $(ARGS)
 
-bench: $(CACHES)-100/meta.json $(CACHES)-500/meta.json ## what loading and training cost here, into runs/bench.json
-	$(PY) evaluate.py bench $(CACHES)-100 $(CACHES)-500 $(ARGS)
+bench: ## what a step of PRESET costs here, exact and otherwise: STUDY=cost
+	$(MAKE) study STUDY=cost SEEDS=2 ARGS="--epochs 3 $(ARGS)"
 
 info: | .venv/.done ## records of DATA by fold and superclass
 	$(PY) data.py info --data "$(DATA)"

@@ -8,7 +8,7 @@ Out: in RUN/figures a PNG (or PDF) a figure and the numbers behind it next to it
     python attention.py plots runs/demo-noncontig-s0
     python attention.py plots runs/noncontig-s0 runs/contig-s0 --out runs/plots
 
-Maps are of the first view of a record, unmasked, by the model's own softmax, averaged over heads.
+Maps are of the first view of a record, by the model's own softmax, averaged over heads.
 """
 import argparse
 import math
@@ -18,26 +18,24 @@ from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
 
-import ecgmentations as E
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.signal import resample_poly, welch
+from scipy.signal import resample_poly
 from scipy.stats import t as student
 from tqdm import tqdm
 from wfdb.processing import xqrs_detect
 
-from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError,
-                  add_shared, bounded, from_args, load_tables, normalize, read_record, run_script,
-                  write_atomic)
+from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared,
+                  bounded, from_args, normalize, run_script, write_atomic)
 from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
                       save_figure, untrained)
 from model import load_run, read_args, read_log, watch_attention
-from train import Feed, chance, pick_device
-from views import VIEWS, BandPassFilter, ViewConfig, generator, numpy_state, pool, split
+from train import Feed, chance, pick_device, with_defaults
+from views import VIEWS, ViewConfig, draw_leads, generator
 
 MM = 1 / 25.4  # inch
 PAGE_MM = 297  # the long side of A4: no record is drawn higher
@@ -47,14 +45,11 @@ LAYOUTS = {10: (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aV
                 ("II",)), 5: tuple(zip(LEADS[:6], LEADS[6:]))}
 PEAK_S = 0.05  # a token within this of an R peak is on it
 BEAT_S = np.linspace(-0.3, 0.5, 81)  # around an R peak
-BAND_HZ = 1.0, 40.0  # where spectra are compared: inside the default pass band, 0.5 to 47 Hz
 STREAMS = {"time": "time stream", "channel": "channel stream",
            "time_to_channel": "time attends to channels",
            "channel_to_time": "channels attend to time"}
 KINDS = {"time": ("time", "time"), "channel": ("lead", "lead"), "time_to_channel": ("time", "lead"),
          "channel_to_time": ("lead", "time")}  # what queries and keys are
-# After Tol's high-contrast colours, safe for the colour-blind and in grey print: one a view.
-VIEW_COLORS = dict(zip(VIEWS, ("#997700", "#BB5566", "#004488")))
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
          "legend.fontsize": 8, "lines.markersize": 4, "errorbar.capsize": 2,
          # Okabe and Ito's, safe for the colour-blind
@@ -86,11 +81,12 @@ TRAINING = {
 
 # What attention does
 
-def observe(model, x):
+def observe(model, x, keep=None):
     """How an encoder attends on one view (paper 5.2), in every layer of every stream.
 
-    x: (1, T, C)  ->  {(stream, layer): dict of map (N, M), the mean over heads; entropy (H,), of
-    the queries' weights over ln(M), 1 if uniform; received (H, M), a key's mean weight x M}
+    x: (1, T, C), keep: (1, C) bool or None  ->  {(stream, layer): dict of map (N, M), the mean over
+    heads; entropy (H,), of the queries' weights over ln(M), 1 if uniform; received (H, M), a key's
+    mean weight x M}
     """
     found = {}
 
@@ -101,7 +97,7 @@ def observe(model, x):
         at["entropy"].append(float(torch.special.entr(w).sum(-1).mean()) / max(math.log(M), 1e-9))
         at["received"].append((w.mean(0) * M).cpu().numpy())
 
-    watch_attention(model, x, see)
+    watch_attention(model, x, see, keep)
     return {key: dict(map=(at["map"] / len(at["entropy"])).cpu().numpy(),
                       entropy=np.array(at["entropy"]), received=np.stack(at["received"]))
             for key, at in found.items()}
@@ -181,9 +177,10 @@ def study(model, look, device, keep_maps=True):
     Of entropy and of attention on peaks the mean over heads, then each head: (1 + H,).
     """
     found = defaultdict(lambda: defaultdict(Mean))
-    for x, peaks in zip(tqdm(look.views, "records", leave=False, disable=None), look.beats):
+    for x, keep, peaks in zip(tqdm(look.views, "records", leave=False, disable=None), look.keep,
+                              look.beats):
         near = (np.abs(look.seconds[:, None] - peaks) <= PEAK_S).any(1)
-        for key, at in observe(model, x[None].to(device)).items():
+        for key, at in observe(model, x[None].to(device), keep[None].to(device)).items():
             received, heads, means = at["received"].mean(0), dict(entropy=at["entropy"]), found[key]
             means["received"].add(received)
             if keep_maps:
@@ -223,9 +220,15 @@ def attention_rows(found, encoder):
     return rows
 
 
-def attention_table(table):
+ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
+         f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
+         "chance: share of such keys; ratio: of the two, mean over records; shifted: central 95 % "
+         "of one record's ratio when its peaks are shifted in time, all together.")
+
+
+def attention_table(table, by=()):
     """The table as Markdown: a row a stream and layer, this run beside the untrained encoder."""
-    cells = table.pivot_table("text", ["attention", "layer", "keys"], ["quantity", "encoder"],
+    cells = table.pivot_table("text", [*by, "attention", "layer", "keys"], ["quantity", "encoder"],
                               aggfunc="first", sort=False)
     columns = pd.MultiIndex.from_tuples(COLUMNS.values())
     cells = cells.reindex(columns=columns, fill_value="-").fillna("-")
@@ -307,6 +310,7 @@ class Look:
     data: str
     ecg_id: np.ndarray  # (n,)
     views: torch.Tensor  # (n, T, C), z-scored: the first view of each record
+    keep: torch.Tensor  # (n, C) bool, the leads that are seen
     mv: np.ndarray  # (T, C) millivolt, the same of one record; None for several
     beats: list  # of each record the times of its R peaks in s
     seconds: np.ndarray  # (N,) middle of each time token
@@ -450,6 +454,24 @@ def plot_cross(found, look, raw, path):
                                for key, value in arrays(layers, look).items()})
 
 
+def plot_side_by_side(seen, streams, raw, path):
+    """Maps of some streams of several runs, a run a row: {name: (Look, what study() found)}."""
+    keys = [key for stream in streams for key in sorted(
+        {key for _, found in seen.values() for key in found if key[0] == stream})]
+    figure, numbers = Figure((4.2 * len(keys) + 1, 3.1 * len(seen) + 0.8)), {}
+    for axes, (name, (look, found)) in zip(figure.subplots(len(seen), len(keys), squeeze=False),
+                                           seen.items()):
+        for stream in streams:
+            here = [(axis, found[key]) for axis, key in zip(axes, keys)
+                    if key[0] == stream and key in found]
+            draw_maps([axis for axis, _ in here], [means for _, means in here], stream, look, raw)
+            numbers |= {f"{name}/{stream}/{key}": value for key, value in arrays(
+                [means for _, means in here], look).items()}
+        axes[0].set_ylabel(f"{name}\n{axes[0].get_ylabel()}")
+    figure.suptitle(f"{', '.join(STREAMS[stream] for stream in streams)}. {look.subject}")
+    save_figure(figure, path, numbers)
+
+
 def plot_beats(both, look, path):
     """Attention that time tokens receive around the R peaks, of {encoder: what study() found}."""
     T, signal = look.views.shape[1], Mean()
@@ -514,23 +536,27 @@ def name_record(index, row):
     return f"ecg_id {index.ecg_id[row]} ({classes}), fold {index.strat_fold[row]}"
 
 
-def look_at(cache, rows, saved, run, superclass=None):
-    """The Look of some rows of a cache; saved: the run's args.json."""
+def look_at(cache, rows, saved, run, args):
+    """The Look of some rows of a cache; saved: args.json of the run of that name."""
     data, rate, signals = describe_data(cache.meta), cache.meta["rate"], cache.signals[rows]
-    view, stride = saved["args"]["view"], saved["config"]["time_stride"]
-    views = split(normalize(torch.from_numpy(signals)), view)[0]
-    T, span = views.shape[1], SECONDS / 2 if view == "contig" else SECONDS
+    trained, stride = with_defaults(saved["args"]), saved["config"]["time_stride"]
+    config, keep = from_args(ViewConfig, trained), torch.ones(len(rows), len(LEADS)).bool()
+    if args.masked:
+        keep = draw_leads(keep.shape, trained["mask_p"], generator("mask", trained["seed"], *rows))
+    views = config.split(normalize(torch.from_numpy(signals)))[0]
+    T, span = views.shape[1], SECONDS * config.timing()[0]
     subject, mv = f"{data}: {name_record(cache.index, rows[0])}", None
-    if superclass:
-        subject = (f"{data}: {len(rows)} records of folds 9 and 10 with {superclass}, one a "
+    if args.superclass:
+        subject = (f"{data}: {len(rows)} records of folds 9 and 10 with {args.superclass}, one a "
                    "patient: mean, 95 % interval")
     else:
-        mv = signals[0, :round(span * rate)] / np.float32(1000)
+        mv = signals[0, :(10 if span == 10 else 5) * rate] / np.float32(1000)
+    subject += "; leads masked" * args.masked
     peaks = [r_peaks(signal, rate) for signal in signals]
     numbered = [str(i + 1) for i in range(len(LEADS))]
     return Look(
         subject=subject, title=f"{subject}\n{run}: {describe(saved, cache.meta)}", data=data,
-        ecg_id=cache.index.ecg_id.to_numpy()[rows], views=views, mv=mv,
+        ecg_id=cache.index.ecg_id.to_numpy()[rows], views=views, keep=keep, mv=mv,
         beats=[p[p < span] for p in peaks], seconds=token_times(T, stride, span),
         end=T // stride * stride * span / T, span=span,
         tokens=numbered if saved["config"]["mix_leads"] else LEADS)
@@ -541,15 +567,11 @@ def maps(run, args):
     device = pick_device(args.device)
     model, saved = load_run(run, device)
     trained, cache = open_data(run, saved, args.cache)
-    look = look_at(cache, choose(cache, args), saved, Path(run).resolve().name, args.superclass)
+    look = look_at(cache, choose(cache, args), saved, Path(run).resolve().name, args)
     found = study(model, look, device)
     fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
     table = pd.DataFrame(attention_rows(found, "this run") + attention_rows(fresh, "untrained"))
-    text = (f"# Attention\n{look.title}\n\nFirst view, unmasked. Entropy: of the queries' weights "
-            "over ln(keys), 1 is uniform; mean over heads. On R peaks: share of the attention on "
-            f"keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of such keys; ratio: "
-            "of the two, mean over records; shifted: central 95 % of one record's ratio when its "
-            f"peaks are shifted in time, all together.\n\n{attention_table(table)}\n")
+    text = f"# Attention\n{look.title}\n\n{ABOUT}\n\n{attention_table(table)}\n"
     folder = Path(args.out or Path(run) / "figures")
     name = args.superclass or f"ecg{look.ecg_id[0]}"
     write_atomic(folder / f"attention-{name}.md", lambda tmp: tmp.write_text(text))
@@ -568,7 +590,7 @@ def maps(run, args):
 def draw_curves(axis, runs, columns):
     """Columns of the runs' logs by epoch; markers tell runs of one view apart."""
     for (name, (saved, log)), marker in zip(runs.items(), cycle("osD^vPX")):
-        color = VIEW_COLORS[saved["args"]["view"]]
+        color = VIEWS[saved["args"]["view"]].color
         for column, style, fill in zip(columns, ("-", "--"), ("full", "none")):
             axis.plot(log.index, log[column].astype(float), style, color=color, marker=marker,
                       fillstyle=fill, markevery=max(len(log) // 8, 1),
@@ -661,53 +683,20 @@ def plot_superclasses(index, about, path):
     save_figure(figure, path, table.assign(superclass=CLASSES, alone=alone))
 
 
-def plot_rates(folder, ecg_id, about, path):
-    """One record at both rates: a beat in three leads, and the mean spectrum of all leads.
-
-    folder: in PTB-XL's layout. A rate that was not downloaded is named, and nothing is drawn.
-    """
-    try:
-        names = load_tables(folder).set_index("ecg_id").loc[ecg_id]
-        signals = {rate: read_record(Path(folder) / names[RATES[rate]], rate)
-                   for rate in (500, 100)}
-    except (InputError, KeyError) as error:
-        print(f"note: one record at both rates is not drawn, for want of one: {error}")
-        return
-    peaks = r_peaks(signals[500], 500)
-    start = max(peaks[len(peaks) // 2] - 0.35, 0) if len(peaks) else 0
-    figure, numbers = Figure((11, 3.8)), []
-    *axes, last = figure.subplots(1, 4)
-    for (rate, signal), style, color in zip(signals.items(), ("-", "o"), ("0.45", "#D55E00")):
-        mv, first = signal / 1000, math.ceil(start * rate)
-        beat = np.arange(first, first + int(0.8 * rate))
-        for axis, lead in zip(axes, ("II", "V2", "V5")):
-            x, y = beat / rate, mv[beat, LEADS.index(lead)]
-            axis.plot(x, y, style, color=color, markersize=3, label=f"{rate} Hz")
-            axis.set(title=f"lead {lead}", xlabel="time (s)", ylabel="mV")
-            numbers.append(pd.DataFrame(dict(panel=lead, rate=rate, x=x, y=y)))
-        f, power = welch(mv, rate, nperseg=2 * rate, axis=0)
-        last.plot(f[1:], power[1:].mean(1), color=color)
-        numbers.append(pd.DataFrame(dict(panel="spectrum", rate=rate, x=f, y=power.mean(1))))
-    axes[0].legend()
-    last.set(yscale="log", title="mean over leads", xlabel="frequency (Hz)",
-             ylabel="power density (mV$^2$/Hz)")
-    figure.suptitle(f"ecg_id {ecg_id} at both rates. {about}")
-    save_figure(figure, path, pd.concat(numbers))
-
-
 # Views
 
 def example(cache, config, seed, row):
     """Both views of a record (2, T', C), or a window of each, and the leads they keep (2, C) bool.
 
-    Made by the code of training, for a batch of this record alone; of a step in which both
-    stochastic views differ from the record, since none may be transformed.
+    Made by the code of training, for a batch of this record alone; of a step in which the pool has
+    changed both, since it may change none.
     """
     x = normalize(torch.from_numpy(cache.signals[[row]]))
-    feed = Feed(cache, config, seed, torch.device("cpu"))
+    feed, untouched = Feed(cache, config, seed, torch.device("cpu")), torch.cat(config.split(x))
     for batch in feed((step, np.array([row])) for step in range(100)):
         pair = torch.cat(list(batch.cut(slice(0, 1)))[::config.windows])
-        if config.view != "stochastic" or config.disturbances or (pair != x).any((1, 2)).all():
+        if not config.augment_p or pair.shape[1:] != untouched.shape[1:] or (
+                pair != untouched).any((1, 2)).all():
             break
     kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else (
         batch.keep[::config.windows, 0].numpy())
@@ -745,16 +734,16 @@ def plot_views(cache, config, seed, row, about, path):
 
     Figs. 3 (stochastic), 4 (contig) and 5 (noncontig) of the paper.
     """
-    signal, rate, color = cache.signals[row], cache.meta["rate"], VIEW_COLORS[config.view]
+    signal, rate, color = cache.signals[row], cache.meta["rate"], VIEWS[config.view].color
     mv, x = signal / np.float32(1000), normalize(torch.from_numpy(signal[None].copy()))
     t, raw, every = np.arange(len(mv)) / rate, mv - np.median(mv, axis=0), np.ones(len(LEADS), bool)
     pair, kept = example(cache, config, seed, row)
-    times = [part[0, :, 0].numpy() for part in split(torch.from_numpy(t)[None, :, None],
-                                                     config.view)]
-    parts = [part[0].numpy() for part in split(x, config.view)]  # as evaluation sees them
-    if config.view == "stochastic":
-        times, parts = [t, t], parts if config.disturbances else pair
-    apart = config.shift or config.disturbances  # a view that has a time of its own
+    times, parts = ([part[0].numpy() for part in 2 * config.split(a)][:2]  # as evaluation sees them
+                    for a in (torch.from_numpy(t)[None, :, None], x))
+    times = [time[:, 0] for time in times]
+    apart = config.shift or config.disturbances or config.equal  # a view has a time of its own
+    if config.augment_p and not apart:
+        parts = pair
     x, figure = x[0].numpy(), Figure((11, 9))
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)
@@ -776,67 +765,6 @@ def plot_views(cache, config, seed, row, about, path):
     save_figure(figure, path, dict(millivolt=mv, normalized=x, views=pair, kept=kept, leads=LEADS))
 
 
-def compare_spectra(a, b, rate):
-    """How far the spectra of b lie from those of a, two versions of the same records (n, T, C).
-
-    ->  frequencies (F,) in BAND_HZ; power density of b (n, F, C) in units of a lead's power there;
-    root mean square difference of the two over frequencies in dB (n, C), >= 0; correlation of each
-    lead with itself (n, C)
-    """
-    f, powers = welch(np.stack([a, b]), rate, nperseg=2 * rate, axis=2)
-    inside = (f >= BAND_HZ[0]) & (f <= min(BAND_HZ[1], 0.45 * rate))
-    powers = powers[:, :, inside]
-    powers = powers / powers.sum(2, keepdims=True).clip(1e-12)
-    decibels = 10 * np.log10(powers.clip(1e-9))
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    same = (a * b).sum(1) / np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1)).clip(1e-12)
-    return f[inside], powers[1], np.sqrt(((decibels[1] - decibels[0]) ** 2).mean(1)), same
-
-
-def frequency_check(cache, trained):
-    """Do augmented signals keep their frequencies (paper 4.2.1)? The filters alone, and the pool.
-
-    On the first 64 records of folds 1-8: a table of each kind of signal's mean spectrum, with its
-    log-spectral distance to the raw one, and a lead's correlation with itself.
-    """
-    rate, rows = cache.meta["rate"], cache.rows(TRAIN_FOLDS)[:64]
-    raw = normalize(torch.from_numpy(cache.signals[rows])).numpy()
-    flags = trained | dict(view="stochastic", mask_leads=None, shift=False)
-    ours, theirs = (from_args(ViewConfig, flags | dict(shipped_filter=shipped))
-                    for shipped in (False, True))
-    signals = {"raw": raw, "another record": np.roll(raw, 1, axis=0)}
-    for name, transform in {
-            "band-pass as shipped": E.BandPassFilter(p=1),
-            "band-pass along time": BandPassFilter((ours.band_low, ours.band_high), rate, p=1),
-            "pool, band-pass as shipped": pool(theirs, rate),
-            "pool, band-pass along time": pool(ours, rate)}.items():
-        with numpy_state(generator("augment", trained["seed"])):
-            signals[name] = np.stack([transform(ecg=x)["ecg"] for x in raw])
-    live, tables = raw.std(1) > 0, []  # a flat lead has no spectrum
-    for name, x in signals.items():
-        f, power, distance, same = compare_spectra(raw, x, rate)
-        tables.append(pd.DataFrame(dict(
-            signal=name, log_spectral_distance_db=distance[live].mean(),
-            correlation_with_itself=same[live].mean(), hz=f,
-            share=power.swapaxes(1, 2)[live].mean(0))))
-    return pd.concat(tables)
-
-
-def plot_spectra(table, about, path):
-    """The spectra of frequency_check(), with its numbers in the legend."""
-    figure = Figure((8, 5))
-    axis = figure.subplots()
-    for (name, distance, same), rows in table.groupby([*table.columns[:3]], sort=False):
-        axis.plot(rows.hz, rows.share, "--" if "shipped" in name else "-",
-                  linewidth=4 if name == "raw" else 1.5,
-                  label=f"{name}: {distance:.1f} dB, r = {same:.2f}")
-    axis.set(yscale="log", xlabel="frequency (Hz)", ylabel="share of a lead's power")
-    axis.legend()
-    figure.suptitle("Mean spectra; log-spectral distance to the raw signal, correlation of a lead "
-                    f"with itself\n{about}")
-    save_figure(figure, path, table)
-
-
 # Every figure
 
 def plots(args):
@@ -844,20 +772,42 @@ def plots(args):
     folders, runs = [Path(run) for run in args.runs], {}
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(f"the same run twice: {' '.join(args.runs)}")
-    for flag, value in (("--ecg-id", args.ecg_id), ("--superclass", args.superclass)):
-        if len(folders) > 1 and value is not None:
-            raise InputError(f"{flag} is for the figures of one run; give one run folder")
     for folder in folders:
         saved, log = read_args(folder), read_log(folder)
         unique = [other.name for other in folders].count(folder.name) == 1
         name = folder.name if unique else str(folder)
         runs[f"{name}, SYNTHETIC" if saved["data"]["synthetic"] else name] = saved, log
     if len(folders) == 1:
-        plot_run(folders[0], runs, args)
-    else:
-        out = Path(args.out or "runs/plots")
-        plot_training(runs, out, args.format)
-        print(f"-> {out}/training-*")
+        return plot_run(folders[0], runs, args)
+    out = Path(args.out or "runs/plots")
+    plot_training(runs, out, args.format)
+    print(f"-> {out}/training-*")
+    finished = {name: folder for folder, (name, (saved, _)) in zip(folders, runs.items())
+                if (folder / "model.pt").exists() and saved["config"]["arch"] == "dualview"}
+    if finished:
+        compare_maps(finished, args, out)
+
+
+def compare_maps(folders, args, out):
+    """Attention of several runs {name: folder}: maps in one figure a stream, one table."""
+    device, seen, tables = pick_device(args.device), {}, []
+    for name, folder in folders.items():
+        model, saved = load_run(folder, device)
+        trained, cache = open_data(folder, saved, args.cache)
+        look = look_at(cache, choose(cache, args), saved, name, args)
+        seen[name] = look, study(model, look, device)
+        fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
+        tables += [pd.DataFrame(attention_rows(found, encoder)).assign(run=name) for found, encoder
+                   in ((seen[name][1], "this run"), (fresh, "untrained"))]
+    for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
+                            ("cross", ["time_to_channel", "channel_to_time"])):
+        plot_side_by_side(seen, streams, args.raw, out / f"attention-views-{figure}.{args.format}")
+    table = pd.concat(tables)
+    text = f"## Attention\n{look.subject}. {ABOUT}\n\n{attention_table(table, ['run'])}\n"
+    write_atomic(out / "attention-views.md", lambda tmp: tmp.write_text(text))
+    write_atomic(out / "attention-views.csv", lambda tmp: table.drop(columns="text").to_csv(
+        tmp, index=False, float_format="%.6g"))
+    print(f"{text}\n-> {out}/attention-views*")
 
 
 def plot_run(folder, runs, args):
@@ -871,15 +821,14 @@ def plot_run(folder, runs, args):
     plot_training(runs, out, end)
     plot_ages(cache.index, data, out / f"data-ages.{end}")
     plot_superclasses(cache.index, data, out / f"data-superclasses.{end}")
-    plot_rates(cache.meta["data"], int(cache.index.ecg_id[row]), data, out / f"data-rates.{end}")
     at = f"{data} at {cache.meta['rate']} Hz"
     for view in VIEWS:
-        other = {} if view == trained["view"] else dict(view=view, mask_leads=None, shift=False)
-        config = from_args(ViewConfig, trained | other)
+        config = ViewConfig(view=view)
+        if view == trained["view"]:
+            config = from_args(ViewConfig, trained)
         plot_views(cache, config, trained["seed"], row, f"{name_record(cache.index, row)}, {at}",
                    out / f"views-{view}.{end}")
-    plot_spectra(frequency_check(cache, trained), at, out / f"spectra.{end}")
-    print(f"-> {out}: training-*, data-*, views-*, spectra")
+    print(f"-> {out}: training-*, data-*, views-*")
     if not (folder / "model.pt").exists():
         print("note: no attention maps before the run is finished")
     elif saved["config"]["arch"] != "dualview":
@@ -897,6 +846,8 @@ def get_args(argv=None):
                    "folds 9 and 10 with this superclass, with intervals, instead of one record")
     both.add_argument("--records", type=bounded(int, 2), default=64, help="at most so many for "
                       "--superclass")
+    both.add_argument("--masked", action="store_true", help="attention under random lead masking, "
+                      "as in training; by default all leads are seen")
     both.add_argument("--raw", action="store_true", help="colours of maps show the weights; by "
                       "default log2 of weight x number of keys, 0 where attention is uniform")
     both.add_argument("--out", help="folder; by default the run's figures/, runs/plots for several")
@@ -909,7 +860,7 @@ def get_args(argv=None):
     p = commands.add_parser("plots", help="every figure of a run, or curves of several",
                             parents=[both], **style)
     p.add_argument("runs", nargs="+", help="run folders. One: all figures, into its figures/. "
-                   "Several: their curves of training together")
+                   "Several: their curves of training and their attention side by side")
     return parser.parse_args(argv)
 
 

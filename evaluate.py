@@ -9,23 +9,24 @@ Out: in that folder metrics.csv, every number, a line each: protocol, row, label
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
     python evaluate.py compare runs/noncontig-s0 runs/contig-s0 --out runs/compare
-    python evaluate.py bench cache/ptbxl-100 cache/ptbxl-500
+    python evaluate.py study --caches cache/ptbxl-100 --preset small --seeds 1
 """
 import argparse
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
 from argparse import Namespace
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Optional
 
@@ -35,27 +36,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
 from scipy.spatial.distance import pdist
 from scipy.special import expit
 from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.manifold import TSNE
 from sklearn.metrics import (ConfusionMatrixDisplay, RocCurveDisplay, accuracy_score,
-                             confusion_matrix, f1_score, precision_recall_curve, roc_auc_score)
+                             confusion_matrix, f1_score, precision_recall_curve, r2_score,
+                             roc_auc_score)
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
-from data import (CLASSES, LEADS, RATES, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
+from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
                   bounded, from_args, load_tables, normalize, open_cache, run_script, sha256,
                   write_atomic)
-from model import (READOUTS, STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args,
+from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args,
                    read_log)
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
                    pick_precision, project, train, with_defaults)
 from train import get_args as train_args
-from views import VIEWS, ViewConfig, draw_leads, generator, shift
+from views import VIEWS, ViewConfig, draw_leads, generator, lasts, shift, whole
 
 K = len(CLASSES)
 FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
@@ -65,7 +69,19 @@ LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn f
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
-QUALITY = ("shift", "alignment", "uniformity", "rankme")
+QUALITY = ("shift", "alignment", "uniformity", "rankme", "stream_cka")
+COMPARED = ("official", "cv", "paper", "table3", "clustering", "streams", "streams-masked",
+            "labels", "labels-paper", "labels-cv", "leads-cv")  # protocols with paired differences
+SHORTCUTS = {"heart_rate": "heart rate (R²)", "device": "recorder (AUROC)",
+             "noise": "noise (AUROC)"}
+NOISES = ("baseline_drift", "static_noise", "burst_noise", "electrodes_problems")  # of PTB-XL
+STREAMS = ("both streams", *(f"{stream} stream sees {what}" for stream in ("time", "channel")
+                             for what in ("another record", "nothing")))
+STREAM_PAIRS = [(("", STREAMS[0]), ("", row)) for row in STREAMS[1:]]
+TRAINING = {"loss": "loss", "val_loss": "val_loss", "grad_norm_ratio": "channel/time as in the "
+            "paper", "grad_norm_ratio_corrected": "corrected", "records_per_second": "records/s",
+            "gflop_per_record": "GFLOP a record", "of_peak": "of peak", "data_share": "waiting",
+            "peak_mib": "MiB"}
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
 KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
@@ -81,12 +97,6 @@ NETWORKS = ("finetuned", "supervised", "resnet18-supervised")  # they learn from
 SLOW = {"resnet18", *NETWORKS}  # rows that train networks: --fast leaves them out
 ROW_COLORS = dict(zip(ROWS, ("#999999", "#000000", "#56B4E9", "#0072B2", "#009E73", "#D55E00",
                              "#E69F00", "#CC79A7")))
-# The paper's Table 2 (the best of each run) and Table 3, which is F1 by class, accuracy, macro F1.
-TABLE2 = {"stochastic": (-0.0168, 7.8849, 9.89), "contig": (0.0327, 6.289, 37.55),
-          "noncontig": (0.0350, 6.424, 50.92)}
-TABLE3 = {"stochastic": (.78, .07, .33, .53, .11, .63, .36),  # classes in the order of CLASSES
-          "contig": (.83, .42, .63, .66, .01, .72, .51),
-          "noncontig": (.82, .38, .57, .60, .00, .70, .47)}
 # Macro AUROC on fold 10 of all of PTB-XL under the official protocol, as others report it.
 PUBLISHED = (("S4, supervised", .932, ""), ("xresnet1d101, supervised", .928, "arXiv 2004.13701"),
              ("ECGFounder, probed", .924, ""), ("ECG-JEPA, probed", .911, ""),
@@ -284,6 +294,16 @@ def shift_distance(z, later):
     return float(np.linalg.norm(z - later, axis=1).mean() / max(pdist(z).mean(), 1e-12))
 
 
+def cka(a, b):
+    """Linear CKA of two representations of the same n records: 0..1, 1 if one is the other rotated.
+
+    a: (n, d), b: (n, e). Kornblith et al. 2019, arXiv 1905.00414; few records raise it.
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    both, one, other = (np.linalg.norm(x.T @ y) for x, y in ((a, b), (a, a), (b, b)))
+    return float(both ** 2 / max(one * other, 1e-12))
+
+
 def rankme(z):
     """Effective rank of representations z (n, d): 1..min(n, d), high is good.
 
@@ -374,13 +394,13 @@ def choose_probe(z, task, rows=None):
 class Classifier(nn.Module):
     """An encoder with a logit for each class: x (B, T, C), keep (B, C) or None -> (B, 1, K)."""
 
-    def __init__(self, model, view, n_views):
+    def __init__(self, model, views, n_views):
         super().__init__()
-        self.model, self.view, self.n_views = model, view, n_views
+        self.model, self.views, self.n_views = model, views, n_views
         self.head = nn.Linear(model.width, K)
 
     def forward(self, x, keep=None):
-        z = embed(self.model, x, self.view, keep, self.n_views)
+        z = embed(self.model, x, self.views, keep, self.n_views)
         return self.head(z.mean(1, keepdim=True))
 
 
@@ -428,7 +448,7 @@ def fit_network(net, run, task, rows, rates, seed):
 
 
 def draw_labels(task, budget, seed):
-    """Rows of `train` whose labels a method may use: "10shot" (a class), or a share as "10%".
+    """Rows of `train` whose labels a method may use: "10" in all, "10shot" a class, "10%" of them.
 
     For 10shot each class, the rarest first, gets 10 records that have it and were not drawn yet.
     """
@@ -436,6 +456,8 @@ def draw_labels(task, budget, seed):
     rows = rng.permutation(task.train)
     if budget.endswith("%"):
         return np.sort(rows[:max(1, round(len(rows) * float(budget[:-1]) / 100))])
+    if budget.isdigit():
+        return np.sort(rows[:int(budget)])
     drawn = []
     for k in np.argsort(task.y[rows].sum(0)):
         free = rows[~np.isin(rows, drawn) & (task.y[rows, k] == 1)]
@@ -486,6 +508,7 @@ class Run:
     out: Path  # where the results go: the folder, or one within it for other data than its own
     saved: dict  # args.json
     trained: dict  # its arguments, those included that are younger than the run
+    views: ViewConfig  # its strategy
     cache: object
     device: torch.device
     tasks: dict
@@ -554,9 +577,9 @@ def open_run(args):
     """The Run that the arguments name; raise InputError for settings that it cannot have."""
     folder, device = Path(args.run), pick_device(args.device)
     for budget in args.labels:
-        if not re.fullmatch(r"[1-9]\d*shot|(100|[1-9]\d?)%", budget):
-            raise InputError(f"--labels {budget}: give such as 10shot, for 10 records a class, "
-                             "or 1%, 10%, 100% of the training records")
+        if not re.fullmatch(r"[1-9]\d*(shot)?|(100|[1-9]\d?)%", budget):
+            raise InputError(f"--labels {budget}: give such as 10, for 10 records in all, 10shot, "
+                             "for 10 a class, or 1%, 10%, 100% of the training records")
     model, saved = load_run(folder, device)
     trained, cache = open_data(folder, saved, args.cache)
     model.precision = pick_precision(trained["precision"], device)
@@ -580,7 +603,8 @@ def open_run(args):
     if args.amplitude:  # normalize() takes it away, and hypertrophy is diagnosed by it
         deviation = np.stack([signal.std(axis=0) for signal in cache.signals])
         amplitude = np.log1p(deviation).astype(np.float32)
-    return Run(folder, out, saved, trained, cache, device, tasks, args, depends,
+    views = from_args(ViewConfig, trained)
+    return Run(folder, out, saved, trained, views, cache, device, tasks, args, depends,
                models=dict(pretrained=model), amplitude=amplitude)
 
 
@@ -605,11 +629,11 @@ def pretrain_resnet(run):
 
 def make_encoders(run):
     """For each row that is probed what turns x (B, T, C), keep (B, C) or None into features."""
-    view, n_views = run.trained["view"], 1 if run.settings.first_view else None
+    n_views = 1 if run.settings.first_view else None
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
 
     def encoder(model):
-        return lambda x, keep=None: embed(model, x, view, keep, n_views)
+        return lambda x, keep=None: embed(model, x, run.views, keep, n_views)
 
     return {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None]),
             **{row: encoder(model) for row, model in run.models.items()}}
@@ -711,7 +735,7 @@ def network_row(run, row, task, rows, seed):
              untrained(config if row == "supervised" else resnet_config(config), seed, run.device))
     model.precision, dual = run.models["pretrained"].precision, row != "resnet18-supervised"
     model.readout = run.models["pretrained"].readout if dual else "z"
-    net = Classifier(model, run.trained["view"], 1 if run.settings.first_view else None)
+    net = Classifier(model, run.views, 1 if run.settings.first_view else None)
     rates = (0.1 * lr if row == "finetuned" else lr), lr
     fit_network(net.to(run.device), run, task, rows, rates, seed)
     scores = dict(seconds=time.monotonic() - began, choose=expit(run.see(net, task.choose)[:, 0]),
@@ -725,8 +749,8 @@ def network_row(run, row, task, rows, seed):
 def score_row(run, row, task, budget="100%", seed=0):
     """Scores of a row under a protocol from the labels of a budget: arrays `choose`, `test`.
 
-    For `cv` see cross_validate(). Networks are trained once, for `official`; the largest of their
-    scores decides in `paper`.
+    For `cv` see cross_validate(). With all labels networks are trained once, for `official`; the
+    largest of their scores decides in `paper`.
     """
     if row == "majority":
         return majority(task)
@@ -738,7 +762,7 @@ def score_row(run, row, task, budget="100%", seed=0):
         rows = draw_labels(task, budget, seed)
         return run.piece(name, row, lambda: probe_row(run, row, task, rows),
                          amplitude=run.settings.amplitude)
-    if task.single:
+    if task.single and budget == "100%":
         official = run.tasks["official"]
         scores = score_row(run, row, official, budget, seed)
         return scores | {part: scores[part][np.isin(getattr(official, part), getattr(task, part))]
@@ -750,36 +774,39 @@ def score_row(run, row, task, budget="100%", seed=0):
 
 def score_all(run, rows):
     """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}."""
-    scores, args, official = {}, run.settings, run.tasks["official"]
+    scores, args = {}, run.settings
     for name, task in run.tasks.items():
         for row in rows:
             if row in NETWORKS and name == "table3" or name == "cv" and row not in run.features or (
                     row == "finetuned" and "100%" not in args.labels):
                 continue
             scores[name, row, "100%", 0] = score_row(run, row, task)
-    for budget in args.labels:
-        for row in rows:
-            for seed in range(1 if budget == "100%" else args.seeds):
-                scores["official", row, budget, seed] = score_row(run, row, official, budget, seed)
+    for name, budget, row in product(("official", "paper"), args.labels, rows):
+        for seed in range(1 if budget == "100%" else args.seeds):
+            scores[name, row, budget, seed] = score_row(run, row, run.tasks[name], budget, seed)
     return scores
 
 
-def few_scores(run):
-    """Cross-validated scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
+def few_scores(run, scores):
+    """Scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
 
-    labels-cv: few labels; leads-cv: fewer leads; each if --cv names it.
+    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
+    fewer leads, cross-validated, each if --cv names it.
     """
-    found, args, cv = {"labels-cv": {}, "leads-cv": {}}, run.settings, run.tasks["cv"]
-    for row in run.features:
-        if "labels" in args.cv:
-            found["labels-cv"][row] = {budget: [
-                score_row(run, row, cv, budget, seed)["test"]
-                for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
-        if "leads" in args.cv:
-            strengths = score_row(run, row, cv)["strengths"]
-            leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
-                run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
-            found["leads-cv"][row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
+    found, args = {}, run.settings
+    for (protocol, row, budget, seed), s in scores.items():
+        if protocol in ("official", "paper") and budget in args.labels:
+            name = "labels" if protocol == "official" else "labels-paper"
+            found.setdefault(name, {}).setdefault(row, {}).setdefault(budget, []).append(s["test"])
+    for row in run.features if "labels" in (args.cv or ()) else ():
+        found.setdefault("labels-cv", {})[row] = {budget: [
+            score_row(run, row, run.tasks["cv"], budget, seed)["test"]
+            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
+    for row in run.features if "leads" in (args.cv or ()) else ():
+        strengths = score_row(run, row, run.tasks["cv"])["strengths"]
+        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
+            run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
+        found.setdefault("leads-cv", {})[row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
     return found
 
 
@@ -819,9 +846,10 @@ def score_lines(run, scores, draws):
 
 def few_lines(run, found, draws):
     """Lines of few_scores(), means over the draws of labels; `draws` as in score_lines."""
-    out, cv = [], run.tasks["cv"]
-    y, patients = cv.y[cv.test], cv.patients[cv.test]
+    out, tasks = [], {"labels": "official", "labels-paper": "paper"}
     for protocol, rows in found.items():
+        task = run.tasks[tasks.get(protocol, "cv")]
+        y, patients = task.y[task.test], task.patients[task.test]
         for row, variants in rows.items():
             sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
                                 for p in some], axis=0) for some in variants.values()]
@@ -843,11 +871,11 @@ def seconds_of(folder):
 def differences(groups, wanted):
     """Lines of paired differences, of each ((group, row), (group, row)) in `wanted`.
 
-    groups: {label: runs}, dicts of table and draws. Points, and bootstrap draws on the same test
-    records, are means over a group's runs.
+    groups: {label: runs}, dicts of table and draws. Points are means over a group's runs; draws,
+    on the same test records, resample patients and, where there are several, runs.
     """
     def mean(protocol, group, row):
-        """Means over a group's runs of what all have: {metric: (point, bootstrap draws)}."""
+        """Of a group's runs, what all have: {metric: (point, draws)}."""
         found = []
         for run in groups[group]:
             t = run["table"]
@@ -855,13 +883,16 @@ def differences(groups, wanted):
             points, name = at.set_index("metric").value, f"{protocol}-{row}"
             few = {f"macro_auroc/{key.split('/')[1]}": draws for key, draws in run["draws"].items()
                    if key.startswith(f"{name}/")}
-            all_draws = few | dict(zip(MEASURES, run["draws"].get(name, np.empty((0, 0))).T))
-            found.append({m: (points[m], draws) for m, draws in all_draws.items()})
-        return {m: [np.mean(values, axis=0) for values in zip(*(one[m] for one in found))]
+            measures = CLUSTERING if protocol == "clustering" else MEASURES
+            all_draws = few | dict(zip(measures, run["draws"].get(name, np.empty((0, 0))).T))
+            found.append({m: (points[m], draws) for m, draws in all_draws.items() if m in points})
+        rng = np.random.default_rng(list(groups).index(group))  # of both rows of a group the same
+        return {m: (np.mean([one[m][0] for one in found]),
+                    resample_runs(np.stack([one[m][1] for one in found]), deepcopy(rng)))
                 for m in found[0] if all(m in one for one in found)}
 
     out = []
-    for protocol in ("official", "cv", "paper", "labels-cv", "leads-cv"):
+    for protocol in COMPARED:
         for pair in wanted:
             a, b = (mean(protocol, *side) for side in pair)
             name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
@@ -871,15 +902,45 @@ def differences(groups, wanted):
     return out
 
 
-def cluster_lines(run):
-    """Lines of the clustering scores; `chance`: of this run's representation, labels permuted."""
+def resample_runs(draws, rng):
+    """Bootstrap draws (runs, n) of patients -> (n,), of their mean over runs drawn as well.
+
+    A few runs drawn with replacement vary too little, by runs / (runs - 1): this is made up for.
+    """
+    S, n = draws.shape
+    mean, drawn = draws.mean(0), draws[rng.integers(S, size=(S, n)), np.arange(n)].mean(0)
+    return mean + math.sqrt(S / max(S - 1, 1)) * (drawn - mean)
+
+
+def cluster_draws(z, labels, patients, n, groups=20):
+    """Draws (n, 3) of the clustering scores, for intervals: normal, of the jackknife's variance.
+
+    Each of `groups` scores leaves out a share of the patients; resampled records, some of them
+    twice, would have other scores. The same patients give draws that pair.
+    """
+    who, member = np.unique(patients, return_inverse=True)
+    group = np.random.default_rng(0).permutation(len(who))[member] % groups
+    whole, *parts = np.array([list(clustering(z[at], labels[at]).values()) for at in (
+        group >= 0, *(group != g for g in range(groups)))], float)
+    noise = np.random.default_rng(1).standard_normal((n, groups))
+    return whole + math.sqrt((groups - 1) / groups) * noise @ (parts - np.mean(parts, axis=0))
+
+
+def cluster_lines(run, draws):
+    """Lines of the clustering scores; `chance`: of this run's representation, labels permuted.
+
+    draws gets those of each row."""
     out, task = [], run.tasks["table3"]
     labels, rng = task.y[task.test].argmax(1), np.random.default_rng(0)
     for row, features in run.features.items():
         z = features["z"].mean(1)
         if row == "rocket":  # its shares and maxima have different scales
             z = StandardScaler().fit_transform(z)
-        out += lines("clustering", row, clustering(z[task.test], labels))
+        found = cluster_draws(z[task.test], labels, task.patients[task.test],
+                              run.settings.bootstrap)
+        draws[f"clustering-{row}"] = found
+        out += lines("clustering", row, clustering(z[task.test], labels),
+                     zip(CLUSTERING, map(interval, found.T)))
         if row == "pretrained":
             found = pd.DataFrame([clustering(z[task.test], rng.permutation(labels))
                                   for _ in range(20)])
@@ -902,6 +963,10 @@ def quality_lines(run):
             z1, z2 = run.piece(f"views-{row}", row, lambda: dict(z=two_views(run, model)))["z"]
             numbers |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
                             uniformity=(uniformity(z1) + uniformity(z2)) / 2)
+            if model.config.arch != "resnet18":
+                both = run.piece(f"streams-{row}", row, lambda: dict(
+                    z=see_streams(run, model, rows)))["z"]
+                numbers |= dict(stream_cka=cka(*np.split(both, [model.config.widths[1]], axis=1)))
         out += lines("quality", row, numbers)
     return out
 
@@ -910,34 +975,104 @@ def quality_lines(run):
 def two_views(run, model):
     """Representations (2, n, d) of the two views of fold 10 as in training, with masking."""
     rows = run.cache.rows([TEST_FOLD])
-    feed = Feed(run.cache, from_args(ViewConfig, run.trained), run.trained["seed"], run.device)
+    feed = Feed(run.cache, run.views, run.trained["seed"], run.device)
     (batch,), windows = feed([(VAL_STEP, rows)]), feed.config.windows  # of these the first
     z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(
         0, (2 * windows, -1))[::windows] for i in range(0, len(rows), run.micro)]
     return torch.cat(z, dim=1).float().cpu()
 
 
-def stream_lines(run, strength):
+def see_streams(run, model, rows):
+    """What the two streams hand on of the first view of some records, side by side (n, d)."""
+    readout, model.readout = model.readout, "streams"
+    try:
+        return run.see(lambda x, keep: embed(model, x, run.views, keep, 1), rows)[:, 0]
+    finally:
+        model.readout = readout
+
+
+def stream_lines(run, strength, draws):
     """Lines of the probe's macro AUROC when one stream sees another record, or nothing.
 
-    The other stream sees the record as before, and the cross-attention joins the two.
+    The other stream sees the record as before, and the cross-attention joins the two. On whole
+    records and on masked ones; draws gets the bootstrap draws of each.
     """
     task, z, out = run.tasks["official"], run.features["pretrained"]["z"], []
     probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
+    rows, encoder = np.append(task.choose, task.test), run.encoders["pretrained"]
+    y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
 
-    def auroc():
-        p = probe(run.see(run.encoders["pretrained"], task.test).mean(1))
-        return dict(macro_auroc=mean_of_known(aurocs(task.y[task.test], p)))
+    def scored(protocol, row):
+        seen = (run.see(encoder, rows) if protocol == "streams"
+                else run.see_masked(encoder, rows, MASKED[0])[0])
+        p = probe(seen.mean(1))
+        draws[f"{protocol}-{row}"] = found = bootstrap(y, p, p > .5, patients,
+                                                       run.settings.bootstrap)
+        return lines(protocol, row, dict(macro_auroc=mean_of_known(aurocs(y, p))),
+                     dict(macro_auroc=interval(found[:, 0])))
 
-    out += lines("streams", "both streams see the record", auroc())
-    for stream in ("time", "channel"):
-        stem = getattr(run.models["pretrained"].encoder, f"{stream}_stem")
-        for how, change in (("another record", lambda x: x.roll(1, 0)),
-                            ("nothing", torch.zeros_like)):
-            hook = stem.register_forward_pre_hook(lambda module, x: change(x[0]))
-            out += lines("streams", f"{stream} stream sees {how}", auroc())
+    for protocol in ("streams", "streams-masked"):
+        whole, *others = STREAMS
+        out += scored(protocol, whole)
+        for row in others:
+            change = torch.zeros_like if row.endswith("nothing") else (lambda x: x.roll(1, 0))
+            hook = getattr(stems, f"{row.split()[0]}_stem").register_forward_pre_hook(
+                lambda module, args: (change(args[0]), *args[1:]))
+            out += scored(protocol, row)
             hook.remove()
     return out
+
+
+def heart_rates(signals, rate):
+    """Beats a minute (n,) of records (n, T, C): where their slopes repeat best, from 40 to 180."""
+    slopes = np.abs(np.diff(signals.astype(np.float32), axis=1)).sum(2)
+    slopes = uniform_filter1d(slopes, round(0.1 * rate), axis=1)
+    slopes -= slopes.mean(1, keepdims=True)
+    T = slopes.shape[1]
+    again = np.fft.irfft(np.abs(np.fft.rfft(slopes, 2 * T)) ** 2)  # autocorrelation
+    first, last = round(rate * 60 / 180), round(rate * 60 / 40)
+    return 60 * rate / (first + again[:, first:last + 1].argmax(1))
+
+
+def shortcut_lines(run):
+    """Lines of how well a linear probe reads from each row what no diagnosis should rest on.
+
+    Ridge regression, folds 1-8 train, 9 and 10 test: R² of the heart rate, AUROC of the most
+    frequent recorder against the others, and of any noise that PTB-XL's annotators noted.
+    """
+    index, signals, rate = run.cache.index, run.cache.signals, run.cache.meta["rate"]
+    targets = dict(heart_rate=np.concatenate([heart_rates(signals[i:i + 256], rate)
+                                              for i in range(0, len(signals), 256)]))
+    try:
+        table = load_tables(run.cache.meta["data"]).set_index("ecg_id").reindex(index.ecg_id)
+        if "device" in table:
+            devices = table.device.astype(str).str.strip()
+            targets["device"] = (devices == devices.mode()[0]).to_numpy()
+        if set(NOISES) <= set(table):
+            targets["noise"] = table[list(NOISES)].notna().any(axis=1).to_numpy()
+    except InputError as error:
+        print(f"note: recorder and noise are not looked for: {error}")
+    train, test = run.cache.rows(TRAIN_FOLDS), run.cache.rows([VAL_FOLD, TEST_FOLD])
+    out = []
+    for row, features in run.features.items():
+        z, numbers = features["z"].mean(1), {}
+        for name, target in targets.items():
+            if len(set(target[train])) < 2 or len(set(target[test])) < 2:
+                continue
+            probe = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9)))
+            p = probe.fit(z[train], target[train].astype(float)).predict(z[test])
+            numbers[name] = (r2_score if name == "heart_rate" else roc_auc_score)(target[test], p)
+        out += lines("shortcuts", row, numbers)
+    return out
+
+
+def training_lines(folder):
+    """Lines of a run's log: losses and gradient ratios of the last epoch, medians of its costs."""
+    if not (folder / "log.jsonl").exists():
+        return []
+    log = read_log(folder).reindex(columns=TRAINING).astype(float)
+    costs = list(TRAINING)[4:]
+    return lines("training", "pretrained", log.iloc[-1].to_dict() | log[costs].median().to_dict())
 
 
 # Tables
@@ -1009,15 +1144,19 @@ ABOUT = {
     "C. Intervals: 95 %, bootstrap by patient; they tell of the test records, not of the seed.",
     "differences": "Paired by patient on the same test records; where an interval holds 0, these "
     "records do not tell which is better. Between views: they differ untrained already, since a "
-    "probe sees other inputs. Intervals do not tell what another seed would give.",
+    "probe sees other inputs. Intervals are over patients and, for groups of several runs, over "
+    "these too; those of clustering are normal, from a jackknife over patients.",
     "labels-cv": "Macro AUROC of all labelled records, each scored by a probe that saw so many "
     "labels of the other folds; mean over draws of them, intervals over patients alone. A whole "
     "fold more chooses C.",
     "leads-cv": "Macro AUROC of all labelled records, cross-validated. All probes, ROCKET's too, "
     "learned from their records whole and from two copies with leads masked at random; "
     "C as chosen with all leads.",
-    "labels": "Official protocol, test fold 10; mean ± standard deviation over draws of the "
-    "training labels. All of fold 9 still chooses C, thresholds and when a network stops.",
+    "few": "Test fold 10; mean ± standard deviation over draws of the training labels: 10 in all, "
+    "10 a class (10shot), or a share. All of fold 9 still chooses C, thresholds and when a network "
+    "stops.",
+    "labels": "Macro AUROC, means over the draws; intervals over patients.",
+    "labels-paper": "Macro AUROC, means over the draws; intervals over patients.",
     "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
     "averaged. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
     "0, high. By chance: this run's representations with labels permuted, mean of 20. ROCKET's "
@@ -1026,16 +1165,28 @@ ABOUT = {
     "later, over that between records (those of clustering); near 0 if the representation does "
     "not mind when beats fall, near 1 if it is about that. Alignment 0..4 and uniformity -4..0, "
     "low is good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective "
-    "rank over all records, 1..min(records, width), high is good.",
+    "rank over all records, 1..min(records, width), high is good. Stream CKA: likeness of what "
+    "the two streams hand on, 0..1.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
-    "streams": "Macro AUROC of this run's probe, official protocol, while one stream sees another "
-    "record of the batch, or zeros; the cross-attention still joins the two."}
+    "streams": "Macro AUROC of this run's probe of the official protocol on folds 9 and 10, while "
+    "one stream sees another record, or zeros; the cross-attention still joins the two.",
+    "streams-masked": "The same with each lead masked with probability 0.5.",
+    "shortcuts": "What a linear probe reads off that no diagnosis should rest on (folds 9 and 10): "
+    "heart rate from the autocorrelation of the slopes, R² up to 1; the most frequent recorder "
+    "against the others, and any noise that annotators noted, AUROC, 0.5 by chance.",
+    "training": "Of the log: losses and the ratio of the streams' gradient norms in the last "
+    "epoch, as the paper takes it and with token counts corrected for (1: equal); medians of "
+    "speed, GFLOP, share of the peak of matrix products, share of time waiting for records; memory."}
 TITLES = {"official": "Official protocol (the headline)", "cv": "Cross-validated over the folds",
           "paper": "The paper's protocol, fold 10",
           "table3": "Linear probe: Table 3 of the paper", "clustering": "Clustering: Table 2 of "
           "the paper", "quality": "Quality without labels", "leads": "Fewer leads",
           "labels-cv": "Few labels, cross-validated", "leads-cv": "Fewer leads, cross-validated",
-          "streams": "The two streams"}
+          "few": "Few labels, official protocol", "few-paper": "Few labels, the paper's protocol",
+          "labels": "Few labels, differences, official protocol",
+          "labels-paper": "Few labels, differences, the paper's protocol",
+          "streams": "The two streams", "streams-masked": "The two streams, leads masked",
+          "shortcuts": "Shortcuts", "training": "Training and its cost"}
 
 
 def sections(numbers):
@@ -1065,18 +1216,21 @@ def sections(numbers):
         out += [grid(part, by, {f"{measure}/{c}": f"{measure} {c}" for c in CLASSES})
                 for measure in ("auroc", "f1")]
     out += [f"## Differences\n{ABOUT['differences']}",
-            grid(found[compared], ["protocol", "row"], MEASURES)]
-    few = found[(found.protocol == "official") & ~compared]
-    out += [f"## Few labels\n{ABOUT['labels']}",
-            grid(few, [*by[:-1], "labels", "row"], ["records", *MEASURES, "seconds"])]
+            *(grid(found[compared], ["protocol", "row"], of) for of in (MEASURES, CLUSTERING)
+              if found[compared].metric.isin(of).any())]
+    for name, about in (("official", "few"), ("paper", "few-paper")):
+        few = found[(found.protocol == name) & ~compared]
+        out += [f"## {TITLES[about]}\n{ABOUT['few']}",
+                grid(few, [*by[:-1], "labels", "row"], ["records", *MEASURES, "seconds"])]
     leads = {f"macro_auroc/{n}": f"{n}: {' '.join(s)}" if n < 6 else f"{n}"
              for n, s in LEAD_SETS.items()}
-    for name in ("labels-cv", "leads-cv"):
+    for name in ("labels", "labels-paper", "labels-cv", "leads-cv"):
         part = found[found.protocol == name]
         out += [f"## {TITLES[name]}\n{ABOUT[name]}", grid(part, by, {
             m: m.split("/")[1] for m in part.metric.unique()})] if len(part) else []
     for name, columns in (("clustering", CLUSTERING), ("quality", QUALITY), ("leads", leads),
-                          ("streams", ["macro_auroc"])):
+                          ("streams", ["macro_auroc"]), ("streams-masked", ["macro_auroc"]),
+                          ("shortcuts", SHORTCUTS), ("training", TRAINING)):
         if name in set(full.protocol):  # a ResNet has no streams
             out += [f"## {TITLES[name]}\n{ABOUT[name]}",
                     grid(full[full.protocol == name], by, columns)]
@@ -1109,8 +1263,10 @@ def plot_tsne(points, labels, ids, title, path):
 
     points: {panel: (n, 2)}; labels, ids: (n,)
     """
-    figure = Figure((4.6 * len(points), 4.4), layout="constrained")
-    axes, rows = figure.subplots(1, len(points), squeeze=False)[0], []
+    down = math.ceil(len(points) / 4)
+    across = math.ceil(len(points) / down)
+    figure = Figure((4 * across + 1, 4.2 * down), layout="constrained")
+    axes, rows = list(figure.subplots(down, across, squeeze=False).flat), []
     for axis, (panel, xy) in zip(axes, points.items()):
         for k in np.unique(labels):
             at = labels == k
@@ -1119,7 +1275,9 @@ def plot_tsne(points, labels, ids, title, path):
         axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         rows += [dict(panel=panel, ecg_id=i, superclass=CLASSES[k], x=x, y=y)
                  for i, k, (x, y) in zip(ids, labels, xy)]
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in axes[len(points):]:
+        axis.remove()
+    axes[across - 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, rows)
 
@@ -1251,16 +1409,17 @@ def evaluate(args):
     run.encoders = make_encoders(run)
     run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
-    table = score_lines(run, scores, draws) + cluster_lines(run) + quality_lines(run)
-    if "cv" in run.tasks:
-        table += few_lines(run, few_scores(run), draws)
+    table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
+    table += few_lines(run, few_scores(run, scores), draws)
+    table += shortcut_lines(run) + training_lines(run.folder)
     if arch != "resnet18":
-        table += stream_lines(run, float(scores["official", "pretrained", "100%", 0]["strength"]))
+        strength = float(scores["official", "pretrained", "100%", 0]["strength"])
+        table += stream_lines(run, strength, draws)
     table = pd.DataFrame(table)
     others = [row for row in rows if f"paper-{row}" in draws and row != "pretrained"]
     table = pd.concat([table, pd.DataFrame(differences(
         {"": [dict(table=table, draws=draws)]}, [(("", "pretrained"), ("", row))
-                                                 for row in others]))])
+                                                 for row in others] + STREAM_PAIRS))])
     about = dict(settings=vars(args), view=run.trained["view"], seed=run.trained["seed"],
                  notes=notes, data=run.cache.meta,
                  tested={name: len(task.test) for name, task in run.tasks.items()})
@@ -1354,36 +1513,47 @@ def collect(groups):
         parts[label] = found.assign(group=label, of=len(members))
         parts.pop(view + " (paper)", None)  # it comes after the last group of its view
         parts[view + " (paper)"] = pd.DataFrame(
-            lines("clustering", "paper", dict(zip(CLUSTERING, TABLE2[view])))
-            + lines("table3", "paper", dict(zip(TABLE3_MEASURES, TABLE3[view])))).drop(
-                columns="seed").assign(group=view, n=1, of=1)
+            lines("clustering", "paper", dict(zip(CLUSTERING, VIEWS[view].table2 or ())))
+            + lines("table3", "paper", dict(zip(TABLE3_MEASURES, VIEWS[view].table3 or ()))),
+            columns=[*KEYS, "value", "low", "high"]).drop(columns="seed").assign(
+                group=view, n=1, of=1)
     return pd.concat(parts.values())
+
+
+def compared(groups):
+    """Numbers of all groups of runs, with paired differences between rows and between groups."""
+    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")]
+    wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
+               if groups[a][0]["about"]["data"]["index"] == groups[b][0]["about"]["data"]["index"]
+               for row in ("pretrained", "untrained")]
+    wanted += [((g, a), (g, b)) for g in groups for (_, a), (_, b) in STREAM_PAIRS]
+    found = pd.DataFrame(differences(groups, wanted)).drop(columns="seed")
+    numbers = collect(groups)
+    return pd.concat([numbers[~numbers.row.str.contains(" - ")],
+                      found.assign(group="", n=1, of=1)])
+
+
+def overview(groups):
+    """A Markdown table of the groups: data, how many records test, seeds."""
+    rows = []
+    for label, members in groups.items():
+        about = members[0]["about"]
+        rows.append([
+            label, describe_data(about["data"]), about["data"]["rate"], about["data"]["records"],
+            *(about["tested"][name] for name in ("official", "paper", "table3")),
+            " ".join(str(run["about"]["seed"]) for run in members)])
+    return markdown(["group", "data", "Hz", "records", "tested: official", "paper", "table3",
+                     "seeds"], rows)
 
 
 def compare(args):
     """Tables over several runs, the paper's numbers beside ours: OUT.md and OUT.csv."""
     groups = group_runs(read_evaluated(args.runs))
-    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")]
-    wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
-               if groups[a][0]["about"]["data"]["index"] == groups[b][0]["about"]["data"]["index"]
-               for row in ("pretrained", "untrained")]
-    found = pd.DataFrame(differences(groups, wanted)).drop(columns="seed")
-    numbers = collect(groups)
-    numbers = pd.concat([numbers[~numbers.row.str.contains(" - ")],
-                         found.assign(group="", n=1, of=1)])
-    overview = []
-    for label, members in groups.items():
-        about = members[0]["about"]
-        overview.append([
-            label, describe_data(about["data"]), about["data"]["rate"], about["data"]["records"],
-            *(about["tested"][name] for name in ("official", "paper", "table3")),
-            " ".join(str(run["about"]["seed"]) for run in members)])
+    numbers = compared(groups)
     text = "\n\n".join([
         "# Comparison of runs\nMean ± standard deviation over seeds. **The paper**: its own "
         "numbers, on all of PTB-XL (its clustering scores are the best of each run, ours those of "
-        "the final weights).", markdown(
-            ["group", "data", "Hz", "records", "tested: official", "paper", "table3", "seeds"],
-            overview), sections(numbers),
+        "the final weights).", overview(groups), sections(numbers),
         "## Published on all of PTB-XL\nMacro AUROC, fold 10, official protocol, as others report "
         "it: not measured here, and not comparable with runs on other data.",
         markdown(["method", "macro AUROC", "source"],
@@ -1393,146 +1563,311 @@ def compare(args):
     print(f"{text}-> {args.out}.md, .csv")
 
 
-# What it costs: train.py measures itself; this runs it and collects
+# A study: several seeds of several settings, for one question
 
-BENCH_EPOCHS, TURNS = 3, 2  # an epoch is a step or more; the first does not count
+@dataclass(frozen=True)
+class Study:
+    """A question, and flags of train.py for each row that answers it.
 
+    {more} in them: epochs that cost plain accumulation what the exact gradient costs. base: the row
+    that others are compared with, by default the best. evaluated: False to tell of costs alone.
+    """
 
-def bench_flags(batch, device):
-    """Flags of train.py for each row: {preset: {row: flags}}; the rows of a preset take turns."""
-    small, paper = ["--preset", "small"], ["--batch-size", str(batch), "--micro-batch", "32"]
-    if device.type == "cpu":  # 2500 tokens take ten seconds a record: take every fourth
-        paper = ["--batch-size", "4", "--micro-batch", "2", "--time-stride", "4"]
-    plain, once = ["--negatives", "micro"], ["--epochs", "2"]
-    rows = {"small": {"small": [], "small, plain accumulation": plain,
-                      "small, one micro-batch": ["--batch-size", "64"],
-                      "small, stochastic": ["--view", "stochastic"]},
-            "paper": {"paper": [], "paper, plain accumulation": plain,
-                      "paper, one micro-batch": ["--batch-size", paper[3]],
-                      "paper, torch.nn's layers": ["--arch", "torchnn"],
-                      "paper, compiled": ["--compile"]}}
-    if device.type == "cpu" or torch.cuda.device_count() > 1:
-        rows["small"]["small, two processes"] = []
-    for stride in (1, 2, 8):
-        few = ["--batch-size", "2", *once, "--max-steps", "5"] if device.type == "cpu" else []
-        rows["paper"][f"paper, --time-stride {stride}"] = ["--time-stride", str(stride), *few]
-    base = {"small": [*small, "--batch-size", str(batch)], "paper": paper}
-    return {preset: {row: [*base[preset], *flags] for row, flags in some.items()}
-            for preset, some in rows.items()}
+    question: str
+    rows: dict
+    base: str = ""
+    evaluated: bool = True
 
 
-def write_part(cache, n_train, n_val, out):
-    """A cache of n_train records for folds 1-8 and n_val for fold 9, some of them repeated."""
-    rows = np.resize(cache.rows(TRAIN_FOLDS), n_train + n_val)
-    folds = [*np.resize(TRAIN_FOLDS, n_train), *[VAL_FOLD] * n_val]
-    out.mkdir()
-    cache.signals[rows].tofile(out / "signals.int16")
-    cache.index.iloc[rows].assign(strat_fold=folds).to_csv(out / "index.csv", index=False)
-    meta = cache.meta | dict(records=len(rows), index=sha256(out / "index.csv"))
-    (out / "meta.json").write_text(json.dumps(meta))
+def equal_rows():
+    """Each view on equal terms, with lead masking, without, and with the pool."""
+    rows = {}
+    for name, view in VIEWS.items():
+        if lasts(name)[0] not in (0.5, 1):  # s / 10: --equal is for 5 and 10 s
+            continue
+        rows[name] = f"--view {name} --equal"
+        if not view.masked:
+            rows[f"{name}-masked"] = rows[name] + " --mask-leads"
+        elif view.cut is not whole:  # else the two views would be the same
+            rows[f"{name}-unmasked"] = rows[name] + " --no-mask-leads"
+            rows[f"{name}-pool"] = rows[name] + " --augment-p 0.5"
+    return rows
 
 
-def measure_loading(cache, device):
-    """Records a second: by wfdb, one float32 record at a time, and as training cuts each view."""
-    import wfdb
-
-    rows, found = np.resize(cache.rows(TRAIN_FOLDS), 512), []
-
-    def rate(name, n, function):
-        seconds = []
-        for _ in range(4):
-            began = time.monotonic()
-            function()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            seconds.append(time.monotonic() - began)
-        found.append(dict(row=name, records_per_second=n / np.median(seconds[1:])))
-
-    def one_by_one():  # what many loaders do
-        for x in signals:
-            x = (x - x.mean(0)) / (x.std(0) + 1e-8)
-            np.stack([x[i::2] * (np.random.rand(C) >= 0.5).astype(np.float32) for i in (0, 1)])
-
-    def cut(view, rows):
-        (batch,) = Feed(cache, ViewConfig(view=view), 0, device)([(0, rows)])
-        for i in range(0, len(rows), 16):
-            torch.cat(batch.cut(slice(i, min(i + 16, len(rows)))))
-
-    try:
-        table = load_tables(cache.meta["data"])
-        paths = [str(Path(cache.meta["data"]) / name) for name in table[RATES[cache.meta["rate"]]]]
-        rate("wfdb", len(paths[:64]), lambda: [wfdb.rdrecord(p) for p in paths[:64]])
-    except (InputError, OSError) as error:
-        print(f"note: nothing is read with wfdb: {error}")
-    signals = cache.signals[rows].astype(np.float32)
-    rate("one float32 record at a time", len(rows), one_by_one)
-    for view in VIEWS:
-        some = rows[:64] if view == "stochastic" else rows
-        rate(view, len(some), lambda: cut(view, some))
-    return pd.DataFrame(found)
+STUDIES = {
+    "views": Study("Which view makes the better representation, each as in the paper?",
+                   {name: f"--view {name}" for name in VIEWS}),
+    "equal": Study("What is left of the differences between views when all have the same rate, "
+                   "seconds and tokens, and all encoders are probed on the same input? What do "
+                   "lead masking and the pool add to each?", equal_rows()),
+    "streams": Study("Which stream does the representation rest on, and what changes that?", {
+        "contig": "--view contig", "contig-unmasked": "--view contig --no-mask-leads",
+        "late": "--view contig --late-masking", "dropout": "--view contig --channel-dropout 0.3",
+        "gates": "--view contig --gate-channel", "aux": "--view contig --aux-losses",
+        "mix": "--view contig --mix-leads", "noncontig": "--view noncontig",
+        "stochastic": "--view stochastic"}, base="contig"),
+    "collapse": Study("Do scores fall again along training, and do they fall together?",
+                      {name: f"--view {name} --keep-every {{tenth}}" for name in VIEWS}),
+    "departures": Study("What is each departure from the paper worth?", {
+        "contig": "--view contig", "micro-negatives": "--view contig --negatives micro --epochs "
+        "{more}", "mixed-leads": "--view contig --mix-leads", "bf16-weights": "--view contig "
+        "--bf16-weights", "stochastic": "--view stochastic", "shipped-filter": "--view stochastic "
+        "--shipped-filter"}, base="contig"),
+    "cost": Study("What does a step cost, and what do its alternatives?", {
+        "exact": "", "plain-accumulation": "--negatives micro", "one-part": "--batch-size 64",
+        "torchnn": "--arch torchnn", "compiled": "--compile", "stochastic": "--view stochastic"},
+        base="exact", evaluated=False)}
 
 
-def run_train(row, flags, folder):
-    """The log of a short run of train.py in a process of its own, but for its first epoch."""
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
-    done = subprocess.run(
-        [sys.executable, *(launch if "processes" in row else []), "train.py", "--epochs",
-         str(BENCH_EPOCHS), *flags, "--run", folder],
-        cwd=Path(__file__).parent, text=True, capture_output=True)
-    if done.returncode:
-        raise InputError(f"{row}: not measured: {(done.stderr or done.stdout)[-300:]}")
-    log, start = read_log(folder).iloc[1:], read_args(folder)["start_mib"]
-    return log.assign(row=row, mib_above_start=log.peak_mib - start)
+@dataclass
+class Member:
+    """A run of a study: its row, seed and folder, flags of train.py, and what failed."""
+
+    row: str
+    seed: int
+    folder: Path
+    flags: list
+    failed: str = ""
+
+    @property
+    def name(self):
+        return self.folder.name
 
 
-def steps_table(logs):
-    """Medians of the logs of each row, peaks of memory; ratios to the row `small` or `paper`."""
-    columns = ["records_per_second", "data_share", "gflop_per_record", "of_peak"]
-    groups = pd.concat(logs).groupby("row", sort=False)
-    steps = groups[columns].median().join(groups[["peak_mib", "mib_above_start"]].max())
-    base = steps.reindex(steps.index.str.split(",").str[0]).set_index(steps.index)
-    steps["speed_ratio"] = steps.records_per_second / base.records_per_second
-    steps["memory_ratio"] = steps.mib_above_start / base.mib_above_start
-    return steps.reset_index()
+def plan_study(args):
+    """The Members of a study, seed by seed. Raises InputError before any of them is trained."""
+    study, members = STUDIES[args.study], []
+    caches = {open_cache(path).meta["rate"]: path for path in args.caches}
+    for seed, (row, text) in product(range(args.seeds), study.rows.items()):
+        folder = Path(args.out) / f"{row}-s{seed}"
+        common = ["--preset", args.preset, *shlex.split(args.train), "--seed", str(seed)]
+        epochs = train_args(common).epochs
+        flags = text.format(more=round(epochs * 4 / 3), tenth=max(epochs // 10, 1)).split()
+        parsed = vars(train_args([*common, *flags]))
+        views, _ = from_args(ViewConfig, parsed), from_args(Config, parsed)
+        rate = VIEWS[views.view].rate if args.study == "views" else min(caches)
+        members.append(Member(row, seed, folder, [
+            *common, *flags, "--cache", str(caches.get(rate, args.caches[0])), "--run", str(folder),
+            "--device", args.device]))
+    return members
 
 
-def bench(args):
-    """Measure what loading and training cost here: tables on the screen, numbers in args.out."""
-    device, logs, failed = pick_device(args.device), [], []
-    if args.batch % 128:
-        raise InputError(f"--batch {args.batch}: give a multiple of 128")
-    presets, caches = bench_flags(args.batch, device), [open_cache(path) for path in args.caches]
-    loading = measure_loading(caches[-1], device)
-    for base in set(loading.row) & {"wfdb", "one float32 record at a time"}:
-        loading[f"over {base}"] = loading.records_per_second / loading.set_index(
-            "row").records_per_second[base]
-    with tempfile.TemporaryDirectory() as tmp:
-        for (preset, rows), cache in zip(presets.items(), caches):
-            few = preset == "paper" and device.type == "cpu"
-            write_part(cache, 8 if few else args.batch, 2 if few else 8, Path(tmp) / preset)
-            for turn, (row, flags) in [(t, item) for t in range(TURNS) for item in rows.items()]:
-                if turn and ("--time-stride" in row or "stochastic" in row):
-                    continue  # not compared with the others, and slow
-                more = ["--cache", f"{tmp}/{preset}", "--device", args.device]
-                try:
-                    logs.append(run_train(row, [*flags, *more], f"{tmp}/{row}-{turn}"))
-                except InputError as error:  # no memory, or no compiler: other rows still count
-                    failed.append(str(error))
-                    continue
-                print(f"  {row}: {logs[-1].records_per_second.median():.2f} records/s", flush=True)
-                steps = steps_table(logs)
-                found = dict(device=str(device), threads=torch.get_num_threads(),
-                             torch=torch.__version__, caches=[cache.meta for cache in caches],
-                             loading=loading.to_dict("records"), steps=steps.to_dict("records"),
-                             failed=failed)
-                write_atomic(args.out, lambda tmp: tmp.write_text(json.dumps(found, indent=1)))
-    for table in (loading, steps) if logs else (loading,):
-        print("\n" + markdown(table.columns, [[value if isinstance(value, str) else f"{value:.3g}"
-                                               for value in line]
-                                              for line in table.itertuples(index=False)]))
-    print(f"ratios: to the row of that name; for training to `small` or `paper`\n-> {args.out}")
+def work_on(member, args):
+    """Train and evaluate one run of a study, what is not done yet; keep in it what fails."""
+    def call(script, *flags):
+        threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS=str(
+            max(1, os.cpu_count() // args.jobs)))
+        with open(log, "a") as file:
+            done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags],
+                                  stdout=file, stderr=file, env=os.environ | threads)
+        if done.returncode and not member.failed:
+            member.failed = f"{script}: {log.read_text().strip()[-300:]}"
+
+    log = Path(args.out) / "logs" / f"{member.name}.txt"
+    call("train.py", *member.flags)
+    kept = sorted(member.folder.glob("epoch-*")) if args.study == "collapse" else []
+    for folder in [*kept, member.folder] if STUDIES[args.study].evaluated else []:
+        about = folder / "eval" / "about.json"
+        flags = ["run", "--run", str(folder), "--device", args.device, *shlex.split(args.eval)]
+        if not member.failed and not (about.exists() and json.loads(
+                about.read_text())["settings"] == vars(get_args(flags))):
+            call("evaluate.py", *flags)
+    return f"{member.name}: {'failed' if member.failed else 'done'}"
+
+
+def study(args):
+    """Train and evaluate the runs of a study, then write its report and figures.
+
+    A run that fails is named, and the others go on; the same command again does what is left.
+    Raises InputError before work starts for flags that no run could have, and at the end when
+    runs have failed.
+    """
+    members, out = plan_study(args), Path(args.out)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    print(f"{args.study}: {len(members)} runs, {args.jobs} at a time, in {out}; what each of them "
+          f"says is in {out / 'logs'}", flush=True)
+    with ThreadPoolExecutor(args.jobs) as workers, tqdm(total=len(members), unit="run",
+                                                        disable=None) as bar:
+        pending = {workers.submit(work_on, member, args) for member in members}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    tqdm.write(future.result())
+                bar.update(len(done))
+                logs = [(m, m.folder / "log.jsonl") for m in members
+                        if not m.failed and not (m.folder / "model.pt").exists()]
+                bar.set_postfix_str(", ".join(f"{m.name} epoch {len(log.read_text().splitlines())}"
+                                              for m, log in logs if log.exists()))
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+    failed = [m for m in members if m.failed]
+    write_study(args, members)
     if failed:
-        raise InputError("; ".join(failed))
+        said = "\n".join(f"  {m.name}: {m.failed}" for m in failed)
+        raise InputError(f"{len(failed)} of {len(members)} runs failed; mend it and give the same "
+                         f"command again, the others are done:\n{said}")
+
+
+def write_study(args, members):
+    """report.md, numbers.csv and figures/ of a study, of the runs that are finished."""
+    study, out = STUDIES[args.study], Path(args.out)
+    done = [m for m in members if not m.failed]
+    if not done:
+        return
+    saved = [read_args(m.folder) for m in done]
+    meta, plan = saved[0]["data"], saved[0]["in_effect"]
+    seeds = {row: [str(m.seed) for m in done if m.row == row] for row in study.rows}
+    lacking = ", ".join(m.name for m in members if m.failed)
+    text = [f"# Study: {args.study}", f"**Question.** {study.question}",
+            f"**Set-up.** {describe_data(meta)}, {meta['records']} records; preset {args.preset} "
+            f"{args.train}; {plan['total']} steps of {plan['batch']} records; evaluated with "
+            f"`{args.eval}`. Rows differ in these flags alone:",
+            markdown(["row", "flags", "Hz", "seeds"], [
+                [row, flags or "none", " ".join({str(s["data"]["rate"]) for m, s in zip(
+                    done, saved) if m.row == row}) or "-", " ".join(seeds[row]) or "**failed**"]
+                for row, flags in study.rows.items()])]
+    text += [f"**Not here**, for want of a finished run: {lacking}."] if lacking else []
+    if study.evaluated:
+        groups = {row: read_evaluated([m.folder for m in done if m.row == row])
+                  for row in study.rows if seeds[row]}
+        numbers = compared(groups)
+        text += [*answer(study, groups, numbers), *collapse(args, done)]
+        draw_study(out, args, groups)
+    else:
+        found = pd.concat([pd.DataFrame(training_lines(m.folder)).assign(group=m.row)
+                           for m in done])
+        numbers = pd.concat([summarize(part).assign(group=row, of=len(seeds[row]))
+                             for row, part in found.groupby("group", sort=False)])
+        base = numbers[numbers.group == study.base].set_index("metric").value
+        ratios = numbers.assign(value=numbers.value / numbers.metric.map(base), sd=np.nan)
+        text += [grid(part, ["group"], dict(list(TRAINING.items())[4:]))
+                 for part in (numbers, ratios)]
+        text.insert(-1, f"Ratios to {study.base}:")
+    table = out / "figures" / "attention-views.md"
+    if study.evaluated:
+        text += [f"![{path.stem}](figures/{path.name})" for path in sorted(
+            (out / "figures").glob(f"*.{args.format}"))]
+        text += [table.read_text()] if table.exists() else []
+        text += ["# All numbers\nMean ± standard deviation over seeds. **The paper**: its own "
+                 "numbers, on all of PTB-XL, the best of each run.", overview(groups),
+                 sections(numbers)]
+    write_atomic(out / "report.md", lambda tmp: tmp.write_text("\n\n".join(text) + "\n"))
+    write_atomic(out / "numbers.csv", lambda tmp: numbers.to_csv(tmp, index=False))
+    print("\n\n".join(text[:8]) + f"\n\n-> {out}/report.md, numbers.csv, figures/")
+
+
+def answer(study, groups, numbers):
+    """The answer of a study as Markdown: what each row is worth, and what its streams are."""
+    headline = "cv" if "cv" in set(numbers.protocol) else "official"
+    at = numbers[(numbers.protocol == headline) & (numbers.metric == "macro_auroc")
+                 & (numbers.labels == "100%")]
+    worth = at[at.row == "pretrained"].set_index("group")
+    base = study.base if study.base in worth.index else worth.value.idxmax()
+    pairs = {row: ((row, "pretrained"), (base, "pretrained")) for row in groups if row != base}
+    found = pd.DataFrame(differences(groups, list(pairs.values())), columns=[
+        *KEYS, "value", "low", "high"])
+    found = found[(found.protocol == headline) & (found.metric == "macro_auroc")].set_index("row")
+    names = {row: " - ".join(": ".join(side) for side in pair) for row, pair in pairs.items()}
+    known = {row: found.loc[name] for row, name in names.items() if name in found.index}
+    told = {how: [row for row, line in known.items() if test(line)] for how, test in (
+        ("above it", lambda line: line.low > 0), ("below it", lambda line: line.high < 0),
+        ("not told apart from it", lambda line: line.low <= 0 <= line.high))}
+
+    def of(name, group, row):
+        part = numbers[(numbers.protocol == name) & (numbers.row == row)
+                       & numbers.group.isin((group, ""))]
+        return {line.metric: cell(line) for line in part.itertuples()}
+
+    table, streams = [], []
+    for row in worth.sort_values("value", ascending=False).index:
+        mine = [of(headline, row, name).get("macro_auroc", "-") for name in (
+            "pretrained", "untrained", f"{row}: pretrained - {row}: untrained")]
+        minus = "base" if row == base else "-"  # a dash: other records were tested
+        if row in known:
+            minus = number(known[row].value, (known[row].low, known[row].high))
+        table.append([row, *mine, minus,
+                      of("quality", row, "pretrained").get("shift", "-"),
+                      of("shortcuts", row, "pretrained").get("heart_rate", "-")])
+        lost = [of("streams", row, f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
+                .get("macro_auroc", "-") for stream in ("time", "channel")]
+        training = of("training", row, "pretrained")
+        streams.append([row, of("streams", row, STREAMS[0]).get("macro_auroc", "-"), *lost, *(
+            training.get(name, "-") for name in list(TRAINING)[2:4]),
+            of("quality", row, "pretrained").get("stream_cka", "-")])
+    words = "; ".join(f"{how}: {', '.join(rows)}" for how, rows in told.items() if rows)
+    return [f"**Answer.** Macro AUROC ({TITLES[headline].lower()}); compared with {base}, {words}. "
+            "Intervals resample patients and, where there are several seeds, these; they are not "
+            "corrected for the number of comparisons, and hold for this data, model and length of "
+            "training. `shift`: 0 if the representation does not mind when beats fall.",
+            markdown(["row", "pretrained", "untrained", "difference", f"minus {base}", "shift",
+                      "heart rate (R²)"], table),
+            "**Streams.** What the probe loses on folds 9 and 10 when a stream is fed zeros, and "
+            "the ratio of the streams' gradient norms, channel over time.",
+            markdown(["row", "both", "lost without time", "lost without channel",
+                      "ratio as in the paper", "ratio, corrected", "CKA of the streams"], streams)]
+
+
+def collapse(args, members):
+    """Of weights kept along training: a figure of the scores, and a table of best and last."""
+    if args.study != "collapse":
+        return []
+    found = []
+    for m in members:
+        for folder in [*sorted(m.folder.glob("epoch-*")), m.folder]:
+            (run,) = read_evaluated([folder])
+            t = run["table"]
+            t = t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)]
+            headline = "cv" if "cv" in set(t.protocol) else "official"
+            t = t[t.protocol.isin(("clustering", "quality"))
+                  | (t.protocol == headline) & (t.metric == "macro_auroc")]
+            epoch = (int(folder.name[6:]) if folder is not m.folder
+                     else len(read_log(m.folder)))
+            found.append(t.assign(row=m.row, run=m.name, epoch=epoch, view=run["about"]["view"]))
+    table = pd.concat(found).drop_duplicates(["run", "epoch", "metric"])
+    metrics = ["macro_auroc", *CLUSTERING, *QUALITY]
+    figure = Figure((13, 6), layout="constrained")
+    for axis, metric in zip(figure.subplots(2, math.ceil(len(metrics) / 2)).flat, metrics):
+        for row, part in table[table.metric == metric].groupby("row", sort=False):
+            axis.plot(part.groupby("epoch").value.mean(), "o-", label=row,
+                      color=VIEWS[part["view"].iloc[0]].color)
+        axis.set(title=metric, xlabel="epoch")
+    axis.legend()
+    figure.suptitle("Scores along training, mean over seeds")
+    save_figure(figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
+    low = ("davies_bouldin", "shift", "alignment", "uniformity", "stream_cka")
+    lines_ = []
+    for (row, metric), part in table.groupby(["row", "metric"], sort=False):
+        means = part.groupby("epoch").value.mean()
+        best = means.idxmin() if metric in low else means.idxmax()
+        lines_.append([row, metric, number(means[best]), best, number(means.iloc[-1])])
+    return ["**Along training.** The best of each score, which is what the paper reports, and the "
+            "last.", markdown(["row", "score", "best", "at epoch", "last"], lines_)]
+
+
+def draw_study(out, args, groups):
+    """t-SNE of all rows in one figure; curves and attention by attention.py, a process of its own.
+    """
+    first = {row: runs[0] for row, runs in groups.items()}
+    points = {}
+    for row, run in first.items():
+        with np.load(run["folder"] / "eval" / "tsne.npz") as pieces:
+            points.setdefault("untrained", pieces["untrained"])
+            points[row] = pieces["pretrained"]
+    with np.load(run["folder"] / "eval" / "embeddings-pretrained.npz") as pieces:
+        labels, ids, fold = pieces["labels"], pieces["ecg_id"], pieces["strat_fold"]
+    at = (labels.sum(1) == 1) & np.isin(fold, (VAL_FOLD, TEST_FOLD))
+    plot_tsne(points, labels[at].argmax(1), ids[at], f"t-SNE, folds 9 and 10, one superclass. "
+              f"{describe_data(run['about']['data'])}; `untrained` is of {next(iter(first))}",
+              out / "figures" / f"tsne.{args.format}")
+    drawn = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("attention.py")), "plots",
+         *(str(run["folder"]) for run in first.values()), "--out", str(out / "figures"),
+         "--format", args.format, "--superclass", "NORM", "--records", "16", "--device",
+         args.device], capture_output=True, text=True)
+    if drawn.returncode:
+        print(f"note: attention is not drawn: {drawn.stderr.strip()[-300:]}")
 
 
 def get_args(argv=None):
@@ -1552,8 +1887,9 @@ def get_args(argv=None):
                    "too, which normalisation takes away")
     p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
                    "of a record alone; by default its two views are averaged")
-    p.add_argument("--labels", nargs="+", default=["10shot", "10%"], help="few labels: 10shot for "
-                   "10 records a class, or shares such as 1%% 10%% 100%%")
+    p.add_argument("--labels", nargs="+", default=["10", "10shot", "10%"], help="few labels: 10 "
+                   "for 10 records in all (paper), 10shot for 10 a class, or shares such as 1%% "
+                   "10%% 100%%")
     p.add_argument("--seeds", type=bounded(int, 1), default=3, help="draws of few labels")
     p.add_argument("--label-lr", type=bounded(float, 1e-12), help="peak learning rate of networks "
                    "trained with labels (a fine-tuned encoder takes a tenth); by default the run's "
@@ -1563,18 +1899,25 @@ def get_args(argv=None):
     p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
     p.add_argument("--out", default="runs/compare", help="tables go to OUT.md and OUT.csv")
-    p = commands.add_parser("bench", help="what loading and training cost here", **style)
-    p.add_argument("caches", nargs="+", help="the cache for the preset small and, if wanted, the "
-                   "one for paper")
-    p.add_argument("--batch", type=bounded(int, 128), default=256, help="effective batch, in parts "
-                   "of 64: a multiple of 128")
-    p.add_argument("--out", default="runs/bench.json", help="where the numbers go")
-    add_shared(p, "device")
+    p = commands.add_parser("study", help="train, evaluate and compare runs, for one question",
+                            **style)
+    p.add_argument("--study", choices=STUDIES, default="views", help="; ".join(
+        f"{name}: {study.question}" for name, study in STUDIES.items()))
+    p.add_argument("--caches", nargs="+", default=["cache/ptbxl-100", "cache/ptbxl-500"],
+                   help="views: each view's own rate, where it is there; else the lowest")
+    p.add_argument("--preset", choices=PRESETS, default="paper", help="of all runs")
+    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="runs of each row")
+    p.add_argument("--train", default="", help="further flags of train.py for all runs, one string")
+    p.add_argument("--eval", default="--fast --cv", help="flags of evaluate.py run, one string")
+    p.add_argument("--jobs", type=bounded(int, 1), default=1, help="runs at a time, each with its "
+                   "share of the cores")
+    p.add_argument("--out", default="runs/study", help="folder of the runs and the report")
+    add_shared(p, "device", "format")
     return parser.parse_args(argv)
 
 
 def main(args):
-    dict(run=evaluate, compare=compare, bench=bench)[args.command](args)
+    dict(run=evaluate, compare=compare, study=study)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ class Config:
     gate_channel: bool = setting(False, "paper section 6: gates on the channel stream's residuals")
     aux_losses: bool = setting(False, "paper section 6: the loss on what each stream hands on as "
                               "well")
-    late_masking: bool = setting(False, "paper section 7: mask the lifted time tokens, not the "
-                                 "signal; the channel stream still sees masked leads")
+    late_masking: bool = setting(False, "paper section 7: mask the time stream's lifted features, "
+                                 "not its signal; the channel stream still sees masked leads")
 
     def __post_init__(self):
         problems = []
@@ -104,8 +104,9 @@ class Config:
             problems.append(f"--time-stride {self.time_stride}: a conv stem needs 2, 4, 8, ...")
         if self.arch == "resnet18" and self.readout != "z":
             problems.append(f"--readout {self.readout}: give --readout z, all that resnet18 has")
-        if self.late_masking and self.width % C:
-            problems.append(f"--late-masking needs a --width that {C} divides, not {self.width}")
+        if self.late_masking and (self.stem_width % C or self.time_stem != "linear"):
+            problems.append(f"--late-masking needs --time-stem linear and a --stem-width that {C} "
+                            f"divides, not {self.time_stem} and {self.stem_width}")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
             problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
         if self.arch == "resnet18" and any(getattr(self, name) for name in STREAM_OPTIONS):
@@ -228,18 +229,25 @@ class CrossAttention(nn.Module):
 
 
 class TimeStem(nn.Module):
-    """Lift samples to time tokens: (B, T, C) -> (B, T // time_stride, D)."""
+    """Lift samples to time tokens: (B, T, C), keep (B, C) or None -> (B, T // time_stride, D).
+
+    keep, of late masking: of the lift's features W / C belong to each lead, and fall with it.
+    """
 
     def __init__(self, config):
         super().__init__()
         W, s = config.stem_width, config.time_stride
-        self.lift = nn.Conv1d(C, W, s + 2, stride=s, padding=1, bias=False)  # 3 at stride 1
+        # deviation: grouped by lead for late masking, else a masked lead reaches the time tokens
+        self.lift = nn.Conv1d(C, W, s + 2, stride=s, padding=1, bias=False,  # 3 at stride 1
+                              groups=C if config.late_masking else 1)
         self.mix = nn.Linear(W, W)  # the pointwise convolution, on (B, N, W)
         self.out = nn.Linear(W, config.width)
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
         h = F.gelu(self.lift(x.transpose(1, 2))).transpose(1, 2)  # (B, N, W)
+        if keep is not None:
+            h = h * keep.repeat_interleave(h.shape[2] // C, dim=1)[:, None, :]
         return self.norm(self.out(F.gelu(self.mix(h))))
 
 
@@ -377,10 +385,8 @@ class DualView(nn.Module):
 
     def forward(self, x, keep=None):
         seen = x if keep is None else x * keep[:, None, :]
-        t = self.time_stem(x if self.config.late_masking else seen)  # (B, N, D)
-        c = self.channel_dropout(self.channel_stem(seen))  # (B, C, D)
-        if self.config.late_masking and keep is not None:  # D // C features fall with each lead
-            t = t * keep.repeat_interleave(t.shape[2] // C, dim=1)[:, None, :]
+        t = self.time_stem(x, keep) if self.config.late_masking else self.time_stem(seen)
+        c = self.channel_dropout(self.channel_stem(seen))  # (B, C, D); t: (B, N, D)
         early = torch.cat(self.hand_on(t, c), dim=-1)  # (B, 2 D), or wider
         if self.config.positions:
             t = t + positions(t.shape[1], t.shape[2], t.device)
@@ -507,12 +513,12 @@ def barlow_twins(z1, z2, off_diagonal=0.005):
 
 
 @torch.no_grad()
-def watch_attention(model, x, see):
+def watch_attention(model, x, see, keep=None):
     """Run the encoder on a view x and show every softmax weight, head by head (paper 5.2).
 
-    x: (B, T, C); see(name, layer, head, weights) is called with name `time` (weights (B, N, N)),
-    `channel` (B, C, C), `time_to_channel` (B, N, C) or `channel_to_time` (B, C, N), queries first:
-    rows sum to 1. Raises InputError for another architecture.
+    x: (B, T, C), keep: (B, C) bool or None; see(name, layer, head, weights) is called with name
+    `time` (weights (B, N, N)), `channel` (B, C, C), `time_to_channel` (B, N, C) or
+    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for another architecture.
     """
     encoder = model.encoder
     if model.config.arch != "dualview":
@@ -526,7 +532,7 @@ def watch_attention(model, x, see):
     try:
         for key, module in watched.items():
             module.see = partial(see, *key)
-        encoder(x)
+        encoder(x, keep)
     finally:
         for module in watched.values():
             module.see = None

@@ -54,6 +54,7 @@ PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 CPU = torch.device("cpu")
+ALIASES = {view.alias: name for name, view in views.VIEWS.items() if view.alias}
 TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
             fusion_width=32, rep_dim=16, proj_dim=8)
 CONV = dict(time_stem="conv", channel_stem="conv", positions=False, max_pool=True, lead_tokens=True,
@@ -657,7 +658,9 @@ class TestViews:
         assert views.ViewConfig(view="interleaved").view == "noncontig"
         with pytest.raises(InputError) as error:
             views.ViewConfig(view="zigzag")
-        assert all(name in str(error.value) for name in [*views.VIEWS, *views.ALIASES])
+        assert all(name in str(error.value) for name in [*views.VIEWS, *ALIASES])
+        assert {v: views.ViewConfig(view=v).augment_p for v in views.VIEWS} == dict(
+            stochastic=.5, contig=0, noncontig=0, masking=0)
         for view, told, masked in (("contig", None, True), ("stochastic", None, False),
                                    ("stochastic", True, True), ("contig", False, False)):
             assert views.ViewConfig(view=view, mask_leads=told).mask_leads == masked
@@ -731,8 +734,30 @@ class TestViews:
     def test_impossible_views_are_refused(self):
         with pytest.raises(InputError, match="--band-high 60.0.*50.0 Hz at 100 Hz"):
             views.pool(views.ViewConfig(view="stochastic", band_high=60.), 100)
-        with pytest.raises(InputError, match="--shift is for segment views"):
-            views.ViewConfig(view="stochastic", shift=True)
+
+    @pytest.mark.parametrize("idle, says", [
+        (dict(view="contig", crop=.9), "--crop 0.9 does nothing.*--augment-p"),
+        (dict(view="stochastic", augment_p=0., noise=.1), "--noise 0.1 does nothing"),
+        (dict(view="stochastic", mask_p=.3), "--mask-p 0.3 does nothing.*--mask-leads")])
+    def test_flags_that_do_nothing_for_a_view_are_refused(self, idle, says):
+        with pytest.raises(InputError, match=says):
+            views.ViewConfig(**idle)
+
+    def test_equal_views_are_5_s_at_half_the_rate_whatever_the_strategy(self):
+        x, starts = torch.arange(80.).view(2, 40, 1), torch.tensor([3, 20])
+        a, b = x[0, 3:23, 0], x[1, 20:40, 0]
+        for view, want in (("noncontig", [(a[::2], b[::2]), (a[1::2], b[1::2])]),
+                           ("masking", [(a[::2], b[::2])]),
+                           ("contig", [(x[0, 0:20:2, 0], x[1, 0:20:2, 0]),
+                                       (x[0, 20::2, 0], x[1, 20::2, 0])])):
+            got = views.equal_pair(x, view, starts)
+            assert [part[..., 0].tolist() for part in got] == [
+                [one.tolist() for one in pair] for pair in want]
+            seen = views.ViewConfig(view=view, equal=True)
+            assert seen.timing() == (.5, .25)
+            for part, half in zip(seen.split(x), (x[:, 0:20:2], x[:, 20::2])):
+                assert torch.equal(part, half)
+        assert views.lasts("contig") == (.5, .5) and views.lasts("noncontig") == (1, .5)
 
 
 DISTURB = dict(window=.5, speed=.2, lead_gain=.4, wander=.5, max_noise=.5, time_out=.3)
@@ -935,16 +960,15 @@ class TestModel:
         keep = torch.rand(2, 12) > .5
         torch.testing.assert_close(m(x, keep)[0].z, m(x * keep[:, None])[0].z)
 
-    def test_late_masking_zeroes_features_of_lifted_tokens_and_channels_of_the_signal(self):
+    def test_late_masking_keeps_a_masked_lead_from_both_streams(self):
         m, x, keep = tiny(late_masking=True).eval(), torch.randn(1, 500, 12), torch.ones(1, 12)
-        seen, keep[0, 3] = {}, 0
-        m.encoder.time_layers[0].register_forward_pre_hook(lambda _, a: seen.update(t=a[0]))
-        m.encoder.channel_stem.register_forward_pre_hook(lambda _, a: seen.update(c=a[0]))
-        m(x, keep.bool())
-        lifted = seen["t"] - model.positions(25, 24, "cpu")
-        assert (lifted[..., 6:8] == 0).all() and (lifted[..., [5, 8]] != 0).all()
-        torch.testing.assert_close(lifted[..., 8:], m.encoder.time_stem(x)[..., 8:])
-        assert (seen["c"][..., 3] == 0).all() and (seen["c"][..., 4] != 0).all()
+        keep[0, 3], other = 0, x.clone()
+        other[..., 3] = torch.randn(1, 500)
+        for got, want in zip(m.encoder(x, keep.bool()), m.encoder(other, keep.bool())):
+            assert torch.equal(got, want)
+        lifted = F.gelu(m.encoder.time_stem.lift(x.transpose(1, 2)))
+        assert (lifted != 0).all()  # the signal itself is whole: its features fall
+        assert not torch.equal(m.encoder(x)[1], m.encoder(other)[1])
 
     def test_channel_dropout_drops_whole_tokens_in_training_only(self):
         m, x = tiny(channel_dropout=.5), torch.randn(64, 500, 12)
@@ -998,11 +1022,12 @@ class TestModel:
     def test_the_representation_of_a_record_has_its_views_and_fewer_leads_are_zeros(self):
         m, x, keep = tiny().eval(), torch.randn(3, 1000, 12), torch.arange(12).expand(3, -1) < 6
         for leads, seen in ((None, x), (keep, x * keep[:, None])):
-            got = train.embed(m, x, "noncontig", leads)
+            got = train.embed(m, x, views.ViewConfig(view="noncontig"), leads)
             want = torch.stack([m.encoder(seen[:, i::2]).z for i in (0, 1)], dim=1)
             torch.testing.assert_close(got, want)
-        torch.testing.assert_close(train.embed(m, x, "stochastic")[:, 0], m.encoder(x).z)
-        torch.testing.assert_close(train.embed(m, x, "contig", n_views=1)[:, 0],
+        whole, halves = views.ViewConfig(view="stochastic"), views.ViewConfig(view="contig")
+        torch.testing.assert_close(train.embed(m, x, whole)[:, 0], m.encoder(x).z)
+        torch.testing.assert_close(train.embed(m, x, halves, n_views=1)[:, 0],
                                    m.encoder(x[:, :500]).z)
 
     def test_watched_attention_is_that_of_each_module_and_changes_nothing(self):
@@ -1037,7 +1062,7 @@ class TestModel:
     @pytest.mark.parametrize("bad, says", [
         (dict(heads=0), "heads: at least 1"), (dict(depth=-1), "depth: at least 1"),
         (dict(heads=5), "--heads 5 does not divide --width 24"), (dict(arch="vit"), "--arch vit"),
-        (dict(width=26, late_masking=True), "--late-masking needs a --width that 12 divides"),
+        (dict(stem_width=14, late_masking=True), "--late-masking needs .*that 12 divides, .*14"),
         (dict(time_stem="conv"), "--width 24 --stem-width 12: conv stems need"),
         (dict(time_stem="conv", stem_width=16), "--time-stride 20: a conv stem needs 2, 4, 8"),
         (dict(arch="resnet18", readout="all"), "--readout z, all that resnet18 has"),
@@ -1267,10 +1292,18 @@ class TestTrain:
         (batch,) = self.feed(c, [(3, rows)], view=view, windows=2, **DISTURB)
         x1, _, x2, _ = views_ = batch.cut(slice(0, 4))
         assert all(not torch.equal(a, b) for a, b in itertools.combinations(views_, 2))
-        assert x1.shape == (4, 500 if view == "stochastic" else 250, 12)
+        assert x1.shape == (4, 500 if views.VIEWS[view].cut is views.whole else 250, 12)
         again, other = batch.cut(slice(0, 4)), batch.cut(slice(4, 8))
         assert torch.equal(x1, again[0]) and torch.equal(x2, again[2])
         assert not torch.equal(x1, other[0])
+
+    def test_the_pool_on_segment_views_cuts_each_from_its_own_pass(self, cache):
+        c, rows = data.open_cache(cache), np.arange(6)
+        (batch,) = self.feed(c, [(3, rows)], view="noncontig", augment_p=.9)
+        (passed,) = self.feed(c, [(3, rows)], view="stochastic", augment_p=.9, mask_leads=True)
+        (a, b), (x, y) = (one.cut(slice(0, 6)) for one in (batch, passed))
+        assert torch.equal(a, x[:, ::2]) and torch.equal(b, y[:, 1::2])
+        assert torch.equal(batch.keep, passed.keep)
 
     def test_stochastic_batches_are_augmented_records_whatever_the_workers(self, cache):
         c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
@@ -1515,6 +1548,15 @@ class TestRun:
         assert same_weights(run, finished[0]) and (run / "log.jsonl").read_text() == log
 
     @slow
+    def test_kept_weights_are_a_run_of_their_own_and_bf16_ones_are_rounded(self, cache, tmp_path):
+        run_train(cache, tmp_path / "r", "--view", "contig", "--epochs", 2, "--keep-every", 1,
+                  "--bf16-weights")
+        last, early = (model.load_run(tmp_path / "r" / f"epoch-00{n}")[0] for n in (2, 1))
+        for a, b in zip(last.parameters(), model.load_run(tmp_path / "r")[0].parameters()):
+            assert torch.equal(a, b)
+        assert all(torch.equal(p, p.bfloat16().float()) for p in last.parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(last.parameters(), early.parameters()))
+
     def test_a_run_that_was_really_killed_goes_on(self, cache, tmp_path, capsys):
         argv = argv_of(cache, tmp_path / "r", "--epochs", 8, "--save-minutes", 0, "--view",
                        "stochastic", "--workers", 1)  # which outlives the run for a moment
@@ -1604,6 +1646,51 @@ class TestScores:
                 np.testing.assert_allclose(draw, [want[m] for m in evaluate.MEASURES])
             else:  # the mean of fewer classes is another number
                 assert np.isnan(draw[:2]).all() and draw[2] == pytest.approx(want["accuracy"])
+
+    def test_resampled_runs_have_the_variance_of_their_mean(self):
+        draws, rng = np.random.default_rng(0).normal(size=(1, 4000)), np.random.default_rng(1)
+        assert np.array_equal(evaluate.resample_runs(draws, rng), draws[0])  # one run: patients alone
+        for n in (2, 3):
+            values = np.random.default_rng(n).normal(size=n)
+            drawn = evaluate.resample_runs(values[:, None].repeat(40_000, axis=1), rng)
+            assert drawn.mean() == pytest.approx(values.mean(), abs=.02)
+            assert drawn.var() == pytest.approx(values.var(ddof=1) / n, rel=.03)
+
+    def test_clustering_has_the_variance_of_the_jackknife_over_patients(self):
+        rng = np.random.default_rng(0)
+        labels, patients = rng.integers(0, 3, 120), rng.integers(0, 60, 120)
+        z = rng.normal(size=(120, 4)) + labels[:, None]
+        drawn = evaluate.cluster_draws(z, labels, patients, 40_000, groups=len(set(patients)))
+        without = np.array([metrics.silhouette_score(z[patients != one], labels[patients != one])
+                            for one in set(patients)])
+        n, spread = len(without), ((without - without.mean()) ** 2).sum()
+        assert drawn[:, 0].mean() == pytest.approx(metrics.silhouette_score(z, labels), abs=1e-3)
+        assert drawn[:, 0].var() == pytest.approx((n - 1) / n * spread, rel=.03)
+
+    def test_cka_is_that_of_centred_kernels_and_1_for_a_rotation(self):
+        rng, n = np.random.default_rng(0), 30
+        a, b = rng.normal(size=(n, 4)), rng.normal(size=(n, 6))
+        centre = np.eye(n) - 1 / n
+        k, m = (centre @ x @ x.T @ centre for x in (a, b))
+        want = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
+        assert evaluate.cka(a, b) == pytest.approx(want)
+        assert evaluate.cka(a, 3 * a @ np.linalg.qr(rng.normal(size=(4, 4)))[0] + 1) == (
+            pytest.approx(1))
+
+    @pytest.mark.parametrize("rate", [100, 500])
+    def test_the_heart_rate_is_that_of_the_beats(self, rate):
+        every = [.4, .6, .8, 1., 1.3]
+        found = evaluate.heart_rates(np.stack([beats(rate, s)[0] for s in every]), rate)
+        np.testing.assert_allclose(found, 60 / np.array(every), rtol=.03)
+
+    @real
+    def test_the_heart_rate_of_real_records_is_that_of_their_r_peaks(self, tmp_path):
+        data.build_cache(PTBXL, 100, tmp_path / "c")
+        c = data.open_cache(tmp_path / "c")
+        peaks = [attention.r_peaks(x, 100) for x in c.signals[:40]]
+        want = np.array([60 / np.diff(p).mean() if len(p) > 2 else np.nan for p in peaks])
+        off = np.abs(evaluate.heart_rates(c.signals[:40], 100) / want - 1)
+        assert np.nanmedian(off) < .03 and np.nanmean(off < .1) > .8
 
     def test_the_interval_has_the_width_of_the_binomial(self):
         rng = np.random.default_rng(0)
@@ -1732,7 +1819,7 @@ class TestProbe:
         (z, y), fold, rows = self.blurred(200), np.arange(200) % 10 + 1, np.arange(5, 200)
         task = evaluate.Task("cv", y, np.arange(200), rows, rows[:0], rows)
         cache = types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold)))
-        run = evaluate.Run(None, None, {}, {}, cache, CPU, dict(cv=task), None, {},
+        run = evaluate.Run(None, None, {}, {}, None, cache, CPU, dict(cv=task), None, {},
                            features=dict(row=dict(z=z, seconds=0)))
         got = evaluate.cross_validate(run, "row")
         for f in (1, 10):
@@ -1751,8 +1838,8 @@ class TestProbe:
         def encoder(x, keep=None):  # a lead's features tell whether it is there
             return (x if keep is None else x * keep[:, None]).abs().mean(1)[:, None]
 
-        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), c, CPU, dict(cv=task),
-                           None, {}, encoders=dict(row=encoder))
+        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), None, c, CPU,
+                           dict(cv=task), None, {}, encoders=dict(row=encoder))
         z = run.see(encoder, np.arange(len(c.index)))
         run.features = dict(row=dict(z=z))
         got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
@@ -1769,7 +1856,7 @@ class TestProbe:
 
     def test_amplitudes_stand_beside_what_a_probe_sees_and_are_0_without_the_lead(self, cache):
         c, z = data.open_cache(cache), np.random.default_rng(0).random((4, 2, 3), np.float32)
-        run = evaluate.Run(None, None, {}, {}, c, CPU, {}, None, {})
+        run = evaluate.Run(None, None, {}, {}, None, c, CPU, {}, None, {})
         assert run.beside(z, slice(4)) is z
         run.amplitude = np.log1p(np.stack([x.std(0) for x in c.signals]))
         got = run.beside(z, np.arange(4), np.isin(LEADS, ("I", "II")))
@@ -1853,8 +1940,9 @@ class TestEvaluate:
         x = data.normalize(torch.from_numpy(data.open_cache(cache).signals[:4]))
         for row, m in (("pretrained", model.load_run(run)[0]), ("untrained", begun)):
             with torch.no_grad(), np.load(run / "eval" / f"embeddings-{row}.npz") as saved:
-                np.testing.assert_allclose(saved["z"][:4], train.embed(m, x, "noncontig"),
-                                           atol=1e-5)
+                np.testing.assert_allclose(
+                    saved["z"][:4], train.embed(m, x, views.ViewConfig(view="noncontig")),
+                    atol=1e-5)
 
     def test_report_figures_and_numbers_are_there(self, evaluated):
         run = evaluated[0]
@@ -1869,10 +1957,10 @@ class TestEvaluate:
             found = set(at.loc[protocol].index.get_level_values("row"))
             assert {row for row in found if " - " not in row} == rows, protocol
         value, low, high = at.loc["official", "pretrained", "100%", 0, "macro_auroc"]
-        for protocol, row, metric in (("leads", "pretrained", "macro_auroc/12"),
-                                      ("streams", "both streams see the record", "macro_auroc")):
-            assert at.value[protocol, row, "100%", 0, metric] == pytest.approx(value)
-        assert at.loc["streams"].value.nunique() > 1 and len(at.loc["streams"]) == 5
+        assert at.value["leads", "pretrained", "100%", 0, "macro_auroc/12"] == pytest.approx(value)
+        for name in ("streams", "streams-masked"):
+            rows = at.loc[name].index.get_level_values("row").unique()
+            assert list(rows[:5]) == list(evaluate.STREAMS) and at.loc[name].value.nunique() > 1
         head = [line for line in text.splitlines() if line.startswith("| this run, probed ")][0]
         assert f"| {value:.3f} [{low:.3f}, {high:.3f}] |" in head
 
@@ -2020,8 +2108,8 @@ class TestEvaluate:
         assert sign * found.value == pytest.approx(values[2] - np.mean(values[:2]))
         draws = [np.load(run / "eval" / "draws.npz")["official-pretrained"][:, 1] for run in runs]
         paired = sign * (draws[2] - (draws[0] + draws[1]) / 2)
-        np.testing.assert_allclose([found.low, found.high],
-                                   np.nanpercentile(paired, (2.5, 97.5)))
+        low, high = np.nanpercentile(paired, (2.5, 97.5))  # of patients alone
+        assert found.low < low and high < found.high
         for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
                      "f1 NORM", "0.820"):
             assert word in text, word
@@ -2039,41 +2127,95 @@ class TestEvaluate:
         assert not list(tmp_path.glob("x*"))
 
 
-class TestBench:
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_every_row_is_a_command_of_train_whose_plan_it_can_have(self, device):
-        for preset, rows in evaluate.bench_flags(256, torch.device(device)).items():
-            for row, flags in rows.items():
-                args = train.get_args(flags)
-                plan, _ = train.settle(args, max(8, args.batch_size), 8, 1 + ("two" in row))
-                assert plan.batch == args.batch_size and args.preset == preset
-                assert plan.batch == plan.micro or "one micro-batch" not in row, row
+class TestStudy:
+    FLAGS = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items())
 
-    def test_a_part_of_a_cache_has_the_folds_records_repeated(self, cache, tmp_path):
-        whole = data.open_cache(cache)
-        evaluate.write_part(whole, 150, 4, tmp_path / "part")
-        part = data.open_cache(tmp_path / "part")
-        source = whole.index.reset_index().merge(part.index, on="ecg_id", how="right")["index"]
-        np.testing.assert_array_equal(part.signals, whole.signals[source])
-        assert (whole.index.strat_fold[source] <= 8).all()
-        fold = part.index.strat_fold
-        assert (len(fold), (fold <= 8).sum(), (fold == 9).sum()) == (154, 150, 4)
+    def plan(self, cache, out, *more):
+        args = evaluate.get_args(["study", "--caches", str(cache), "--preset", "small", "--out",
+                                  str(out), *more])
+        return args, evaluate.plan_study(args)
+
+    @pytest.mark.parametrize("name", evaluate.STUDIES)
+    def test_each_row_is_a_command_of_train_and_a_base_is_among_them(self, cache, tmp_path, name):
+        study = evaluate.STUDIES[name]
+        _, members = self.plan(cache, tmp_path, "--study", name, "--seeds", "2")
+        assert len(members) == 2 * len(study.rows) and study.base in ("", *study.rows)
+        for member in members:
+            args = train.get_args(member.flags)
+            assert args.seed == member.seed and Path(args.run) == member.folder
+
+    def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
+                                                                            tmp_path):
+        _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
+                               "--train", "--epochs 30")
+        epochs = {m.row: train.get_args(m.flags).epochs for m in members}
+        assert epochs["micro-negatives"] == 40 and epochs["contig"] == 30  # 4 passes to 3
+        data.build_cache(twenty, 500, tmp_path / "fast", workers=1)
+        for name, rates in (("views", {"contig": "fast", "stochastic": Path(cache).name}),
+                            ("equal", {"contig": Path(cache).name})):
+            _, members = self.plan(cache, tmp_path, "--study", name, "--caches", str(cache),
+                                   str(tmp_path / "fast"))
+            for row, want in rates.items():
+                assert {Path(train.get_args(m.flags).cache).name for m in members
+                        if m.row == row} == {want}
+
+    def test_bad_input_is_refused_before_work(self, cache, tmp_path, capsys):
+        for bad in (["--study", "none"], ["--seeds", "0"]):
+            with pytest.raises(SystemExit):
+                self.plan(cache, tmp_path, *bad)
+        with pytest.raises(InputError, match="--heads 5 does not divide"):
+            self.plan(cache, tmp_path, "--train", "--heads 5 --width 24")
+        with pytest.raises(InputError, match="--crop 0.9 does nothing"):
+            self.plan(cache, tmp_path, "--train", "--crop 0.9")
 
     @slow
-    def test_a_row_is_a_short_run_that_measures_itself(self, cache, tmp_path):
-        flags = argv_of(cache, tmp_path / "unused", "--max-steps", 25)
-        log = evaluate.run_train("small", flags, str(tmp_path / "r"))
-        assert list(log.index) == [2, 3] and set(log.row) == {"small"}
-        assert (log[list(MEASURED)] > 0).all(axis=None)
-        with pytest.raises(InputError, match="small: not measured: .*--heads 7"):
-            evaluate.run_train("small", [*flags, "--heads", "7"], str(tmp_path / "s"))
+    def test_a_study_goes_on_after_a_failure_and_names_the_hole(self, cache, tmp_path, monkeypatch,
+                                                                capsys):
+        (tmp_path / "mix-s0").write_text("a file where a run should be")
+        rows = {"contig": "--view contig --keep-every 1", "mix": "--view contig --mix-leads"}
+        monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
+        command = ["study", "--study", "collapse", "--caches", cache, "--preset", "small", "--out",
+                   tmp_path, "--seeds", 1, "--train", f"{self.FLAGS} --epochs 2", "--eval",
+                   "--fast --labels 10 --seeds 1 --bootstrap 20"]
+        with pytest.raises(InputError, match="1 of 2 runs failed.*\n  mix-s0: train.py.*a file"):
+            run_evaluate(*command)
+        text = (tmp_path / "report.md").read_text()
+        assert "**Not here**, for want of a finished run: mix-s0." in text and "**failed**" in text
+        kept = pd.read_csv(tmp_path / "figures" / "collapse.csv").set_index(["metric", "epoch"])
+        for folder, epoch in (("epoch-001", 1), ("epoch-002", 2)):
+            at = metrics_of(tmp_path / "contig-s0" / folder).value
+            assert kept.value["silhouette", epoch] == pytest.approx(
+                at["clustering", "pretrained", "100%", 0, "silhouette"], rel=1e-5)
+        begun = (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns
+        (tmp_path / "mix-s0").unlink()
+        run_evaluate(*command)
+        assert (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns == begun
+        assert "Not here" not in (tmp_path / "report.md").read_text()
 
     @slow
-    def test_loading_is_measured_for_every_way(self, cache):
-        found = pd.DataFrame(evaluate.measure_loading(data.open_cache(cache), CPU))
-        assert set(found.row) == {"wfdb", "one float32 record at a time", *views.VIEWS}
-        speed = found.set_index("row").records_per_second
-        assert speed["wfdb"] < speed["noncontig"] and (speed > 0).all()
+    def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
+        """As the README says it; it appears in make, tables and figures of the whole chain."""
+        for path in [*HERE.glob("*.py"), HERE / "Makefile"]:
+            shutil.copy(path, tmp_path)
+        code = re.search(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.S)[1]
+        function, entry = code.split("\n\n\n")
+        text = (tmp_path / "views.py").read_text()
+        text = text.replace("\nVIEWS = {\n", f"\n{function}\n\n\nVIEWS = {{\n{entry}")
+        (tmp_path / "views.py").write_text(text)
+        made = subprocess.run(["make", "-n", "pretrain", "VIEW=jump"], cwd=tmp_path, text=True,
+                              capture_output=True)
+        assert "--rate 500" in made.stdout and "runs/skip-s0" in made.stdout
+        subprocess.run(
+            [sys.executable, "evaluate.py", "study", "--caches", str(cache), "--preset", "small",
+             "--seeds", "1", "--jobs", "2", "--train", f"{self.FLAGS} --epochs 1", "--eval",
+             "--fast --labels 10 --seeds 1 --bootstrap 20"], cwd=tmp_path, check=True)
+        out = tmp_path / "runs" / "study"
+        report = (out / "report.md").read_text()
+        assert report.count("\n| skip ") > 10 and "skip-s0" in report
+        with np.load(out / "figures" / "attention-views-time.npz") as maps:
+            assert "skip-s0, SYNTHETIC/time/map" in maps
+        assert "skip" in set(pd.read_csv(out / "figures" / "tsne.csv").panel)
+        assert "skip-s0, SYNTHETIC" in set(pd.read_csv(out / "figures" / "training-loss.csv").run)
 
 
 class TestAttention:
@@ -2279,8 +2421,8 @@ class TestAttention:
         names = {path.stem for path in folder.glob("*.png")}
         assert {name.replace(f"ecg{first}", "ID") for name in names} == {
             "training-loss", "training-gradients", "training-clustering", "data-ages",
-            "data-superclasses", "data-rates", "views-stochastic", "views-contig",
-            "views-noncontig", "spectra", "attention-time-ID", "attention-channel-ID",
+            "data-superclasses", "views-stochastic", "views-contig", "views-noncontig",
+            "views-masking", "attention-time-ID", "attention-channel-ID",
             "attention-cross-ID", "attention-beats-ID"}
         for name in names:
             assert (folder / f"{name}.csv").exists() or (folder / f"{name}.npz").exists(), name
@@ -2321,30 +2463,6 @@ class TestAttention:
         assert rows[90] == 3 and rows[0] == 2 and rows[5] == 1 and rows[85] == 1 and rows[40] == 1
         assert rows.sum() == 8
 
-    def test_spectral_distance_is_0_for_a_gain_and_has_its_double_loop(self):
-        a, b = np.random.default_rng(0).normal(size=(2, 3, 1000, 12))
-        f, _, distance, same = attention.compare_spectra(a, 5 - 2 * a, 100)
-        np.testing.assert_allclose(distance, 0, atol=1e-6)
-        np.testing.assert_allclose(same, -1)
-        f, power, distance, same = attention.compare_spectra(a, b, 100)
-        for i, c in np.ndindex(3, 12):
-            frequencies, pair = scipy.signal.welch(np.stack([a, b])[:, i, :, c], 100,
-                                                     nperseg=200)
-            inside = np.isin(frequencies, f)
-            p, q = (one[inside] / one[inside].sum() for one in pair)
-            np.testing.assert_allclose(power[i, :, c], q)
-            assert distance[i, c] == pytest.approx(np.sqrt(np.mean((10 * np.log10(p / q)) ** 2)))
-            assert same[i, c] == pytest.approx(np.corrcoef(a[i, :, c], b[i, :, c])[0, 1])
-
-    def test_the_shipped_filter_changes_spectra_and_leads_more_than_ours(self, cache):
-        trained = vars(train.get_args([])) | dict(view="contig")
-        table = attention.frequency_check(data.open_cache(cache), trained)
-        found = table.groupby("signal").first()
-        for kind in ("band-pass {}", "pool, band-pass {}"):
-            shipped, ours = (found.loc[kind.format(how)] for how in ("as shipped", "along time"))
-            assert shipped.log_spectral_distance_db > ours.log_spectral_distance_db > 0
-            assert shipped.correlation_with_itself < ours.correlation_with_itself < 1
-
     def test_several_runs_share_the_figures_of_training(self, finished, drawn, tmp_path):
         other = Path(shutil.copytree(finished[0], tmp_path / "other"))
         (other / "model.pt").unlink()  # as in the middle of training
@@ -2352,7 +2470,8 @@ class TestAttention:
         table = pd.read_csv(tmp_path / "both" / "training-gradients.csv")
         assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC"} and len(table) == 4
         assert {p.stem for p in (tmp_path / "both").iterdir()} == {
-            "training-loss", "training-gradients", "training-clustering"}
+            "training-loss", "training-gradients", "training-clustering", "attention-views",
+            "attention-views-time", "attention-views-channel", "attention-views-cross"}
 
     @slow
     def test_bad_input_is_named(self, finished, cache, tmp_path, capsys):
@@ -2398,7 +2517,7 @@ class TestMake:
             assert re.search(rf"\b{word}\b", out), word
 
     def test_targets_chain_and_names_carry_the_canonical_view(self):
-        for alias, view in views.ALIASES.items():
+        for alias, view in ALIASES.items():
             out = self.make("-n", "pretrain", f"VIEW={alias}")
             rate = 100 if view == "stochastic" else 500
             steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
@@ -2408,11 +2527,11 @@ class TestMake:
 
     def test_an_unknown_view_stops_make_at_once(self):
         out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
-        assert all(name in out for name in ["zigzag", *views.VIEWS, *views.ALIASES])
+        assert all(name in out for name in ["zigzag", *views.VIEWS])
 
     @pytest.mark.parametrize("script, command", [
         (train, []), (model, []), (data, ["cache"]), (evaluate, ["run"]), (evaluate, ["compare"]),
-        (evaluate, ["bench"]),
+        (evaluate, ["study"]),
         (attention, ["maps"]), (attention, ["plots"])])
     def test_help(self, script, command, capsys):
         with pytest.raises(SystemExit) as stop:

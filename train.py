@@ -43,14 +43,16 @@ from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, 
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
 from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
                    n_parameters, nt_xent, parse, read_args)
-from views import ViewConfig, augment, disturb, draw_leads, generator, pool, shift, split
+from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
+                   shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
 VAL_STEP = 2 ** 31  # a step that training never reaches: validation has the same views each time
 STREAM_NORMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
-NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes"}  # may differ on a resume
+# what may differ on a resume
+NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes", "keep_every"}
 
 
 # Settings of a run
@@ -243,7 +245,7 @@ class Batch:
 
 
 class Augmented(Dataset):
-    """Two stochastic views (2, T, C) of a record; an item is a key (step, row)."""
+    """Two passes (2, T, C) of a record through the pool; an item is a key (step, row)."""
 
     def __init__(self, cache, config, seed):
         self.cache, self.seed = cache, seed
@@ -272,9 +274,9 @@ def fetch(cache, rows, device):
 class Feed:
     """Makes Batches of a cache; `waited` adds up the seconds spent waiting for records.
 
-    Called with order, an iterable of (step, rows), it yields a Batch for each. Segment views are
-    cut on the device when asked for, so that a large batch costs the memory of a slice. Stochastic
-    ones come from `workers` processes ahead of time, in pieces of 16 records (shared memory can be
+    Called with order, an iterable of (step, rows), it yields a Batch for each. Views are cut on the
+    device when asked for, so that a large batch costs the memory of a slice. Passes through the
+    pool come from `workers` processes ahead of time, in pieces of 16 records (shared memory can be
     small), and this process's share of a batch is held: only its own slices may be asked for.
     """
 
@@ -283,18 +285,37 @@ class Feed:
         self.device, self.workers, self.waited = device, workers, 0.0
 
     def __call__(self, order):
-        order = list(order)
-        views = self.augmented(order) if self.config.view == "stochastic" else self.segments(order)
-        n_views = 2 * self.config.windows
-        for (step, rows), cut in zip(order, views):
-            keep = None
-            if self.config.mask_leads:
+        order, config = list(order), self.config
+        sources = self.passes(order) if config.augment_p else self.records(order)
+        n_views = 2 * config.windows
+        for (step, rows), source in zip(order, sources):
+            keep, cut = None, partial(self.views, source, step, len(rows))
+            if config.mask_leads:
                 shape = n_views, len(rows), len(LEADS)
-                keep = draw_leads(shape, self.config.mask_p,
+                keep = draw_leads(shape, config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
-            if self.config.disturbances:
+            if config.disturbances:
                 cut = partial(self.disturbed, cut, step)
             yield Batch(len(rows), cut, keep, (self.seed, step), n_views)
+
+    def views(self, source, step, size, part):
+        """The pair of views of a slice, each cut from its own of source(part)'s two records."""
+        config, (first, second) = self.config, source(part)
+        T = first.shape[1]
+
+        def starts(purpose, n, *shape):
+            at = generator(purpose, self.seed, step).integers(n, size=(*shape, size))
+            return torch.from_numpy(at[..., part]).to(self.device)
+
+        if config.equal:
+            at = starts("equal", T // 2 + 1)
+            pairs = [equal_pair(x, config.view, at) for x in (first, second)]
+        else:
+            pairs = [VIEWS[config.view].cut(x) for x in (first, second)]
+        pair = [pairs[0][0], pairs[1][-1]]
+        if config.shift:
+            pair = [shift(view, at) for view, at in zip(pair, starts("shift", pair[0].shape[1], 2))]
+        return pair
 
     def disturbed(self, cut, step, part):
         """The views of cut(part), disturbed: the same each time, for the same slices."""
@@ -309,39 +330,30 @@ class Feed:
         yield
         self.waited += time.monotonic() - began
 
-    def segments(self, order):
-        """Yield the `cut` of each batch of segment views."""
-        T = self.cache.signals.shape[1] // 2
-
-        def cut(rows, offsets, part):
+    def records(self, order):
+        """Yield for each batch the function that gives a slice of it, twice the same."""
+        def get(rows, part):
             with self.waiting():
                 x = fetch(self.cache, rows[part], self.device)
-            pair = split(normalize(x), self.config.view)
-            if offsets is None:
-                return pair
-            return [shift(view, at) for view, at in zip(pair, offsets[:, part])]
+            return [normalize(x)] * 2
 
-        for step, rows in order:
-            offsets = None
-            if self.config.shift:
-                starts = generator("shift", self.seed, step).integers(T, size=(2, len(rows)))
-                offsets = torch.from_numpy(starts).to(self.device)
-            yield partial(cut, rows, offsets)
+        for _, rows in order:
+            yield partial(get, rows)
 
-    def augmented(self, order):
-        """Yield the `cut` of each batch of stochastic views."""
+    def passes(self, order):
+        """Yield for each batch the function that gives a slice of it, two passes of the pool."""
         mine = [[(step, int(row)) for row in rows[share(len(rows))]] for step, rows in order]
         pieces = [keys[i:i + 16] for keys in mine for i in range(0, len(keys), 16)]
         made = iter(DataLoader(Augmented(self.cache, self.config, self.seed),
                                batch_sampler=pieces, num_workers=self.workers))
 
-        def cut(x, first, part):
+        def get(x, first, part):
             return x[part.start - first:part.stop - first].unbind(1)
 
         for (_, rows), keys in zip(order, mine):
             with self.waiting():  # x: (b, 2, T, C)
                 x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(self.device)
-            yield partial(cut, x, share(len(rows)).start)
+            yield partial(get, x, share(len(rows)).start)
 
 
 def epoch_order(rows, plan, seed, start):
@@ -460,14 +472,15 @@ def stream_statistics(model, norms):
 
 # Representations and validation
 
-def embed(model, x, view, keep=None, n_views=None):
+def embed(model, x, config, keep=None, n_views=None):
     """Representations of the views of whole records: never augmented, nor masked unless asked.
 
-    x: (B, T, C) z-scored 10 s records; keep: (B, C) bool or None, leads that are there; n_views:
-    the first so many views, by default all  ->  (B, S, d), S = 1 for stochastic, else 2
+    x: (B, T, C) z-scored 10 s records; config: a ViewConfig; keep: (B, C) bool or None, leads that
+    are there; n_views: the first so many views, by default all
+    ->  (B, S, d), S = 1 where both views have the record's full length, else 2
     """
     x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
-    return torch.stack([model.represent(v, keep) for v in split(x, view)[:n_views]], dim=1)
+    return torch.stack([model.represent(v, keep) for v in config.split(x)[:n_views]], dim=1)
 
 
 @torch.no_grad()
@@ -518,7 +531,7 @@ def validate(model, feed, rows, plan, objective, step):
     labels = feed.cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
     mine = share(single.sum())
-    found = extract(lambda x: embed(model, x, feed.config.view).mean(1), feed.cache,
+    found = extract(lambda x: embed(model, x, feed.config).mean(1), feed.cache,
                     rows[single][mine], feed.device, plan.micro)
     z = torch.zeros(single.sum(), found.shape[1], device=feed.device)
     z[mine] = torch.from_numpy(found).to(feed.device)
@@ -691,11 +704,19 @@ class RunFolder:
                     self.writer.add_scalar(key, value, row["epoch"])
             self.writer.flush()
 
+    def keep(self, model, folder):
+        """Write what evaluation needs: model.pt, and args.json in a folder other than the run's."""
+        if self.first:
+            final = dict(model=model.state_dict(), config=asdict(model.config))
+            if folder != self.path:
+                text = json.dumps(self.record, indent=1)
+                write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
+            write_atomic(folder / "model.pt", lambda tmp: torch.save(final, tmp))
+
     def finish(self, model):
         """Write model.pt and let go of the folder."""
         if self.first:
-            final = dict(model=model.state_dict(), config=asdict(model.config))
-            write_atomic(self.path / "model.pt", lambda tmp: torch.save(final, tmp))
+            self.keep(model, self.path)
             self.writer.close()
             self.lock.close()
             print(f"{self.path / 'model.pt'}: finished, {self.record['in_effect']['total']} steps")
@@ -762,11 +783,9 @@ def check_data(cache, config, size):
     if empty:
         raise InputError(f"{cache.folder} has no records in fold {', '.join(map(str, empty))}; "
                          "folds 1-8 train and 9 validates: see python data.py info")
-    samples = cache.signals.shape[1] // 2
-    if config.view == "stochastic":
-        samples = cache.signals.shape[1]
+    if config.augment_p:
         pool(config, cache.meta["rate"])  # checks the band against the rate
-    samples = round(config.window * samples)
+    samples = round(config.window * config.timing()[1] * cache.signals.shape[1])
     if samples < size.time_stride:
         raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
     return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
@@ -817,6 +836,10 @@ def train(args):
         if time.monotonic() - run.saved_at > 60 * args.save_minutes:  # a state whose loss is finite
             run.save(model.state_dict() | averages, optimizer, step, sums)
         optimizer.step()
+        if args.bf16_weights:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(p.bfloat16())
 
         stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
@@ -826,6 +849,8 @@ def train(args):
             row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr) | summary(sums, record)
             run.add(row | validate(model, feed, val_rows, plan, objective, step))
             sums = {}
+            if args.keep_every and row["epoch"] % args.keep_every == 0:
+                run.keep(model, run.path / f"epoch-{row['epoch']:03}")
             run.save(model.state_dict(), optimizer, step + 1, sums)
         tick, feed.waited = time.monotonic(), 0.0
     bar.close()
@@ -842,9 +867,11 @@ def get_args(argv=None):
     g.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
     add_shared(g, "device")
     g.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
-                   help="processes that make stochastic views ahead of the model; 0: none")
+                   help="processes that pass records through the pool ahead of the model; 0: none")
     g.add_argument("--save-minutes", type=bounded(float, 0), default=10,
                    help="last.pt is written after each epoch, and this often within one")
+    g.add_argument("--keep-every", type=bounded(int, 1), help="keep the weights of every so many "
+                   "epochs, each in a folder RUN/epoch-... that evaluate.py takes for a run")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
     g.add_argument("--max-steps", type=bounded(int, 1), help="end after this many, with the whole "
@@ -865,6 +892,8 @@ def get_args(argv=None):
     g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
                    help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the "
                    "loss's products too). auto: bfloat16 on GPUs that have it")
+    g.add_argument("--bf16-weights", action=argparse.BooleanOptionalAction, default=False,
+                   help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
                    " the model: a minute or more at the start, and a C++ compiler on a CPU")
     add_flags(parser, "loss", Objective)
@@ -875,6 +904,8 @@ def get_args(argv=None):
 
 def with_defaults(saved):
     """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
+    if "equal" not in saved and saved["view"] != "stochastic":
+        saved = saved | dict(augment_p=0.0)  # runs of before: it was for stochastic alone
     return vars(get_args(["--preset", saved.get("preset", "paper")])) | saved
 
 

@@ -4,17 +4,15 @@ In:  x (B, T, C) float32, z-scored (data.normalize), T = 10 s.
 Out: x1, x2 with the same number of records; full length, half as many samples, or windows of
      them, which may be disturbed (`disturb`).
 
-    VIEW         alias         the paper calls it          what a view is
-    stochastic   augment       stochastic augmentations    a random pass through a pool
-    contig       nonoverlap    non-overlapping segments    one half of the record (CMSC)
-    noncontig    interleaved   interleaving segments       the even, or the odd, samples
-
-    python views.py                                        # this table
+    python views.py                                        # the table VIEWS
     python -c "import torch, views; print(views.split(torch.arange(6.).view(1, 6, 1), 'noncontig'))"
+
+A view of your own is a function and an entry in VIEWS.
 """
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Callable, Optional
 
 import ecgmentations as E
 import numpy as np
@@ -24,11 +22,8 @@ from scipy.signal import butter, sosfiltfilt
 
 from data import InputError, bounded, setting
 
-ALIASES = {"augment": "stochastic", "nonoverlap": "contig", "interleaved": "noncontig"}
-
-
 # Whatever is random has a generator of its own, named by what it is for.
-PURPOSES = "order", "dropout", "mask", "shift", "augment", "disturb"
+PURPOSES = "order", "dropout", "mask", "shift", "augment", "disturb", "equal"
 
 
 def generator(purpose, seed, *key):
@@ -37,7 +32,7 @@ def generator(purpose, seed, *key):
         np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose), *key)))
 
 
-# Segment views: batch operations on whatever device x is on.
+# What views are cut from a record: batch operations on whatever device x is on.
 
 def contig(x):
     """The two halves of each record: each view is contiguous in time (paper 4.2.2).
@@ -56,31 +51,86 @@ def noncontig(x):
 
 
 def whole(x):
-    """The record itself, for the stochastic strategy, whose views keep the full length."""
+    """The record itself, for strategies whose two views both have its full length."""
     return (x,)
 
 
-VIEWS = {"stochastic": whole, "contig": contig, "noncontig": noncontig}
-WORDS = {"stochastic": "two random passes through a pool of augmentations, full length",
-         "contig": "the two 5 s halves, each contiguous in time",
-         "noncontig": "even and odd samples, each over the whole 10 s"}
+@dataclass(frozen=True)
+class View:
+    """A strategy, as training, evaluation, figures, tables and the Makefile know it.
+
+    cut: x (B, T, C) -> two views, or one that is taken twice; words: what the two are; color: in
+    all figures; alias: another name; rate: Hz of the paper's runs; pool: augmentations by default;
+    masked: lead masking by default; table2, table3: the paper's numbers (silhouette,
+    Davies-Bouldin, Calinski-Harabasz, the best of a run; F1 of the CLASSES, accuracy, macro F1).
+    """
+
+    cut: Callable
+    words: str
+    color: str
+    alias: str = ""
+    rate: int = 500
+    pool: bool = False
+    masked: bool = True
+    table2: Optional[tuple] = None
+    table3: Optional[tuple] = None
+
+
+# The Makefile reads names, aliases and rates here: a view's entry begins on a line of its own.
+VIEWS = {
+    "stochastic": View(whole, alias="augment", rate=100, pool=True, masked=False, color="#997700",
+                       words="two random passes through a pool of augmentations, full length",
+                       table2=(-0.0168, 7.8849, 9.89), table3=(.78, .07, .33, .53, .11, .63, .36)),
+    "contig": View(contig, alias="nonoverlap", color="#BB5566",
+                   words="the two 5 s halves, each contiguous in time",
+                   table2=(0.0327, 6.289, 37.55), table3=(.83, .42, .63, .66, .01, .72, .51)),
+    "noncontig": View(noncontig, alias="interleaved", color="#004488",
+                      words="even and odd samples, each over the whole 10 s",
+                      table2=(0.0350, 6.424, 50.92), table3=(.82, .38, .57, .60, .00, .70, .47)),
+    "masking": View(whole, rate=100, color="#228833",
+                    words="the record twice, told apart by their masked leads alone"),
+}
 
 
 def resolve_view(name):
     """The canonical name of a view; raise InputError that lists names and aliases."""
-    view = ALIASES.get(name, name)
-    if view not in VIEWS:
-        valid = ", ".join(f"{v} (or {a})" for a, v in ALIASES.items())
+    names = {view.alias: key for key, view in VIEWS.items() if view.alias} | {v: v for v in VIEWS}
+    if name not in names:
+        valid = ", ".join(key + f" (or {view.alias})" * bool(view.alias)
+                          for key, view in VIEWS.items())
         raise InputError(f"unknown VIEW {name!r}; choose one of {valid}")
-    return view
+    return names[name]
 
 
-def split(x, view):
+def split(x, view, equal=False):
     """The unmasked, unaugmented views of a record, as evaluation sees them.
 
-    x: (B, T, C)  ->  one tensor (stochastic) or two (B, T // 2, C)
+    x: (B, T, C)  ->  one tensor (B, T, C) or two such as (B, T // 2, C). equal: every view's
+    encoder sees the same two, the record's halves, every second sample of them.
     """
-    return VIEWS[view](x)
+    if equal:
+        return tuple(half[:, ::2] for half in contig(x))
+    return VIEWS[view].cut(x)
+
+
+def lasts(view):
+    """(seconds that a view spans, samples of it) as shares of the record's."""
+    at = split(torch.arange(1000.)[None, :, None], view)[0][0, :, 0]
+    return len(at) * float(at[1] - at[0]) / 1000, len(at) / 1000
+
+
+def equal_pair(x, view, starts):
+    """Two views of 5 s at half the record's rate, whatever the strategy: x (B, T, C) -> two
+    (B, T // 4, C).
+
+    Where a view spans more than 5 s, of the 5 s that begin at `starts` (B,); where its samples
+    are not apart already, every second of them.
+    """
+    seconds, samples = lasts(view)
+    if seconds > 0.5:
+        x = shift(x, starts)[:, :x.shape[1] // 2]
+    pair = VIEWS[view].cut(x)
+    return [part[:, ::2] if seconds == samples else part for part in pair]
 
 
 def shift(x, offsets):
@@ -137,7 +187,7 @@ def disturb(x, config, rng):
     return x * ((t < start) | (t >= start + lost))
 
 
-# Stochastic views: numpy, one record at a time, in the workers of a DataLoader.
+# The pool of augmentations: numpy, one record at a time, in the workers of a DataLoader.
 
 class BandPassFilter(E.EcgOnlyAugmentation):
     """Band-pass along time, zero-phase, on (T, C) arrays; composes with ecgmentations' transforms.
@@ -192,20 +242,23 @@ class TimeCropResize(E.EcgOnlyAugmentation):
 
 
 DISTURBANCES = "windows", "window", "speed", "lead_gain", "wander", "max_noise", "time_out"
+POOL = "warp", "crop", "band_low", "band_high", "noise", "scale", "shipped_filter"
 
 
 @dataclass
 class ViewConfig:
     """The view strategy and its strengths. Defaults of the pool are ecgmentations' own."""
 
-    view: str = setting("noncontig", f"view strategy: {', '.join(VIEWS)}; or an alias: "
-                        f"{', '.join(ALIASES)}")
-    mask_leads: bool = setting(None, "random lead masking of each view; by default on for the "
-                               "segment views and off for stochastic, as in the paper")
+    view: str = setting("noncontig", "view strategy, or its alias: " + ", ".join(
+        key + f" ({view.alias})" * bool(view.alias) for key, view in VIEWS.items()))
+    mask_leads: bool = setting(None, "random lead masking of each view; by default as the view "
+                               "has it: off for stochastic alone, as in the paper")
     mask_p: float = setting(0.5, "probability that a lead of a view is masked",
                             type=bounded(float, 0, .95))
-    shift: bool = setting(False, "each segment view starts at a random time of its own, around the "
-                          "end: interleaved views then no longer share the times of their beats")
+    equal: bool = setting(False, "views are 5 s at half the cache's rate whatever the strategy; "
+                          "encoders are evaluated on the same input, both halves of a record")
+    shift: bool = setting(False, "each view starts at a random time of its own, around the end: "
+                          "interleaved views then no longer share the times of their beats")
     windows: int = setting(1, "windows that are cut out of each view, all of a record pairs of "
                            "another: a step costs as many times as much", type=bounded(int, 1, 16))
     window: float = setting(1.0, "share of each view that is seen, at a random place",
@@ -220,33 +273,45 @@ class ViewConfig:
                                type=bounded(float, 0))
     time_out: float = setting(0.0, "up to this share of a view becomes zeros",
                               type=bounded(float, 0, .95))
-    augment_p: float = setting(0.5, "stochastic: probability of each transform",
+    augment_p: float = setting(None, "probability of each transform of the pool, which the record "
+                               "passes once for each view; by default 0.5 for stochastic, else 0",
                                type=bounded(float, 0, 1))
-    warp: float = setting(0.05, "stochastic: time warp; the library's 0.05 moves its knots by at "
-                          "most 0.4 %% of the record, 1.0 by 8 %%", type=bounded(float, 0, 1))
-    crop: float = setting(0.8, "stochastic: smallest share of the record that a crop keeps",
+    warp: float = setting(0.05, "pool: time warp; the library's 0.05 moves its knots by at most "
+                          "0.4 %% of the record, 1.0 by 8 %%", type=bounded(float, 0, 1))
+    crop: float = setting(0.8, "pool: smallest share of the record that a crop keeps",
                           type=bounded(float, .1, 1))
-    band_low: float = setting(0.5, "stochastic: lower edge of the band-pass, Hz")
-    band_high: float = setting(47.0, "stochastic: upper edge of the band-pass, Hz")
-    noise: float = setting(0.01, "stochastic: variance of the Gaussian noise; signals have 1",
+    band_low: float = setting(0.5, "pool: lower edge of the band-pass, Hz")
+    band_high: float = setting(47.0, "pool: upper edge of the band-pass, Hz")
+    noise: float = setting(0.01, "pool: variance of the Gaussian noise; signals have 1",
                            type=bounded(float, 0))
-    scale: float = setting(0.05, "stochastic: amplitude is scaled by 1 +- this",
+    scale: float = setting(0.05, "pool: amplitude is scaled by 1 +- this",
                            type=bounded(float, 0, .99))
-    shipped_filter: bool = setting(False, "stochastic: ecgmentations' own band-pass, which filters "
+    shipped_filter: bool = setting(False, "pool: ecgmentations' own band-pass, which filters "
                                    "across the leads")
 
     def __post_init__(self):
         self.view = resolve_view(self.view)
+        view = VIEWS[self.view]
         if self.mask_leads is None:
-            self.mask_leads = self.view != "stochastic"
+            self.mask_leads = view.masked
+        if self.augment_p is None:
+            self.augment_p = 0.5 if view.pool else 0.0
         if self.window * (1 + self.speed) > 1:
             raise InputError(f"--window {self.window} --speed {self.speed}: a window would not fit "
                              "into its view; window x (1 + speed) may be 1 at most")
         if self.windows > 1 and self.window == 1:
             raise InputError(f"--windows {self.windows} of whole views are the same: give a "
                              "--window below 1")
-        if self.shift and self.view == "stochastic":
-            raise InputError("--shift is for segment views; stochastic ones have --crop, --warp")
+        if self.equal and lasts(self.view)[0] not in (0.5, 1):
+            raise InputError(f"--equal: views of {self.view} span {10 * lasts(self.view)[0]:g} s; "
+                             "it is for those of 5 or 10 s")
+        idle = [name for name in POOL if not self.augment_p] + ["mask_p"] * (not self.mask_leads)
+        for name in idle:
+            if (value := getattr(self, name)) != getattr(ViewConfig, name):
+                raise InputError(f"--{name.replace('_', '-')} {value} does nothing for this "
+                                 f"{self.view} view: " + (
+                                     "leave it out, or give --mask-leads" if name == "mask_p" else
+                                     "it is of the pool; leave it out, or give --augment-p 0.5"))
 
     @property
     def disturbances(self):
@@ -258,14 +323,25 @@ class ViewConfig:
         """The strategy in words, for the start of a run."""
         masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
                   else "no lead masking")
+        pooled = f", pool with p = {self.augment_p}" if self.augment_p else ""
+        equal = ", equal: 5 s at half the rate" if self.equal else ""
         shifted = ", shifted" if self.shift else ""
         disturbed = "".join(f", {name.replace('_', ' ')} {value:g}"
                             for name, value in self.disturbances.items())
-        return f"{self.view}: {WORDS[self.view]}; {masked}{shifted}{disturbed}"
+        return (f"{self.view}: {VIEWS[self.view].words}; {masked}{pooled}{equal}{shifted}"
+                f"{disturbed}")
+
+    def split(self, x):
+        """split() as this strategy is evaluated."""
+        return split(x, self.view, self.equal)
+
+    def timing(self):
+        """(seconds that a view spans, samples of it) as shares of the record's."""
+        return (0.5, 0.25) if self.equal else lasts(self.view)
 
 
 def pool(config, rate):
-    """The stochastic transforms in sequence, each with p = augment_p (paper 4.2.1).
+    """The transforms in sequence, each with p = augment_p (paper 4.2.1).
 
     Call it as transforms(ecg=x)["ecg"] with x (T, C) float32; it draws from numpy's global state.
     """
@@ -294,10 +370,11 @@ def numpy_state(rng):
 
 
 def augment(x, transforms, rng):
-    """Two random views of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
+    """Two random passes of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
     with numpy_state(rng):
         return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
 
 
 if __name__ == "__main__":
-    print(__doc__)
+    for name, view in VIEWS.items():
+        print(f"{name:12} {view.alias:12} {view.rate} Hz  {view.words}")
