@@ -518,7 +518,8 @@ def watch_attention(model, x, see, keep=None):
 
     x: (B, T, C), keep: (B, C) bool or None; see(name, layer, head, weights) is called with name
     `time` (weights (B, N, N)), `channel` (B, C, C), `time_to_channel` (B, N, C) or
-    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for another architecture.
+    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for another
+    architecture.
     """
     encoder = model.encoder
     if model.config.arch != "dualview":

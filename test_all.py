@@ -1649,7 +1649,7 @@ class TestScores:
 
     def test_resampled_runs_have_the_variance_of_their_mean(self):
         draws, rng = np.random.default_rng(0).normal(size=(1, 4000)), np.random.default_rng(1)
-        assert np.array_equal(evaluate.resample_runs(draws, rng), draws[0])  # one run: patients alone
+        assert np.array_equal(evaluate.resample_runs(draws, rng), draws[0])  # patients alone
         for n in (2, 3):
             values = np.random.default_rng(n).normal(size=n)
             drawn = evaluate.resample_runs(values[:, None].repeat(40_000, axis=1), rng)
@@ -2195,7 +2195,7 @@ class TestStudy:
     @slow
     def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
         """As the README says it; it appears in make, tables and figures of the whole chain."""
-        for path in [*HERE.glob("*.py"), HERE / "Makefile"]:
+        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
             shutil.copy(path, tmp_path)
         code = re.search(r"```python\n(def .*?)```", (HERE / "README.md").read_text(), re.S)[1]
         function, entry = code.split("\n\n\n")
