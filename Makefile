@@ -9,7 +9,7 @@ PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a fe
 DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
 NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
-STUDY  ?= views# of study: views, equal, streams, collapse, departures, cost
+STUDY  ?= views# of study: views, equal, streams, collapse, departures, cost: see STUDIES in evaluate.py
 SEEDS  ?= 3# of study: runs of each row
 JOBS   ?= 1# of study: runs at a time, each with its share of the cores
 EVAL   ?= --fast --cv# of study: how runs are evaluated; --fast leaves out what trains networks
@@ -21,8 +21,9 @@ NAME  := $(or $(filter $(VIEW),$(NAMES)),$(shell sed -nE 's/^    "([a-z0-9]+)": 
 ifeq ($(NAME),)
 $(error unknown VIEW '$(VIEW)'; choose one of $(NAMES), or an alias: see views.py)
 endif
-ifneq ($(filter-out views equal streams collapse departures cost,$(STUDY)),)
-$(error unknown STUDY '$(STUDY)'; choose one of views equal streams collapse departures cost)
+STUDIES := $(shell sed -nE 's/^    "([a-z]+)": Study.*/\1/p' evaluate.py)
+ifeq ($(filter $(STUDY),$(STUDIES)),)
+$(error unknown STUDY '$(STUDY)'; choose one of $(STUDIES))
 endif
 RATE  ?= $(if $(filter conv,$(PRESET))$(shell grep '^    "$(NAME)": View.*rate=100' views.py),100,500)# Hz: 100 or 500; by default as in the paper, 100 for conv
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS

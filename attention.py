@@ -541,24 +541,28 @@ def look_at(cache, rows, saved, run, args):
     data, rate, signals = describe_data(cache.meta), cache.meta["rate"], cache.signals[rows]
     trained, stride = with_defaults(saved["args"]), saved["config"]["time_stride"]
     config, keep = from_args(ViewConfig, trained), torch.ones(len(rows), len(LEADS)).bool()
+    T = signals.shape[1]
+    at = config.split(torch.arange(T)[None, :, None] / rate)[0][0, :, 0].tolist()  # s
     if args.masked:
         keep = draw_leads(keep.shape, trained["mask_p"], generator("mask", trained["seed"], *rows))
     views = config.split(normalize(torch.from_numpy(signals)))[0]
-    T, span = views.shape[1], SECONDS * config.timing()[0]
+    start, span = at[0], round(len(at) * (at[1] - at[0]), 6)
     subject, mv = f"{data}: {name_record(cache.index, rows[0])}", None
     if args.superclass:
         subject = (f"{data}: {len(rows)} records of folds 9 and 10 with {args.superclass}, one a "
                    "patient: mean, 95 % interval")
     else:
-        mv = signals[0, :(10 if span == 10 else 5) * rate] / np.float32(1000)
+        first = round(start * rate)
+        mv = signals[0, first:first + (10 if span == 10 else 5) * rate] / np.float32(1000)
     subject += "; leads masked" * args.masked
     peaks = [r_peaks(signal, rate) for signal in signals]
     numbered = [str(i + 1) for i in range(len(LEADS))]
     return Look(
         subject=subject, title=f"{subject}\n{run}: {describe(saved, cache.meta)}", data=data,
         ecg_id=cache.index.ecg_id.to_numpy()[rows], views=views, keep=keep, mv=mv,
-        beats=[p[p < span] for p in peaks], seconds=token_times(T, stride, span),
-        end=T // stride * stride * span / T, span=span,
+        beats=[p[(p >= start) & (p < start + span)] - start for p in peaks],
+        seconds=token_times(len(at), stride, span),
+        end=len(at) // stride * stride * span / len(at), span=span,
         tokens=numbered if saved["config"]["mix_leads"] else LEADS)
 
 
@@ -585,12 +589,13 @@ def maps(run, args):
     print(f"{text}\n-> {folder}/attention-*{name}*")
 
 
-# Curves of training: one colour a view, one run a line
+# Curves of training: one run a line
 
 def draw_curves(axis, runs, columns):
-    """Columns of the runs' logs by epoch; markers tell runs of one view apart."""
-    for (name, (saved, log)), marker in zip(runs.items(), cycle("osD^vPX")):
-        color = VIEWS[saved["args"]["view"]].color
+    """Columns of the runs' logs by epoch, in the colours of their views where these differ."""
+    own = len({saved["args"]["view"] for saved, _ in runs.values()}) == len(runs)
+    for i, ((name, (saved, log)), marker) in enumerate(zip(runs.items(), cycle("osD^vPX"))):
+        color = VIEWS[saved["args"]["view"]].color if own else f"C{i % 6}"
         for column, style, fill in zip(columns, ("-", "--"), ("full", "none")):
             axis.plot(log.index, log[column].astype(float), style, color=color, marker=marker,
                       fillstyle=fill, markevery=max(len(log) // 8, 1),

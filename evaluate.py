@@ -17,6 +17,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 from scipy.spatial.distance import pdist
 from scipy.special import expit
+from scipy.stats import t as student
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.manifold import TSNE
@@ -57,9 +60,9 @@ from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, 
 from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args,
                    read_log)
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
-                   pick_precision, project, train, with_defaults)
+                   pick_precision, project, settle, train, with_defaults)
 from train import get_args as train_args
-from views import VIEWS, ViewConfig, draw_leads, generator, lasts, shift, whole
+from views import VIEWS, ViewConfig, draw_leads, generator, shift, whole
 
 K = len(CLASSES)
 FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
@@ -69,6 +72,7 @@ LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn f
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
+LOW_IS_GOOD = ("davies_bouldin", "shift", "alignment", "uniformity", "stream_cka")
 QUALITY = ("shift", "alignment", "uniformity", "rankme", "stream_cka")
 COMPARED = ("official", "cv", "paper", "table3", "clustering", "streams", "streams-masked",
             "labels", "labels-paper", "labels-cv", "leads-cv")  # protocols with paired differences
@@ -81,7 +85,7 @@ STREAM_PAIRS = [(("", STREAMS[0]), ("", row)) for row in STREAMS[1:]]
 TRAINING = {"loss": "loss", "val_loss": "val_loss", "grad_norm_ratio": "channel/time as in the "
             "paper", "grad_norm_ratio_corrected": "corrected", "records_per_second": "records/s",
             "gflop_per_record": "GFLOP a record", "of_peak": "of peak", "data_share": "waiting",
-            "peak_mib": "MiB"}
+            "peak_mib": "MiB above the start"}
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
 KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
@@ -905,11 +909,15 @@ def differences(groups, wanted):
 def resample_runs(draws, rng):
     """Bootstrap draws (runs, n) of patients -> (n,), of their mean over runs drawn as well.
 
-    A few runs drawn with replacement vary too little, by runs / (runs - 1): this is made up for.
+    A few runs drawn with replacement vary too little: the variance of their mean is made unbiased,
+    and a 95 % interval as wide as Student's for the difference of two such groups.
     """
     S, n = draws.shape
+    if S == 1:
+        return draws[0]
     mean, drawn = draws.mean(0), draws[rng.integers(S, size=(S, n)), np.arange(n)].mean(0)
-    return mean + math.sqrt(S / max(S - 1, 1)) * (drawn - mean)
+    wider = student.ppf(0.975, 2 * S - 2) / student.ppf(0.975, math.inf)
+    return mean + wider * math.sqrt(S / (S - 1)) * (drawn - mean)
 
 
 def cluster_draws(z, labels, patients, n, groups=20):
@@ -920,10 +928,10 @@ def cluster_draws(z, labels, patients, n, groups=20):
     """
     who, member = np.unique(patients, return_inverse=True)
     group = np.random.default_rng(0).permutation(len(who))[member] % groups
-    whole, *parts = np.array([list(clustering(z[at], labels[at]).values()) for at in (
+    all_, *parts = np.array([list(clustering(z[at], labels[at]).values()) for at in (
         group >= 0, *(group != g for g in range(groups)))], float)
     noise = np.random.default_rng(1).standard_normal((n, groups))
-    return whole + math.sqrt((groups - 1) / groups) * noise @ (parts - np.mean(parts, axis=0))
+    return all_ + math.sqrt((groups - 1) / groups) * noise @ (parts - np.mean(parts, axis=0))
 
 
 def cluster_lines(run, draws):
@@ -997,24 +1005,24 @@ def stream_lines(run, strength, draws):
     The other stream sees the record as before, and the cross-attention joins the two. On whole
     records and on masked ones; draws gets the bootstrap draws of each.
     """
-    task, z, out = run.tasks["official"], run.features["pretrained"]["z"], []
+    task, out = run.tasks["official"], []
+    z = run.beside(run.features["pretrained"]["z"], slice(None))
     probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
     rows, encoder = np.append(task.choose, task.test), run.encoders["pretrained"]
     y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
 
     def scored(protocol, row):
-        seen = (run.see(encoder, rows) if protocol == "streams"
-                else run.see_masked(encoder, rows, MASKED[0])[0])
-        p = probe(seen.mean(1))
+        seen, there = ((run.see(encoder, rows), 1) if protocol == "streams"
+                       else run.see_masked(encoder, rows, MASKED[0]))
+        p = probe(run.beside(seen, rows, there).mean(1))
         draws[f"{protocol}-{row}"] = found = bootstrap(y, p, p > .5, patients,
                                                        run.settings.bootstrap)
         return lines(protocol, row, dict(macro_auroc=mean_of_known(aurocs(y, p))),
                      dict(macro_auroc=interval(found[:, 0])))
 
     for protocol in ("streams", "streams-masked"):
-        whole, *others = STREAMS
-        out += scored(protocol, whole)
-        for row in others:
+        out += scored(protocol, STREAMS[0])
+        for row in STREAMS[1:]:
             change = torch.zeros_like if row.endswith("nothing") else (lambda x: x.roll(1, 0))
             hook = getattr(stems, f"{row.split()[0]}_stem").register_forward_pre_hook(
                 lambda module, args: (change(args[0]), *args[1:]))
@@ -1071,6 +1079,7 @@ def training_lines(folder):
     if not (folder / "log.jsonl").exists():
         return []
     log = read_log(folder).reindex(columns=TRAINING).astype(float)
+    log.peak_mib -= read_args(folder)["start_mib"]
     costs = list(TRAINING)[4:]
     return lines("training", "pretrained", log.iloc[-1].to_dict() | log[costs].median().to_dict())
 
@@ -1128,7 +1137,8 @@ def grid(found, by, columns):
         [*row, *(cells.get((*row, metric), "-") for metric in columns)] for row in rows])
 
 
-ABOUT = {
+ABOUT = dict.fromkeys(("labels", "labels-paper"),
+                      "Macro AUROC, means over the draws; intervals over patients.") | {
     "official": "Records with at least one superclass, several at once: a sigmoid for each class, "
     "thresholds for F1 chosen on fold 9. Accuracy: all five classes right. Majority: the most "
     "frequent set of classes, and class shares as scores.",
@@ -1155,8 +1165,6 @@ ABOUT = {
     "few": "Test fold 10; mean ± standard deviation over draws of the training labels: 10 in all, "
     "10 a class (10shot), or a share. All of fold 9 still chooses C, thresholds and when a network "
     "stops.",
-    "labels": "Macro AUROC, means over the draws; intervals over patients.",
-    "labels-paper": "Macro AUROC, means over the draws; intervals over patients.",
     "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
     "averaged. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
     "0, high. By chance: this run's representations with labels permuted, mean of 20. ROCKET's "
@@ -1166,7 +1174,7 @@ ABOUT = {
     "not mind when beats fall, near 1 if it is about that. Alignment 0..4 and uniformity -4..0, "
     "low is good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective "
     "rank over all records, 1..min(records, width), high is good. Stream CKA: likeness of what "
-    "the two streams hand on, 0..1.",
+    "the two streams hand on, 0..1, higher the fewer records and the wider the streams.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
     "streams": "Macro AUROC of this run's probe of the official protocol on folds 9 and 10, while "
     "one stream sees another record, or zeros; the cross-attention still joins the two.",
@@ -1416,12 +1424,12 @@ def evaluate(args):
         strength = float(scores["official", "pretrained", "100%", 0]["strength"])
         table += stream_lines(run, strength, draws)
     table = pd.DataFrame(table)
-    others = [row for row in rows if f"paper-{row}" in draws and row != "pretrained"]
+    others = [row for row in rows if row != "pretrained"]
     table = pd.concat([table, pd.DataFrame(differences(
         {"": [dict(table=table, draws=draws)]}, [(("", "pretrained"), ("", row))
                                                  for row in others] + STREAM_PAIRS))])
-    about = dict(settings=vars(args), view=run.trained["view"], seed=run.trained["seed"],
-                 notes=notes, data=run.cache.meta,
+    about = dict(format=FORMAT, settings=vars(args), view=run.trained["view"],
+                 seed=run.trained["seed"], notes=notes, data=run.cache.meta,
                  tested={name: len(task.test) for name, task in run.tasks.items()})
     figures = draw(run, table, scores)
     text = "\n\n".join([
@@ -1430,10 +1438,10 @@ def evaluate(args):
         sections(summarize(table).assign(group="")), "## Figures",
         *(f"![{figure.stem}](figures/{figure.name})" for figure in figures)]) + "\n"
     save_arrays(run.out / "eval" / "draws.npz", draws)
-    write_atomic(run.out / "eval" / "about.json",
-                 lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
     write_atomic(run.out / "report.md", lambda tmp: tmp.write_text(text))
     write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
+    write_atomic(run.out / "eval" / "about.json",
+                 lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
     print(f"{text}\n-> {run.out}/report.md, metrics.csv, figures/")
 
 
@@ -1474,7 +1482,7 @@ def read_evaluated(folders):
 
 def changes(run):
     """Arguments in which a run differs from the defaults of its preset, but for view and seed."""
-    args, settings = run["saved"]["args"], run["about"]["settings"]
+    args, settings = with_defaults(run["saved"]["args"]), run["about"]["settings"]
     usual = vars(train_args(["--preset", args["preset"], "--view", args["view"]]))
     usual |= asdict(from_args(ViewConfig, usual))  # settings that follow the view
     found = {k: v for k, v in args.items()
@@ -1522,7 +1530,8 @@ def collect(groups):
 
 def compared(groups):
     """Numbers of all groups of runs, with paired differences between rows and between groups."""
-    wanted = [((g, "pretrained"), (g, row)) for g in groups for row in ("untrained", "rocket")]
+    wanted = [((g, "pretrained"), (g, row)) for g in groups
+              for row in ("untrained", "rocket", "finetuned")]
     wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
                if groups[a][0]["about"]["data"]["index"] == groups[b][0]["about"]["data"]["index"]
                for row in ("pretrained", "untrained")]
@@ -1569,54 +1578,59 @@ def compare(args):
 class Study:
     """A question, and flags of train.py for each row that answers it.
 
-    {more} in them: epochs that cost plain accumulation what the exact gradient costs. base: the row
-    that others are compared with, by default the best. evaluated: False to tell of costs alone.
+    Of a row's flags {more} are epochs that cost plain accumulation what the exact gradient costs,
+    {tenth} a tenth of the epochs, {batch} the automatic batch and {part} a quarter of it. bases:
+    {row: the one that it is compared with}, by default the best. evaluated: False for costs alone.
     """
 
     question: str
     rows: dict
-    base: str = ""
+    bases: dict = field(default_factory=dict)
     evaluated: bool = True
 
 
 def equal_rows():
-    """Each view on equal terms, with lead masking, without, and with the pool."""
-    rows = {}
+    """Flags and bases of each view on equal terms: with lead masking, without, with the pool."""
+    rows, bases = {}, {}
     for name, view in VIEWS.items():
-        if lasts(name)[0] not in (0.5, 1):  # s / 10: --equal is for 5 and 10 s
-            continue
         rows[name] = f"--view {name} --equal"
-        if not view.masked:
-            rows[f"{name}-masked"] = rows[name] + " --mask-leads"
-        elif view.cut is not whole:  # else the two views would be the same
-            rows[f"{name}-unmasked"] = rows[name] + " --no-mask-leads"
-            rows[f"{name}-pool"] = rows[name] + " --augment-p 0.5"
-    return rows
+        changed = {f"{name}-masked": "--mask-leads"}
+        if view.masked:
+            changed = {f"{name}-unmasked": "--no-mask-leads", f"{name}-pool": "--augment-p 0.5"}
+        if view.cut is not whole or not view.masked:  # else they are the same record, or there
+            rows |= {row: f"{rows[name]} {flags}" for row, flags in changed.items()}
+            bases |= dict.fromkeys(changed, name)
+    return rows, bases
 
 
+# The Makefile reads the names here: an entry begins on a line of its own.
 STUDIES = {
     "views": Study("Which view makes the better representation, each as in the paper?",
                    {name: f"--view {name}" for name in VIEWS}),
     "equal": Study("What is left of the differences between views when all have the same rate, "
                    "seconds and tokens, and all encoders are probed on the same input? What do "
-                   "lead masking and the pool add to each?", equal_rows()),
-    "streams": Study("Which stream does the representation rest on, and what changes that?", {
-        "contig": "--view contig", "contig-unmasked": "--view contig --no-mask-leads",
-        "late": "--view contig --late-masking", "dropout": "--view contig --channel-dropout 0.3",
-        "gates": "--view contig --gate-channel", "aux": "--view contig --aux-losses",
-        "mix": "--view contig --mix-leads", "noncontig": "--view noncontig",
-        "stochastic": "--view stochastic"}, base="contig"),
+                   "lead masking and the pool add to each?", *equal_rows()),
+    "streams": Study("Which stream does the representation rest on, and what changes that?", dict(
+        contig="--view contig", unmasked="--view contig --no-mask-leads",
+        late="--view contig --late-masking", dropout="--view contig --channel-dropout 0.3",
+        gates="--view contig --gate-channel", aux="--view contig --aux-losses",
+        mix="--view contig --mix-leads", noncontig="--view noncontig",
+        stochastic="--view stochastic"), dict.fromkeys(
+            ("unmasked", "late", "dropout", "gates", "aux", "mix", "noncontig", "stochastic"),
+            "contig")),
     "collapse": Study("Do scores fall again along training, and do they fall together?",
                       {name: f"--view {name} --keep-every {{tenth}}" for name in VIEWS}),
-    "departures": Study("What is each departure from the paper worth?", {
-        "contig": "--view contig", "micro-negatives": "--view contig --negatives micro --epochs "
-        "{more}", "mixed-leads": "--view contig --mix-leads", "bf16-weights": "--view contig "
-        "--bf16-weights", "stochastic": "--view stochastic", "shipped-filter": "--view stochastic "
-        "--shipped-filter"}, base="contig"),
+    "departures": Study("What is each departure from the paper worth?", dict(
+        contig="--view contig", micro="--view contig --negatives micro --micro-batch {part} "
+        "--epochs {more}", mix="--view contig --mix-leads", bf16="--view contig --bf16-weights",
+        stochastic="--view stochastic", shipped="--view stochastic --shipped-filter"),
+        dict(micro="contig", mix="contig", bf16="contig", shipped="stochastic")),
     "cost": Study("What does a step cost, and what do its alternatives?", {
-        "exact": "", "plain-accumulation": "--negatives micro", "one-part": "--batch-size 64",
-        "torchnn": "--arch torchnn", "compiled": "--compile", "stochastic": "--view stochastic"},
-        base="exact", evaluated=False)}
+        row: "--batch-size {batch} --micro-batch {part} " + flags for row, flags in dict(
+            exact="", plain="--negatives micro", torchnn="--arch torchnn", compiled="--compile",
+            stochastic="--view stochastic").items()} | {
+                "one-part": "--batch-size {part} --micro-batch {part}"},
+        dict.fromkeys(("plain", "torchnn", "compiled", "stochastic", "one-part"), "exact"), False)}
 
 
 @dataclass
@@ -1629,50 +1643,67 @@ class Member:
     flags: list
     failed: str = ""
 
-    @property
-    def name(self):
-        return self.folder.name
-
 
 def plan_study(args):
     """The Members of a study, seed by seed. Raises InputError before any of them is trained."""
-    study, members = STUDIES[args.study], []
-    caches = {open_cache(path).meta["rate"]: path for path in args.caches}
-    for seed, (row, text) in product(range(args.seeds), study.rows.items()):
-        folder = Path(args.out) / f"{row}-s{seed}"
+    rows, members = STUDIES[args.study].rows, []
+    caches = {cache.meta["rate"]: cache for cache in map(open_cache, args.caches)}
+    get_args(["run", *shlex.split(args.eval)])  # ends here when they are wrong
+    for seed, (row, text) in product(range(args.seeds), rows.items()):
         common = ["--preset", args.preset, *shlex.split(args.train), "--seed", str(seed)]
-        epochs = train_args(common).epochs
-        flags = text.format(more=round(epochs * 4 / 3), tenth=max(epochs // 10, 1)).split()
+        first = next(iter(caches.values()))
+        usual = train_args(common)
+        plan, _ = settle(usual, len(first.rows(TRAIN_FOLDS)), len(first.rows([VAL_FOLD])))
+        passes = 4 if plan.batch > plan.micro else 3  # forward, and forward and backward
+        flags = text.format(more=round(usual.epochs * passes / 3), part=max(plan.batch // 4, 2),
+                            tenth=max(usual.epochs // 10, 1), batch=plan.batch).split()
         parsed = vars(train_args([*common, *flags]))
         views, _ = from_args(ViewConfig, parsed), from_args(Config, parsed)
         rate = VIEWS[views.view].rate if args.study == "views" else min(caches)
+        folder = Path(args.out) / f"{row}-s{seed}"
         members.append(Member(row, seed, folder, [
-            *common, *flags, "--cache", str(caches.get(rate, args.caches[0])), "--run", str(folder),
+            *common, *flags, "--cache", str(caches.get(rate, first).folder), "--run", str(folder),
             "--device", args.device]))
     return members
 
 
-def work_on(member, args):
-    """Train and evaluate one run of a study, what is not done yet; keep in it what fails."""
+def work_on(member, args, children):
+    """Train and evaluate one run of a study, what is not done yet; keep in it what fails.
+
+    children: the processes at work, of all runs
+    """
     def call(script, *flags):
         threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS=str(
             max(1, os.cpu_count() // args.jobs)))
         with open(log, "a") as file:
-            done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags],
-                                  stdout=file, stderr=file, env=os.environ | threads)
-        if done.returncode and not member.failed:
-            member.failed = f"{script}: {log.read_text().strip()[-300:]}"
+            child = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name(script)), *flags],
+                stdout=file, stderr=file, env=os.environ | threads)
+            children.add(child)
+            child.wait()
+            children.remove(child)
+        if child.returncode:
+            raise RuntimeError(f"{script}: {log.read_text().strip()[-300:]}")
 
-    log = Path(args.out) / "logs" / f"{member.name}.txt"
-    call("train.py", *member.flags)
-    kept = sorted(member.folder.glob("epoch-*")) if args.study == "collapse" else []
-    for folder in [*kept, member.folder] if STUDIES[args.study].evaluated else []:
-        about = folder / "eval" / "about.json"
-        flags = ["run", "--run", str(folder), "--device", args.device, *shlex.split(args.eval)]
-        if not member.failed and not (about.exists() and json.loads(
-                about.read_text())["settings"] == vars(get_args(flags))):
-            call("evaluate.py", *flags)
-    return f"{member.name}: {'failed' if member.failed else 'done'}"
+    log, study = Path(args.out) / "logs" / f"{member.folder.name}.txt", STUDIES[args.study]
+    try:
+        call("train.py", *member.flags)
+        for folder in kept(member) if study.evaluated else []:
+            flags = ["run", "--run", str(folder), "--device", args.device, *shlex.split(args.eval)]
+            about = folder / "eval" / "about.json"
+            old = json.loads(about.read_text()) if about.exists() else {}
+            if (old.get("settings"), old.get("format")) != (vars(get_args(flags)), FORMAT):
+                call("evaluate.py", *flags)
+    except Exception as error:  # the others go on
+        member.failed = str(error)
+    return f"{member.folder.name}: {'failed' if member.failed else 'done'}"
+
+
+def kept(member):
+    """Folders of the weights that a finished run has kept along training, the last ones at last."""
+    last = f"epoch-{len(read_log(member.folder)):03}"
+    return [*sorted(folder for folder in member.folder.glob("epoch-*") if folder.name != last),
+            member.folder]
 
 
 def study(args):
@@ -1682,30 +1713,36 @@ def study(args):
     Raises InputError before work starts for flags that no run could have, and at the end when
     runs have failed.
     """
-    members, out = plan_study(args), Path(args.out)
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    members, out, children = plan_study(args), Path(args.out), set()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     print(f"{args.study}: {len(members)} runs, {args.jobs} at a time, in {out}; what each of them "
           f"says is in {out / 'logs'}", flush=True)
+    signal.signal(signal.SIGTERM, stop)
     with ThreadPoolExecutor(args.jobs) as workers, tqdm(total=len(members), unit="run",
                                                         disable=None) as bar:
-        pending = {workers.submit(work_on, member, args) for member in members}
+        pending = {workers.submit(work_on, member, args, children) for member in members}
         try:
             while pending:
                 done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
                 for future in done:
                     tqdm.write(future.result())
                 bar.update(len(done))
-                logs = [(m, m.folder / "log.jsonl") for m in members
+                logs = [(m.folder.name, m.folder / "log.jsonl") for m in members
                         if not m.failed and not (m.folder / "model.pt").exists()]
-                bar.set_postfix_str(", ".join(f"{m.name} epoch {len(log.read_text().splitlines())}"
-                                              for m, log in logs if log.exists()))
+                bar.set_postfix_str(", ".join(f"{name} epoch {len(log.read_text().splitlines())}"
+                                              for name, log in logs if log.exists()))
         except BaseException:
-            workers.shutdown(cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
+            for child in list(children):
+                child.terminate()
             raise
-    failed = [m for m in members if m.failed]
-    write_study(args, members)
+    if len(failed := [m for m in members if m.failed]) < len(members):
+        write_study(args, members)
     if failed:
-        said = "\n".join(f"  {m.name}: {m.failed}" for m in failed)
+        said = "\n".join(f"  {m.folder.name}: {m.failed}" for m in failed)
         raise InputError(f"{len(failed)} of {len(members)} runs failed; mend it and give the same "
                          f"command again, the others are done:\n{said}")
 
@@ -1714,42 +1751,29 @@ def write_study(args, members):
     """report.md, numbers.csv and figures/ of a study, of the runs that are finished."""
     study, out = STUDIES[args.study], Path(args.out)
     done = [m for m in members if not m.failed]
-    if not done:
-        return
-    saved = [read_args(m.folder) for m in done]
-    meta, plan = saved[0]["data"], saved[0]["in_effect"]
-    seeds = {row: [str(m.seed) for m in done if m.row == row] for row in study.rows}
-    lacking = ", ".join(m.name for m in members if m.failed)
+    saved = {m.folder: read_args(m.folder) for m in done}
+    meta, plan = saved[done[0].folder]["data"], saved[done[0].folder]["in_effect"]
+    rows = {row: [m for m in done if m.row == row] for row in study.rows}
     text = [f"# Study: {args.study}", f"**Question.** {study.question}",
             f"**Set-up.** {describe_data(meta)}, {meta['records']} records; preset {args.preset} "
             f"{args.train}; {plan['total']} steps of {plan['batch']} records; evaluated with "
             f"`{args.eval}`. Rows differ in these flags alone:",
             markdown(["row", "flags", "Hz", "seeds"], [
-                [row, flags or "none", " ".join({str(s["data"]["rate"]) for m, s in zip(
-                    done, saved) if m.row == row}) or "-", " ".join(seeds[row]) or "**failed**"]
-                for row, flags in study.rows.items()])]
-    text += [f"**Not here**, for want of a finished run: {lacking}."] if lacking else []
+                [row, study.rows[row] or "none",
+                 " ".join({str(saved[m.folder]["data"]["rate"]) for m in some}) or "-",
+                 " ".join(str(m.seed) for m in some) or "**failed**"]
+                for row, some in rows.items()])]
+    if lacking := ", ".join(m.folder.name for m in members if m.failed):
+        text.append(f"**Not here**, for want of a finished run: {lacking}.")
     if study.evaluated:
-        groups = {row: read_evaluated([m.folder for m in done if m.row == row])
-                  for row in study.rows if seeds[row]}
+        groups = {row: read_evaluated([m.folder for m in some])
+                  for row, some in rows.items() if some}
         numbers = compared(groups)
-        text += [*answer(study, groups, numbers), *collapse(args, done)]
-        draw_study(out, args, groups)
-    else:
-        found = pd.concat([pd.DataFrame(training_lines(m.folder)).assign(group=m.row)
-                           for m in done])
-        numbers = pd.concat([summarize(part).assign(group=row, of=len(seeds[row]))
-                             for row, part in found.groupby("group", sort=False)])
-        base = numbers[numbers.group == study.base].set_index("metric").value
-        ratios = numbers.assign(value=numbers.value / numbers.metric.map(base), sd=np.nan)
-        text += [grid(part, ["group"], dict(list(TRAINING.items())[4:]))
-                 for part in (numbers, ratios)]
-        text.insert(-1, f"Ratios to {study.base}:")
-    table = out / "figures" / "attention-views.md"
-    if study.evaluated:
-        text += [f"![{path.stem}](figures/{path.name})" for path in sorted(
-            (out / "figures").glob(f"*.{args.format}"))]
-        text += [table.read_text()] if table.exists() else []
+        text += answer(study, numbers) + beside_paper(numbers)
+        shutil.rmtree(out / "figures", ignore_errors=True)  # of runs that may have gone
+        if args.study == "collapse":
+            text += collapse(args, done)
+        text += draw_study(args, groups)
         rate = {row: runs[0]["about"]["data"]["rate"] for row, runs in groups.items()}
         again = [row for i, row in enumerate(rate) if rate[row] in list(rate.values())[:i]]
         text += ["# All numbers\nMean ± standard deviation over seeds. **The paper**: its own "
@@ -1757,104 +1781,134 @@ def write_study(args, members):
                  "beside the first.", overview(groups),
                  sections(numbers[~(numbers.row.isin(("majority", "rocket"))
                                     & numbers.group.isin(again))])]
+    else:
+        numbers = pd.concat([summarize(pd.concat(
+            pd.DataFrame(training_lines(m.folder)) for m in some)).assign(group=row, of=len(some))
+            for row, some in rows.items() if some])
+        columns = dict(list(TRAINING.items())[4:])
+        text.append(grid(numbers, ["group"], columns))
+        for base in set(study.bases.values()) & {row for row, some in rows.items() if some}:
+            of = numbers.metric.map(numbers[numbers.group == base].set_index("metric").value)
+            ratios = numbers.assign(value=numbers.value / of, sd=np.nan)
+            text += [f"Ratios to {base}:", grid(ratios, ["group"], columns)]
     write_atomic(out / "report.md", lambda tmp: tmp.write_text("\n\n".join(text) + "\n"))
     write_atomic(out / "numbers.csv", lambda tmp: numbers.to_csv(tmp, index=False))
-    print("\n\n".join(text[:8]) + f"\n\n-> {out}/report.md, numbers.csv, figures/")
+    print("\n\n".join(text[:9]) + f"\n\n-> {out}/report.md, numbers.csv, figures/")
 
 
-def answer(study, groups, numbers):
+def answer(study, numbers):
     """The answer of a study as Markdown: what each row is worth, and what its streams are."""
     headline = "cv" if "cv" in set(numbers.protocol) else "official"
-    at = numbers[(numbers.protocol == headline) & (numbers.metric == "macro_auroc")
-                 & (numbers.labels == "100%")]
-    worth = at[at.row == "pretrained"].set_index("group")
-    base = study.base if study.base in worth.index else worth.value.idxmax()
-    pairs = {row: ((row, "pretrained"), (base, "pretrained")) for row in groups if row != base}
-    found = pd.DataFrame(differences(groups, list(pairs.values())), columns=[
-        *KEYS, "value", "low", "high"])
-    found = found[(found.protocol == headline) & (found.metric == "macro_auroc")].set_index("row")
-    names = {row: " - ".join(": ".join(side) for side in pair) for row, pair in pairs.items()}
-    known = {row: found.loc[name] for row, name in names.items() if name in found.index}
-    told = {how: [row for row, line in known.items() if test(line)] for how, test in (
-        ("above it", lambda line: line.low > 0), ("below it", lambda line: line.high < 0),
-        ("not told apart from it", lambda line: line.low <= 0 <= line.high))}
+    at = numbers[(numbers.metric == "macro_auroc") & (numbers.labels == "100%")]
+    worth = at[(at.protocol == headline) & (at.row == "pretrained")].set_index("group").value
+    minus = {}  # row -> (value, low, high)
+    for row in worth.index:
+        base = study.bases.get(row, worth.idxmax())
+        for a, b, sign in ((row, base, 1), (base, row, -1)):
+            line = at[(at.protocol == headline) & (at.row == f"{a}: pretrained - {b}: pretrained")]
+            for value, low, high in line[["value", "low", "high"]].to_numpy(float):
+                minus[row] = (value, low, high) if sign == 1 else (-value, -high, -low)
 
-    def of(name, group, row):
-        part = numbers[(numbers.protocol == name) & (numbers.row == row)
-                       & numbers.group.isin((group, ""))]
-        return {line.metric: cell(line) for line in part.itertuples()}
+    def of(protocol, group, row, metric="macro_auroc"):
+        part = numbers[(numbers.protocol == protocol) & (numbers.row == row) & numbers.group.isin(
+            (group, "")) & (numbers.metric == metric) & (numbers.labels == "100%")]
+        return cell(next(part.itertuples())) if len(part) else "-"
 
-    table, streams = [["ROCKET", cell(at[at.row == "rocket"].iloc[0]), *["-"] * 5]], []
-    for row in worth.sort_values("value", ascending=False).index:
-        mine = [of(headline, row, name).get("macro_auroc", "-") for name in (
-            "pretrained", "untrained", f"{row}: pretrained - {row}: untrained")]
-        minus = "base" if row == base else "-"  # a dash: other records were tested
-        if row in known:
-            minus = number(known[row].value, (known[row].low, known[row].high))
-        table.append([row, *mine, minus,
-                      of("quality", row, "pretrained").get("shift", "-"),
-                      of("shortcuts", row, "pretrained").get("heart_rate", "-")])
-        lost = [of("streams", row, f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
-                .get("macro_auroc", "-") for stream in ("time", "channel")]
-        training = of("training", row, "pretrained")
-        streams.append([row, of("streams", row, STREAMS[0]).get("macro_auroc", "-"), *lost, *(
-            training.get(name, "-") for name in list(TRAINING)[2:4]),
-            of("quality", row, "pretrained").get("stream_cka", "-")])
-    words = "; ".join(f"{how}: {', '.join(rows)}" for how, rows in told.items() if rows)
-    return [f"**Answer.** Macro AUROC ({TITLES[headline].lower()}); compared with {base}, {words}. "
-            "Intervals resample patients and, where there are several seeds, these; they are not "
-            "corrected for the number of comparisons, and hold for this data, model and length of "
-            "training. `shift`: 0 if the representation does not mind when beats fall.",
-            markdown(["row", "pretrained", "untrained", "difference", f"minus {base}", "shift",
-                      "heart rate (R²)"], table),
-            "**Streams.** What the probe loses on folds 9 and 10 when a stream is fed zeros, and "
-            "the ratio of the streams' gradient norms, channel over time.",
+    first = at[at.row == "rocket"].group.iloc[0]
+    table = [["ROCKET", of(headline, first, "rocket"), *["-"] * 5,
+              of("shortcuts", first, "rocket", "heart_rate"), "-"]]
+    streams, words = [], {"above": [], "below": [], "not told apart from": []}
+    for row in worth.sort_values(ascending=False).index:
+        base = study.bases.get(row, worth.idxmax())
+        if row in minus:
+            value, low, high = minus[row]
+            how = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+            words[how].append(f"{row} ({base})")
+        table.append([
+            row, of(headline, row, "pretrained"), of(headline, row, "untrained"),
+            of(headline, row, f"{row}: pretrained - {row}: untrained"),
+            base if row != base else "-", number(minus[row][0], minus[row][1:])
+            if row in minus else "-", of("quality", row, "pretrained", "shift"),
+            *(of("shortcuts", row, name, "heart_rate") for name in ("pretrained", "untrained"))])
+        streams.append([row, of("streams", row, STREAMS[0]), *(
+            of("streams", row, f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
+            for stream in ("time", "channel")), *(
+            of("training", row, "pretrained", name) for name in list(TRAINING)[2:4]),
+            of("quality", row, "pretrained", "stream_cka")])
+    said = "; ".join(f"{how} its base: {', '.join(rows)}" for how, rows in words.items() if rows)
+    chosen = "" if set(study.bases) >= set(worth.index) - {worth.idxmax()} else (
+        f" Where a row has no base of its own, it is {worth.idxmax()}, the best on these scores.")
+    return [f"**Answer.** Macro AUROC ({TITLES[headline].lower()}). With the base in brackets, "
+            f"{said}.{chosen}", markdown(
+                ["row", "pretrained", "untrained", "difference", "base", "minus base", "shift",
+                 "heart rate (R²)", "untrained"], table),
+            "**Limits.** Intervals resample patients and, where there are several seeds, these; "
+            "they are not corrected for the number of comparisons, and hold for this data, model "
+            "and length of training. `shift`: 0 if it is no matter when beats fall.",
+            "**Streams.** What the probe loses on folds 9 and 10 when a stream is fed zeros; the "
+            "ratio of the streams' gradient norms, channel over time.",
             markdown(["row", "both", "lost without time", "lost without channel",
                       "ratio as in the paper", "ratio, corrected", "CKA of the streams"], streams)]
 
 
+def beside_paper(numbers):
+    """Markdown: the paper's differences between views in Table 3, and what is left of them here."""
+    rows = []
+    for a, b in combinations([name for name, view in VIEWS.items() if view.table3], 2):
+        line = [f"{a} - {b}"]
+        for i, metric in ((-2, "accuracy"), (-1, "macro_f1")):
+            part = numbers[(numbers.protocol == "table3") & (numbers.metric == metric)
+                           & (numbers.row == f"{a}: pretrained - {b}: pretrained")]
+            here = cell(next(part.itertuples())) if len(part) else "-"
+            line += [f"{VIEWS[a].table3[i] - VIEWS[b].table3[i]:.2f}", here]
+        rows += [line] if line.count("-") < 2 else []
+    return ["**The paper's differences** (Table 3), and what is left of them here.", markdown(
+        ["views", "accuracy: paper", "here", "macro F1: paper", "here"], rows)] if rows else []
+
+
 def collapse(args, members):
     """Of weights kept along training: a figure of the scores, and a table of best and last."""
-    if args.study != "collapse":
-        return []
-    found = []
+    runs, found = {}, []
     for m in members:
-        for folder in [*sorted(m.folder.glob("epoch-*")), m.folder]:
+        for folder in kept(m):
+            epoch = len(read_log(m.folder)) if folder is m.folder else int(folder.name[6:])
             (run,) = read_evaluated([folder])
+            runs.setdefault((m.row, epoch), []).append(run)
             t = run["table"]
-            t = t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)]
-            headline = "cv" if "cv" in set(t.protocol) else "official"
-            t = t[t.protocol.isin(("clustering", "quality"))
-                  | (t.protocol == headline) & (t.metric == "macro_auroc")]
-            epoch = (int(folder.name[6:]) if folder is not m.folder
-                     else len(read_log(m.folder)))
-            found.append(t.assign(row=m.row, run=m.name, epoch=epoch, view=run["about"]["view"]))
-    table = pd.concat(found).drop_duplicates(["run", "epoch", "metric"])
-    metrics = ["macro_auroc", *CLUSTERING, *QUALITY]
+            found.append(t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)].assign(
+                row=m.row, run=m.folder.name, epoch=epoch, view=run["about"]["view"]))
+    table = pd.concat(found)
+    headline = "cv" if "cv" in set(table.protocol) else "official"
+    table = table[table.protocol.isin(("clustering", "quality"))
+                  | (table.protocol == headline) & (table.metric == "macro_auroc")]
+    metrics, rows = ["macro_auroc", *CLUSTERING, *QUALITY], []
     figure = Figure((13, 6), layout="constrained")
     for axis, metric in zip(figure.subplots(2, math.ceil(len(metrics) / 2)).flat, metrics):
         for row, part in table[table.metric == metric].groupby("row", sort=False):
-            axis.plot(part.groupby("epoch").value.mean(), "o-", label=row,
-                      color=VIEWS[part["view"].iloc[0]].color)
+            means, low = part.groupby("epoch").value.mean(), metric in LOW_IS_GOOD
+            best, last, lost = means.idxmin() if low else means.idxmax(), means.index[-1], "-"
+            axis.plot(means, "o-", label=row, color=VIEWS[part["view"].iloc[0]].color)
+            groups = {"last": runs[row, last], "best": runs[row, best]}
+            for line in differences(groups, [(("last", "pretrained"), ("best", "pretrained"))]):
+                if (line["protocol"], line["metric"]) == (part.protocol.iloc[0], metric):
+                    lost = number(line["value"], line["low"] and (line["low"], line["high"]))
+            rows.append([row, metric, number(means[best]), best, number(means[last]), last, lost])
         axis.set(title=metric, xlabel="epoch")
     axis.legend()
     figure.suptitle("Scores along training, mean over seeds")
     save_figure(figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
-    low = ("davies_bouldin", "shift", "alignment", "uniformity", "stream_cka")
-    lines_ = []
-    for (row, metric), part in table.groupby(["row", "metric"], sort=False):
-        means = part.groupby("epoch").value.mean()
-        best = means.idxmin() if metric in low else means.idxmax()
-        lines_.append([row, metric, number(means[best]), best, number(means.iloc[-1])])
     return ["**Along training.** The best of each score, which is what the paper reports, and the "
-            "last.", markdown(["row", "score", "best", "at epoch", "last"], lines_)]
+            "last. The best is chosen on these scores, which makes it too good and the difference "
+            "too large.", markdown(
+                ["row", "score", "best", "epoch", "last", "epoch", "last - best"], rows)]
 
 
-def draw_study(out, args, groups):
+def draw_study(args, groups):
     """t-SNE of all rows in one figure; curves and attention by attention.py, a process of its own.
+
+    Returns the Markdown that shows them.
     """
-    first = {row: runs[0] for row, runs in groups.items()}
-    points = {}
+    first, points, out = {row: runs[0] for row, runs in groups.items()}, {}, Path(args.out)
     for row, run in first.items():
         with np.load(run["folder"] / "eval" / "tsne.npz") as pieces:
             points.setdefault("untrained", pieces["untrained"])
@@ -1863,15 +1917,18 @@ def draw_study(out, args, groups):
         labels, ids, fold = pieces["labels"], pieces["ecg_id"], pieces["strat_fold"]
     at = (labels.sum(1) == 1) & np.isin(fold, (VAL_FOLD, TEST_FOLD))
     plot_tsne(points, labels[at].argmax(1), ids[at], f"t-SNE, folds 9 and 10, one superclass. "
-              f"{describe_data(run['about']['data'])}; `untrained` is of {next(iter(first))}",
-              out / "figures" / f"tsne.{args.format}")
+              f"{describe_data(run['about']['data'])}, seed {run['about']['seed']}; `untrained` is "
+              f"of {next(iter(first))}", out / "figures" / f"tsne.{args.format}")
     drawn = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("attention.py")), "plots",
          *(str(run["folder"]) for run in first.values()), "--out", str(out / "figures"),
          "--format", args.format, "--superclass", "NORM", "--records", "16", "--device",
          args.device], capture_output=True, text=True)
+    text = [f"![{path.stem}](figures/{path.name})"
+            for path in sorted((out / "figures").glob(f"*.{args.format}"))]
     if drawn.returncode:
-        print(f"note: attention is not drawn: {drawn.stderr.strip()[-300:]}")
+        return [*text, f"**Not here**: figures of training and attention: {drawn.stderr[-300:]}"]
+    return [*text, *((path.read_text()) for path in (out / "figures").glob("attention-views.md"))]
 
 
 def get_args(argv=None):

@@ -618,8 +618,9 @@ def load_run(folder, device="cpu"):
         model = Contrastive(Config(**weights["config"]))
         model.load_state_dict(weights["model"])
     except Exception as error:  # whatever a damaged file leads torch to
-        raise InputError(f"{folder / 'model.pt'} is damaged ({str(error)[:80]!r}); remove it and "
-                         "run the command that made it: last.pt has the weights") from error
+        raise InputError(f"{folder / 'model.pt'} is damaged, or of other code "
+                         f"({str(error)[:80]!r}); remove it and run the command that made it: "
+                         "last.pt has the weights") from error
     return model.to(device).eval(), saved
 
 

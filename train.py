@@ -43,8 +43,8 @@ from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, 
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
 from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
                    n_parameters, nt_xent, parse, read_args)
-from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
-                   shift)
+from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
+                   pool, shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -307,12 +307,11 @@ class Feed:
             at = generator(purpose, self.seed, step).integers(n, size=(*shape, size))
             return torch.from_numpy(at[..., part]).to(self.device)
 
+        cut = VIEWS[config.view].cut
         if config.equal:
-            at = starts("equal", T // 2 + 1)
-            pairs = [equal_pair(x, config.view, at) for x in (first, second)]
-        else:
-            pairs = [VIEWS[config.view].cut(x) for x in (first, second)]
-        pair = [pairs[0][0], pairs[1][-1]]
+            cut = partial(equal_pair, view=config.view, starts=starts("equal", T // 2 + 1))
+        one = cut(first)
+        pair = [one[0], (one if second is first else cut(second))[-1]]
         if config.shift:
             pair = [shift(view, at) for view, at in zip(pair, starts("shift", pair[0].shape[1], 2))]
         return pair
@@ -791,6 +790,13 @@ def check_data(cache, config, size):
     return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
 
 
+@torch.no_grad()
+def hold_in_bf16(model):
+    """Round the weights to bfloat16, in place."""
+    for p in model.parameters():
+        p.copy_(p.bfloat16())
+
+
 def train(args):
     """Pretrain and write the run folder. Raises InputError, before work starts, for bad input."""
     config, size, objective = (from_args(cls, vars(args))
@@ -809,6 +815,8 @@ def train(args):
         if run.first:
             print(f"{run.path}: finished, nothing to do; remove the folder to train again")
         return
+    if args.bf16_weights:
+        hold_in_bf16(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     start, sums = run.restore(model, optimizer)
     if run.first:
@@ -837,10 +845,7 @@ def train(args):
             run.save(model.state_dict() | averages, optimizer, step, sums)
         optimizer.step()
         if args.bf16_weights:
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.copy_(p.bfloat16())
-
+            hold_in_bf16(model)
         stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -904,8 +909,10 @@ def get_args(argv=None):
 
 def with_defaults(saved):
     """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
-    if "equal" not in saved and saved["view"] != "stochastic":
-        saved = saved | dict(augment_p=0.0)  # runs of before: it was for stochastic alone
+    if "equal" not in saved:  # a run of before: flags that did nothing were taken and saved
+        pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
+        idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
+        saved = {key: value for key, value in saved.items() if key not in idle}
     return vars(get_args(["--preset", saved.get("preset", "paper")])) | saved
 
 

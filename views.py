@@ -59,10 +59,11 @@ def whole(x):
 class View:
     """A strategy, as training, evaluation, figures, tables and the Makefile know it.
 
-    cut: x (B, T, C) -> two views, or one that is taken twice; words: what the two are; color: in
-    all figures; alias: another name; rate: Hz of the paper's runs; pool: augmentations by default;
-    masked: lead masking by default; table2, table3: the paper's numbers (silhouette,
-    Davies-Bouldin, Calinski-Harabasz, the best of a run; F1 of the CLASSES, accuracy, macro F1).
+    cut: x (B, T, C) -> two views, or one that is taken twice, of evenly spaced samples; the same
+    each time; words: what the two are; color: in all figures; alias: another name; rate: Hz of the
+    paper's runs; pool: augmentations by default; masked: lead masking by default; table2, table3:
+    the paper's numbers (silhouette, Davies-Bouldin, Calinski-Harabasz, the best of a run; F1 of the
+    CLASSES, accuracy, macro F1).
     """
 
     cut: Callable
@@ -76,7 +77,7 @@ class View:
     table3: Optional[tuple] = None
 
 
-# The Makefile reads names, aliases and rates here: a view's entry begins on a line of its own.
+# The Makefile reads names (lower case), aliases and rates on the first line of each entry.
 VIEWS = {
     "stochastic": View(whole, alias="augment", rate=100, pool=True, masked=False, color="#997700",
                        words="two random passes through a pool of augmentations, full length",
@@ -123,14 +124,14 @@ def equal_pair(x, view, starts):
     """Two views of 5 s at half the record's rate, whatever the strategy: x (B, T, C) -> two
     (B, T // 4, C).
 
-    Where a view spans more than 5 s, of the 5 s that begin at `starts` (B,); where its samples
-    are not apart already, every second of them.
+    Where a view spans more than 5 s, of what begins at `starts` (B,) and is as much shorter; where
+    its samples are not apart already, every second of them.
     """
-    seconds, samples = lasts(view)
+    T, (seconds, samples) = x.shape[1], lasts(view)
     if seconds > 0.5:
-        x = shift(x, starts)[:, :x.shape[1] // 2]
+        x = shift(x, starts)[:, :round(T / 2 / seconds)]
     pair = VIEWS[view].cut(x)
-    return [part[:, ::2] if seconds == samples else part for part in pair]
+    return [part[:, ::2 if seconds == samples else 1][:, :T // 4] for part in pair]
 
 
 def shift(x, offsets):
@@ -305,9 +306,11 @@ class ViewConfig:
         if self.windows > 1 and self.window == 1:
             raise InputError(f"--windows {self.windows} of whole views are the same: give a "
                              "--window below 1")
-        if self.equal and lasts(self.view)[0] not in (0.5, 1):
-            raise InputError(f"--equal: views of {self.view} span {10 * lasts(self.view)[0]:g} s; "
-                             "it is for those of 5 or 10 s")
+        seconds, samples = lasts(self.view)
+        if self.equal and (seconds < 0.5 or seconds / samples not in (1, 2)):
+            raise InputError(f"--equal: views of {self.view} span {10 * seconds:g} s, at "
+                             f"{samples / seconds:g} of the rate; it is for 5 s or more, at the "
+                             "whole rate or half of it")
         idle = [name for name in POOL if not self.augment_p] + ["mask_p"] * (not self.mask_leads)
         for name in idle:
             if (value := getattr(self, name)) != getattr(ViewConfig, name):
