@@ -878,8 +878,8 @@ def differences(groups, wanted):
     groups: {label: runs}, dicts of table and draws. Points are means over a group's runs; draws,
     on the same test records, resample patients and, where there are several, runs.
     """
-    def mean(protocol, group, row):
-        """Of a group's runs, what all have: {metric: (point, draws)}."""
+    def mean(protocol, group, row, sides):
+        """Of a group's runs, what all have: {metric: (point, draws)}; sides: groups compared."""
         found = []
         for run in groups[group]:
             t = run["table"]
@@ -892,13 +892,13 @@ def differences(groups, wanted):
             found.append({m: (points[m], draws) for m, draws in all_draws.items() if m in points})
         rng = np.random.default_rng(list(groups).index(group))  # of both rows of a group the same
         return {m: (np.mean([one[m][0] for one in found]),
-                    resample_runs(np.stack([one[m][1] for one in found]), deepcopy(rng)))
+                    resample_runs(np.stack([one[m][1] for one in found]), deepcopy(rng), sides))
                 for m in found[0] if all(m in one for one in found)}
 
     out = []
     for protocol in COMPARED:
         for pair in wanted:
-            a, b = (mean(protocol, *side) for side in pair)
+            a, b = (mean(protocol, *side, len({group for group, _ in pair})) for side in pair)
             name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
             both = [m for m in a if m in b]
             out += lines(protocol, name, {m: a[m][0] - b[m][0] for m in both},
@@ -906,17 +906,17 @@ def differences(groups, wanted):
     return out
 
 
-def resample_runs(draws, rng):
+def resample_runs(draws, rng, sides):
     """Bootstrap draws (runs, n) of patients -> (n,), of their mean over runs drawn as well.
 
     A few runs drawn with replacement vary too little: the variance of their mean is made unbiased,
-    and a 95 % interval as wide as Student's for the difference of two such groups.
+    and a 95 % interval as wide as Student's, for one group or (sides 2) the difference of two.
     """
     S, n = draws.shape
     if S == 1:
         return draws[0]
     mean, drawn = draws.mean(0), draws[rng.integers(S, size=(S, n)), np.arange(n)].mean(0)
-    wider = student.ppf(0.975, 2 * S - 2) / student.ppf(0.975, math.inf)
+    wider = student.ppf(0.975, sides * (S - 1)) / student.ppf(0.975, math.inf)
     return mean + wider * math.sqrt(S / (S - 1)) * (drawn - mean)
 
 
@@ -1484,7 +1484,8 @@ def changes(run):
     """Arguments in which a run differs from the defaults of its preset, but for view and seed."""
     args, settings = with_defaults(run["saved"]["args"]), run["about"]["settings"]
     usual = vars(train_args(["--preset", args["preset"], "--view", args["view"]]))
-    usual |= asdict(from_args(ViewConfig, usual))  # settings that follow the view
+    for of in (args, usual):
+        of |= asdict(from_args(ViewConfig, of))  # settings that follow the view
     found = {k: v for k, v in args.items()
              if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
     return found | {k: settings[k] for k in ("readout", "amplitude", "first_view", "label_lr")

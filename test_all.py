@@ -1647,16 +1647,17 @@ class TestScores:
             else:  # the mean of fewer classes is another number
                 assert np.isnan(draw[:2]).all() and draw[2] == pytest.approx(want["accuracy"])
 
+    @pytest.mark.parametrize("sides", [1, 2])
     @pytest.mark.parametrize("runs, spread", [(1, 0), (2, 1), (2, 4), (3, 1), (3, 4)])
-    def test_intervals_over_patients_and_runs_hold_the_truth_in_19_of_20(self, runs, spread):
-        """spread: of runs over that of patients; the truth is no difference of two groups."""
+    def test_intervals_over_patients_and_runs_hold_the_truth_in_19_of_20(self, runs, spread, sides):
+        """spread: of runs over that of patients; the truth is 0, of one group or of two."""
         rng, held, n = np.random.default_rng(runs), 0, 500
         for _ in range(n):
             drawn = []
-            for _ in range(2):
+            for _ in range(sides):
                 values = rng.normal() + spread * rng.normal(size=(runs, 1))
-                drawn.append(evaluate.resample_runs(values + rng.normal(size=300), rng))
-            low, high = evaluate.interval(drawn[0] - drawn[1])
+                drawn.append(evaluate.resample_runs(values + rng.normal(size=300), rng, sides))
+            low, high = evaluate.interval(sum(drawn))
             held += low <= 0 <= high
         assert .92 < held / n < .99
 
