@@ -52,9 +52,10 @@ KINDS = {"time": ("time", "time"), "channel": ("lead", "lead"), "time_to_channel
          "channel_to_time": ("lead", "time")}  # what queries and keys are
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
          "legend.fontsize": 8, "lines.markersize": 4, "errorbar.capsize": 2,
-         # Okabe and Ito's, safe for the colour-blind
+         # after Okabe and Ito, safe for the colour-blind
          "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#E69F00", "#009E73", "#CC79A7",
-                                                     "#D55E00", "#56B4E9"])}
+                                                     "#D55E00", "#56B4E9", "#000000", "#997700",
+                                                     "#999999"])}
 DASHED = dict(color="0.5", linewidth=0.8, linestyle="--")
 # Columns of the report's table: (quantity, encoder).
 COLUMNS = {"entropy": ("entropy", "this run"), "untrained": ("entropy", "untrained"),
@@ -468,7 +469,7 @@ def plot_side_by_side(seen, streams, raw, path):
             numbers |= {f"{name}/{stream}/{key}": value for key, value in arrays(
                 [means for _, means in here], look).items()}
         axes[0].set_ylabel(f"{name}\n{axes[0].get_ylabel()}")
-    figure.suptitle(f"{', '.join(STREAMS[stream] for stream in streams)}. {look.subject}")
+    figure.suptitle(f"Attention: {', '.join(STREAMS[name] for name in streams)}\n{look.subject}")
     save_figure(figure, path, numbers)
 
 
@@ -595,7 +596,7 @@ def draw_curves(axis, runs, columns):
     """Columns of the runs' logs by epoch, in the colours of their views where these differ."""
     own = len({saved["args"]["view"] for saved, _ in runs.values()}) == len(runs)
     for i, ((name, (saved, log)), marker) in enumerate(zip(runs.items(), cycle("osD^vPX"))):
-        color = VIEWS[saved["args"]["view"]].color if own else f"C{i % 6}"
+        color = VIEWS[saved["args"]["view"]].color if own else f"C{i}"
         for column, style, fill in zip(columns, ("-", "--"), ("full", "none")):
             axis.plot(log.index, log[column].astype(float), style, color=color, marker=marker,
                       fillstyle=fill, markevery=max(len(log) // 8, 1),
