@@ -1802,9 +1802,10 @@ def answer(study, numbers):
     headline = "cv" if "cv" in set(numbers.protocol) else "official"
     at = numbers[(numbers.metric == "macro_auroc") & (numbers.labels == "100%")]
     worth = at[(at.protocol == headline) & (at.row == "pretrained")].set_index("group").value
+    bases = {row: study.bases.get(row, worth.idxmax()) for row in worth.index
+             if set(study.bases.values()) != {row}}  # the only base is compared with none
     minus = {}  # row -> (value, low, high)
-    for row in worth.index:
-        base = study.bases.get(row, worth.idxmax())
+    for row, base in bases.items():
         for a, b, sign in ((row, base, 1), (base, row, -1)):
             line = at[(at.protocol == headline) & (at.row == f"{a}: pretrained - {b}: pretrained")]
             for value, low, high in line[["value", "low", "high"]].to_numpy(float):
@@ -1820,16 +1821,16 @@ def answer(study, numbers):
               of("shortcuts", first, "rocket", "heart_rate"), "-"]]
     streams, words = [], {"above": [], "below": [], "not told apart from": []}
     for row in worth.sort_values(ascending=False).index:
-        base = study.bases.get(row, worth.idxmax())
+        beside = ["-", "-"]
         if row in minus:
             value, low, high = minus[row]
+            beside = [bases[row], number(value, (low, high))]
             how = "above" if low > 0 else "below" if high < 0 else "not told apart from"
-            words[how].append(f"{row} ({base})")
+            words[how].append(f"{row} ({bases[row]})")
         table.append([
             row, of(headline, row, "pretrained"), of(headline, row, "untrained"),
             of(headline, row, f"{row}: pretrained - {row}: untrained"),
-            base if row != base else "-", number(minus[row][0], minus[row][1:])
-            if row in minus else "-", of("quality", row, "pretrained", "shift"),
+            *beside, of("quality", row, "pretrained", "shift"),
             *(of("shortcuts", row, name, "heart_rate") for name in ("pretrained", "untrained"))])
         streams.append([row, of("streams", row, STREAMS[0]), *(
             of("streams", row, f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
@@ -1837,7 +1838,7 @@ def answer(study, numbers):
             of("training", row, "pretrained", name) for name in list(TRAINING)[2:4]),
             of("quality", row, "pretrained", "stream_cka")])
     said = "; ".join(f"{how} its base: {', '.join(rows)}" for how, rows in words.items() if rows)
-    chosen = "" if set(study.bases) >= set(worth.index) - {worth.idxmax()} else (
+    chosen = "" if set(bases) <= set(study.bases) else (
         f" Where a row has no base of its own, it is {worth.idxmax()}, the best on these scores.")
     return [f"**Answer.** Macro AUROC ({TITLES[headline].lower()}). With the base in brackets, "
             f"{said}.{chosen}", markdown(
