@@ -1893,7 +1893,7 @@ def collapse(args, members):
             groups = {"last": runs[row, last], "best": runs[row, best]}
             for line in differences(groups, [(("last", "pretrained"), ("best", "pretrained"))]):
                 if (line["protocol"], line["metric"]) == (part.protocol.iloc[0], metric):
-                    lost = number(line["value"], line["low"] and (line["low"], line["high"]))
+                    lost = number(line["value"], (line["low"], line["high"]))
             rows.append([row, metric, number(means[best]), best, number(means[last]), last, lost])
         axis.set(title=metric, xlabel="epoch")
     axis.legend()

@@ -1893,7 +1893,7 @@ class TestProbe:
     def test_training_with_labels_finds_the_classes(self, cache):
         c = data.open_cache(cache)
         task, net = evaluate.protocols(c.index)["official"], evaluate.Classifier(
-            tiny(), "contig", None)
+            tiny(), views.ViewConfig(view="contig"), None)
         run = types.SimpleNamespace(
             cache=c, device=CPU, trained=dict(micro_batch=16),
             see=lambda function, rows: train.extract(function, c, rows, CPU))
@@ -2144,17 +2144,19 @@ class TestStudy:
     def test_each_row_is_a_command_of_train_and_a_base_is_among_them(self, cache, tmp_path, name):
         study = evaluate.STUDIES[name]
         _, members = self.plan(cache, tmp_path, "--study", name, "--seeds", "2")
-        assert len(members) == 2 * len(study.rows) and study.base in ("", *study.rows)
+        assert len(members) == 2 * len(study.rows)
+        assert {*study.bases, *study.bases.values()} <= set(study.rows)
         for member in members:
             args = train.get_args(member.flags)
             assert args.seed == member.seed and Path(args.run) == member.folder
 
     def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
                                                                             tmp_path):
-        _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
-                               "--train", "--epochs 30")
-        epochs = {m.row: train.get_args(m.flags).epochs for m in members}
-        assert epochs["micro-negatives"] == 40 and epochs["contig"] == 30  # 4 passes to 3
+        for part, more in (("4", 40), ("64", 30)):  # 4 passes to 3; a batch of one part has 3
+            _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
+                                   "--train", f"--epochs 30 --micro-batch {part}")
+            epochs = {m.row: train.get_args(m.flags).epochs for m in members}
+            assert epochs["micro"] == more and epochs["contig"] == 30
         data.build_cache(twenty, 500, tmp_path / "fast", workers=1)
         for name, rates in (("views", {"contig": "fast", "stochastic": Path(cache).name}),
                             ("equal", {"contig": Path(cache).name})):
@@ -2487,8 +2489,6 @@ class TestAttention:
             run_attention("maps", "--run", finished[0], "--superclass", "HYP", "--records", 1)
         with pytest.raises(InputError, match="the same run twice"):
             run_attention("plots", finished[0], finished[0])
-        with pytest.raises(InputError, match="--ecg-id is for the figures of one run"):
-            run_attention("plots", finished[0], tmp_path, "--ecg-id", 3)
         with pytest.raises(InputError, match="none has no args.json.*make pretrain"):
             run_attention("plots", tmp_path / "none")
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
@@ -2506,7 +2506,7 @@ class TestAttention:
         said = capsys.readouterr().out
         assert "no attention maps: this run is of --arch resnet18" in said
         assert "no gradient norms" in said
-        assert (tmp_path / "resnet" / "figures" / "spectra.png").exists()
+        assert (tmp_path / "resnet" / "figures" / "views-contig.png").exists()
 
 
 class TestMake:
