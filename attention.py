@@ -34,7 +34,7 @@ from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, VAL_FOLD, InputErro
 from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
                       save_figure, untrained)
 from model import load_run, read_args, read_log, watch_attention
-from train import Feed, chance, pick_device, with_defaults
+from train import Feed, chance, pick_device
 from views import VIEWS, ViewConfig, draw_leads, generator
 
 MM = 1 / 25.4  # inch
@@ -537,10 +537,10 @@ def name_record(index, row):
     return f"ecg_id {index.ecg_id[row]} ({classes}), fold {index.strat_fold[row]}"
 
 
-def look_at(cache, rows, saved, run, args):
-    """The Look of some rows of a cache; saved: args.json of the run of that name."""
+def look_at(cache, rows, saved, trained, run, args):
+    """The Look of some rows of a cache; saved, trained: args.json and arguments of the run."""
     data, rate, signals = describe_data(cache.meta), cache.meta["rate"], cache.signals[rows]
-    trained, stride = with_defaults(saved["args"]), saved["config"]["time_stride"]
+    stride = saved["config"]["time_stride"]
     config, keep = from_args(ViewConfig, trained), torch.ones(len(rows), len(LEADS)).bool()
     T = signals.shape[1]
     at = config.split(torch.arange(T)[None, :, None] / rate)[0][0, :, 0].tolist()  # s
@@ -567,15 +567,21 @@ def look_at(cache, rows, saved, run, args):
         tokens=numbered if saved["config"]["mix_leads"] else LEADS)
 
 
-def maps(run, args):
-    """Attention maps, table and beats of a run, for one record or for a superclass."""
+def attend(run, name, args):
+    """The Look of a run's folder, what study() finds in it and in it untrained, a table of both."""
     device = pick_device(args.device)
     model, saved = load_run(run, device)
     trained, cache = open_data(run, saved, args.cache)
-    look = look_at(cache, choose(cache, args), saved, Path(run).resolve().name, args)
+    look = look_at(cache, choose(cache, args), saved, trained, name, args)
     found = study(model, look, device)
     fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
-    table = pd.DataFrame(attention_rows(found, "this run") + attention_rows(fresh, "untrained"))
+    return look, found, fresh, pd.DataFrame(attention_rows(found, "this run")
+                                            + attention_rows(fresh, "untrained"))
+
+
+def maps(run, args):
+    """Attention maps, table and beats of a run, for one record or for a superclass."""
+    look, found, fresh, table = attend(run, Path(run).resolve().name, args)
     text = f"# Attention\n{look.title}\n\n{ABOUT}\n\n{attention_table(table)}\n"
     folder = Path(args.out or Path(run) / "figures")
     name = args.superclass or f"ecg{look.ecg_id[0]}"
@@ -796,15 +802,11 @@ def plots(args):
 
 def compare_maps(folders, args, out):
     """Attention of several runs {name: folder}: maps in one figure a stream, one table."""
-    device, seen, tables = pick_device(args.device), {}, []
+    seen, tables = {}, []
     for name, folder in folders.items():
-        model, saved = load_run(folder, device)
-        trained, cache = open_data(folder, saved, args.cache)
-        look = look_at(cache, choose(cache, args), saved, name, args)
-        seen[name] = look, study(model, look, device)
-        fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
-        tables += [pd.DataFrame(attention_rows(found, encoder)).assign(run=name) for found, encoder
-                   in ((seen[name][1], "this run"), (fresh, "untrained"))]
+        look, found, _, table = attend(folder, name, args)
+        seen[name] = look, found
+        tables.append(table.assign(run=name))
     for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
                             ("cross", ["time_to_channel", "channel_to_time"])):
         plot_side_by_side(seen, streams, args.raw, out / f"attention-views-{figure}.{args.format}")

@@ -28,6 +28,7 @@ from argparse import Namespace
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Optional
@@ -872,12 +873,13 @@ def seconds_of(folder):
     return float((np.diff(log.step, prepend=0) * batch / log.records_per_second).sum())
 
 
-def differences(groups, wanted):
+def differences(groups, wanted, protocols=COMPARED):
     """Lines of paired differences, of each ((group, row), (group, row)) in `wanted`.
 
     groups: {label: runs}, dicts of table and draws. Points are means over a group's runs; draws,
     on the same test records, resample patients and, where there are several, runs.
     """
+    @lru_cache(maxsize=None)  # a side is in many pairs
     def mean(protocol, group, row, sides):
         """Of a group's runs, what all have: {metric: (point, draws)}; sides: groups compared."""
         found = []
@@ -896,7 +898,7 @@ def differences(groups, wanted):
                 for m in found[0] if all(m in one for one in found)}
 
     out = []
-    for protocol in COMPARED:
+    for protocol in protocols:
         for pair in wanted:
             a, b = (mean(protocol, *side, len({group for group, _ in pair})) for side in pair)
             name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
@@ -1707,7 +1709,7 @@ def kept(member):
             member.folder]
 
 
-def study(args):
+def run_study(args):
     """Train and evaluate the runs of a study, then write its report and figures.
 
     A run that fails is named, and the others go on; the same command again does what is left.
@@ -1757,8 +1759,9 @@ def write_study(args, members):
     rows = {row: [m for m in done if m.row == row] for row in study.rows}
     text = [f"# Study: {args.study}", f"**Question.** {study.question}",
             f"**Set-up.** {describe_data(meta)}, {meta['records']} records; preset {args.preset} "
-            f"{args.train}; {plan['total']} steps of {plan['batch']} records; evaluated with "
-            f"`{args.eval}`. Rows differ in these flags alone:",
+            f"{args.train}; {plan['total']} steps of {plan['batch']} records"
+            + f"; evaluated with `{args.eval}`" * study.evaluated
+            + ". Rows differ in these flags alone:",
             markdown(["row", "flags", "Hz", "seeds"], [
                 [row, study.rows[row] or "none",
                  " ".join({str(saved[m.folder]["data"]["rate"]) for m in some}) or "-",
@@ -1891,8 +1894,9 @@ def collapse(args, members):
             best, last, lost = means.idxmin() if low else means.idxmax(), means.index[-1], "-"
             axis.plot(means, "o-", label=row, color=VIEWS[part["view"].iloc[0]].color)
             groups = {"last": runs[row, last], "best": runs[row, best]}
-            for line in differences(groups, [(("last", "pretrained"), ("best", "pretrained"))]):
-                if (line["protocol"], line["metric"]) == (part.protocol.iloc[0], metric):
+            for line in differences(groups, [(("last", "pretrained"), ("best", "pretrained"))],
+                                    part.protocol.unique()):
+                if line["metric"] == metric:
                     lost = number(line["value"], (line["low"], line["high"]))
             rows.append([row, metric, number(means[best]), best, number(means[last]), last, lost])
         axis.set(title=metric, xlabel="epoch")
@@ -1980,7 +1984,7 @@ def get_args(argv=None):
 
 
 def main(args):
-    dict(run=evaluate, compare=compare, study=study)[args.command](args)
+    dict(run=evaluate, compare=compare, study=run_study)[args.command](args)
 
 
 if __name__ == "__main__":

@@ -815,9 +815,10 @@ def train(args):
         if run.first:
             print(f"{run.path}: finished, nothing to do; remove the folder to train again")
         return
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     if args.bf16_weights:
         hold_in_bf16(model)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+        optimizer.register_step_post_hook(lambda *_: hold_in_bf16(model))
     start, sums = run.restore(model, optimizer)
     if run.first:
         where = [f"resumed at step {start} of {plan.total}"] if start else []
@@ -844,8 +845,7 @@ def train(args):
         if time.monotonic() - run.saved_at > 60 * args.save_minutes:  # a state whose loss is finite
             run.save(model.state_dict() | averages, optimizer, step, sums)
         optimizer.step()
-        if args.bf16_weights:
-            hold_in_bf16(model)
+
         stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -306,11 +306,12 @@ class ViewConfig:
         if self.windows > 1 and self.window == 1:
             raise InputError(f"--windows {self.windows} of whole views are the same: give a "
                              "--window below 1")
-        seconds, samples = lasts(self.view)
-        if self.equal and (seconds < 0.5 or seconds / samples not in (1, 2)):
-            raise InputError(f"--equal: views of {self.view} span {10 * seconds:g} s, at "
-                             f"{samples / seconds:g} of the rate; it is for 5 s or more, at the "
-                             "whole rate or half of it")
+        if self.equal:
+            seconds, samples = lasts(self.view)
+            if seconds < 0.5 or seconds / samples not in (1, 2):
+                raise InputError(f"--equal: views of {self.view} span {10 * seconds:g} s, at "
+                                 f"{samples / seconds:g} of the rate; it is for 5 s or more, at "
+                                 "the whole rate or half of it")
         idle = [name for name in POOL if not self.augment_p] + ["mask_p"] * (not self.mask_leads)
         for name in idle:
             if (value := getattr(self, name)) != getattr(ViewConfig, name):
