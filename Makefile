@@ -27,6 +27,7 @@ $(error unknown STUDY '$(STUDY)'; choose one of $(STUDIES))
 endif
 RATE  ?= $(if $(filter conv,$(PRESET))$(shell grep '^    "$(NAME)": View.*rate=100' views.py),100,500)# Hz: 100 or 500; by default as in the paper, 100 for conv
 RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
+ECG   ?=# of embed: recordings, files or folders: WFDB, EDF, npy, npz, CSV, HDF5
 RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
 CACHES := cache/$(notdir $(abspath $(DATA)))
@@ -45,7 +46,7 @@ SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%,$(wildcard $(
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help download cache pretrain eval compare plots attention study bench demo test info clean FORCE
+.PHONY: help download cache pretrain eval embed export compare plots attention study bench demo test info clean FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
 
 help: ## this text
@@ -73,6 +74,12 @@ pretrain: $(RUN)/model.pt ## train an encoder with VIEW; the same command resume
 # Not made from model.pt by rule: that would train, with the wrong flags, what is not there.
 eval: | .venv/.done ## tables and figures of the finished run RUN, beside baselines
 	$(PY) evaluate.py run --run $(RUN) $(ARGS)
+
+embed: | .venv/.done ## representations and probabilities of your recordings ECG="files or folders"
+	$(PY) evaluate.py embed $(ECG) --run $(RUN) $(ARGS)
+
+export: | .venv/.done ## one folder with all that RUN's encoder needs elsewhere
+	$(PY) evaluate.py export --run $(RUN) $(ARGS)
 
 compare: | .venv/.done ## tables over all evaluated RUNS, the paper's numbers beside ours
 	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) $(ARGS)

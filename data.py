@@ -14,14 +14,18 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from fractions import Fraction
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +303,217 @@ def try_record(path, rate):
         return read_record(path, rate), None
     except InputError as error:
         return None, str(error)
+
+
+# Recordings from anywhere
+
+UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
+ENDS = ".hea", ".edf", ".npy", ".npz", ".csv", ".h5", ".hdf5"  # of files that hold recordings
+KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
+        "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
+PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
+
+
+@dataclass
+class Recording:
+    """A recording as a file has it: signal (T, n) in `unit` (one, or one a lead) at `rate` Hz."""
+
+    name: str
+    signal: np.ndarray
+    rate: float
+    unit: object
+    leads: list
+    comments: list = field(default_factory=list)  # of a WFDB header
+
+
+def list_recordings(paths):
+    """[(file, row)] of all recordings in files and folders; row: in a file of several, else None.
+
+    Raises InputError when there is none.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.exists() and path.with_name(path.name + ".hea").exists():
+            path = path.with_name(path.name + ".hea")  # as WFDB names a record
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDS) if path.is_dir() \
+            else [path.with_suffix(".hea") if path.suffix in (".dat", ".mat") else path]
+        if not files or not files[0].exists() or files[0].suffix.lower() not in ENDS:
+            raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
+                             f" in {' '.join(ENDS)}")
+        for file in files:
+            n = None
+            if file.suffix.lower() in ENDS[2:4] + ENDS[5:]:
+                shape = open_arrays(file)["signal"].shape
+                n = shape[0] if len(shape) == 3 else None
+            found += [(file, None)] if n is None else [(file, i) for i in range(n)]
+    return found
+
+
+@lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
+def open_arrays(path):
+    """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
+    try:
+        if path.suffix == ".npy":
+            return dict(signal=np.load(path, mmap_mode="r"))
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                arrays = dict(file)
+        else:
+            import h5py
+
+            file = h5py.File(path)  # stays open: its arrays are read when they are asked for
+            arrays = dict(file.attrs) | {k: v for k, v in file.items() if hasattr(v, "shape")}
+            for of_array in [dict(v.attrs) for v in arrays.values() if hasattr(v, "attrs")]:
+                arrays |= of_array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: unreadable: {error}") from error
+    signals = [k for k, v in arrays.items() if len(getattr(v, "shape", ())) in (2, 3)]
+    if len(signals) != 1:
+        raise InputError(f"{path}: {len(signals)} arrays with two or three axes "
+                         f"({', '.join(signals)}); needs one: (time, leads), or several of these")
+    found = dict(signal=arrays[signals[0]])
+    for key, names in KEYS.items():
+        found |= {key: np.asarray(arrays[name]) for name in names if name in arrays}
+    return found
+
+
+def read_recording(path, row=None, rate=None, unit=None, leads=None):
+    """The Recording in a WFDB, EDF, .npy, .npz, CSV or HDF5 file; row: where it holds several.
+
+    rate (Hz), unit (mV, uV or V) and leads (names, in the order of the columns) stand in for what
+    the file does not tell, and are not asked for what it does. Raises InputError for what lacks.
+    """
+    path, told, comments = Path(path), {}, []
+    kind, name = path.suffix.lower(), path.stem if row is None else f"{path.stem}-{row}"
+    if kind in (".hea", ".edf"):
+        record = read_wfdb(path)
+        signal, comments = record.p_signal, record.comments or []
+        told = dict(rate=record.fs, unit=[u or "?" for u in record.units], leads=record.sig_name)
+    elif kind == ".csv":
+        import pandas as pd
+
+        table = pd.read_csv(path)
+        if any(map(lead_name, table)):
+            names = [c for c in table if c.lower() != "time"]
+            told["leads"] = names
+            if len(names) < table.shape[1]:  # in s
+                time = table.drop(columns=names).to_numpy()[:, 0]
+                told["rate"] = round(1 / float(np.median(np.diff(time))), 4)
+            signal = table[names].to_numpy()
+        else:
+            signal = pd.read_csv(path, header=None).to_numpy()
+    else:
+        told = dict(open_arrays(path))
+        signal, ids = told.pop("signal"), told.pop("ids", None)
+        if row is not None:
+            signal, name = signal[row], name if ids is None else str(ids.ravel()[row])
+    if unit and kind in (".hea", ".edf") and not {u.lower() for u in told["unit"]} & set(UNITS):
+        told["unit"] = unit
+    told = {k: told.get(k) if told.get(k) is not None else given
+            for k, given in dict(rate=rate, unit=unit, leads=leads).items()}
+    if lacking := [k for k, v in told.items() if v is None]:
+        raise InputError(f"{path.name} does not tell its {' and '.join(lacking)}; give such as "
+                         + " ".join(dict(rate="--rate 500", unit="--unit mV", leads="--leads I II")[
+                             k] for k in lacking))
+    names = [n.decode() if isinstance(n, bytes) else str(n) for n in np.ravel(told["leads"])]
+    signal = np.asarray(signal)
+    if signal.ndim == 2 and signal.shape[1] != len(names) == signal.shape[0]:
+        signal = signal.T
+    if signal.ndim != 2 or signal.shape[1] != len(names) or signal.dtype.kind not in "iuf":
+        raise InputError(f"{path.name}: an array {signal.shape} of {signal.dtype}, and "
+                         f"{len(names)} leads; needs numbers (time, leads)")
+    units = [u.decode() if isinstance(u, bytes) else str(u) for u in np.ravel(told["unit"])]
+    return Recording(name, signal, float(np.ravel(told["rate"])[0]), units, names, comments)
+
+
+def read_wfdb(path):
+    """A record of a WFDB header or an EDF file, through wfdb. Raises InputError."""
+    import wfdb
+    from wfdb.io.convert.edf import read_edf
+
+    try:
+        if path.suffix.lower() == ".edf":
+            return read_edf(str(path))
+        return wfdb.rdrecord(str(path.with_suffix("")))
+    except Exception as error:  # wfdb raises whatever its parser meets in a broken file
+        problem = error
+    lines = path.read_text(errors="replace").splitlines() if path.suffix == ".hea" else [""]
+    first = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    if len(lines[first].split()) > 4:  # a date that wfdb refuses (the Challenge's Georgia records)
+        with tempfile.TemporaryDirectory() as folder:
+            lines[first] = " ".join(lines[first].split()[:4])
+            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
+            for data in path.parent.glob(f"{path.stem}.*"):
+                if data.suffix != ".hea":
+                    (Path(folder) / data.name).symlink_to(data.resolve())
+            try:
+                return wfdb.rdrecord(str(Path(folder) / path.stem))
+            except Exception as error:
+                problem = error
+    raise InputError(f"{path.name}: unreadable, header and data may disagree: {problem}")
+
+
+def lead_name(text):
+    """The lead of LEADS that a file calls "avr", "ECG V1", "Lead II" or the like; or None."""
+    bare = re.sub(r"^(MDC_ECG_LEAD|ECG|EKG|LEAD)[ _:-]*", "", text.strip().upper())
+    return next((lead for lead in LEADS if lead.upper() == bare), None)
+
+
+def prepare(recording, rate, shortest=SECONDS):
+    """A Recording as encoders see it, at their rate and with their leads, before normalize().
+
+    Leads are found by name; those that lack, that hold a NaN, or that are flat become zeros, as
+    masked ones are in training. Zeros of all leads at both ends are padding and are cut off.
+    Another rate is reached by polyphase filtering. Cut into windows of 10 s side by side, of which
+    the last ends with the recording; into windows of `shortest` s when it has no 10 s.
+    ->  (W, T, C) float32 microvolt, (C,) bool: the leads that are there, notes for the user
+    """
+    r, notes = recording, []
+    factors = [UNITS.get(u.lower()) for u in r.unit] * (len(r.leads) if len(r.unit) == 1 else 1)
+    names = [lead_name(text) for text in r.leads]
+    here = [i for i, name in enumerate(names) if name]
+    twice = {names[i] for i in here if names.count(names[i]) > 1}
+    if not here or twice:
+        raise InputError(f"{r.name}: leads {' '.join(r.leads)}" + (
+            f": {' '.join(sorted(twice))} twice" if twice else f"; none of {' '.join(LEADS)}"))
+    if len(factors) != len(names) or None in [factors[i] for i in here]:
+        raise InputError(f"{r.name}: unit {' '.join(sorted(set(r.unit)))}; needs mV, uV or V, in "
+                         "the file or by --unit")
+    if not (math.isfinite(r.rate) and r.rate > 0):
+        raise InputError(f"{r.name}: a rate of {r.rate} Hz")
+    x = np.zeros((len(r.signal), len(LEADS)))
+    for i in here:
+        x[:, LEADS.index(names[i])] = r.signal[:, i] * factors[i]
+    seen = np.flatnonzero((x != 0).any(1))
+    if len(seen) and (cut := len(x) - (seen[-1] + 1 - seen[0])) > 0.1 * r.rate:
+        x = x[seen[0]:seen[-1] + 1]
+        notes.append(f"{cut / r.rate:.1f} s of zeros at its ends are cut off")
+    lost = {"not there": {lead for lead in LEADS if lead not in names},
+            "not finite": {LEADS[c] for c in np.flatnonzero(~np.isfinite(x).all(0))}}
+    x[:, ~np.isfinite(x).all(0)] = 0
+    lost["flat"] = {LEADS[c] for c in np.flatnonzero(x.std(0) < FLAT_UV)} - set.union(
+        *lost.values())
+    there = np.array([lead not in set.union(*lost.values()) for lead in LEADS])
+    for why, leads in lost.items():
+        if leads:
+            notes.append(f"{', '.join(sorted(leads, key=LEADS.index))} {why}: masked")
+    if not there.any():
+        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}")
+    size = np.median(np.ptp(x[:, there], axis=0)) / 1000
+    if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
+        notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
+                     f"{PLAUSIBLE_MV[1]:g}: is the unit or the gain right?")
+    if r.rate != rate:
+        ratio = Fraction(rate / r.rate).limit_denominator(1000)
+        x = resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype="line")
+        notes.append(f"resampled from {r.rate:g} to {rate} Hz")
+    length = round((SECONDS if len(x) >= SECONDS * rate else shortest) * rate)
+    starts = list(range(0, len(x) - length + 1, length))
+    if not starts:
+        raise InputError(f"{r.name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
+    if starts[-1] + length < len(x):
+        starts.append(len(x) - length)
+    return np.stack([x[i:i + length] for i in starts]).astype(np.float32) * there, there, notes
 
 
 # Cache

@@ -21,13 +21,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
 from argparse import Namespace
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 from scipy.spatial.distance import pdist
-from scipy.special import expit
+from scipy.special import expit, logit
 from scipy.stats import t as student
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -53,14 +54,15 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
-                  bounded, from_args, load_tables, normalize, open_cache, run_script, sha256,
-                  write_atomic)
-from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, load_run, read_args,
-                   read_log)
-from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, embed, extract, pick_device,
+from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
+                  bounded, from_args, list_recordings, load_tables, normalize, open_cache, prepare,
+                  read_recording, run_script, sha256, write_atomic)
+from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, embed, export,
+                   load_encoder, load_run, n_parameters, read_args, read_log, watch_attention)
+from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, extract, pick_device,
                    pick_precision, project, settle, train, with_defaults)
 from train import get_args as train_args
 from views import VIEWS, ViewConfig, draw_leads, generator, shift, whole
@@ -353,8 +355,8 @@ class Rocket:
 # What learns from labels
 
 @threadpool_limits.wrap(limits=1)  # problems are small: BLAS threads get in each other's way
-def fit_probe(z, y, strength, single):
-    """Logistic regression on standardised features z (n, d): a function z -> scores (n, K).
+def fit_pipeline(z, y, strength, single):
+    """Logistic regression on standardised features z (n, d), as scikit-learn's pipeline.
 
     y: (n, K) 0/1. single: one softmax; else a sigmoid for each class. strength: C of scikit-learn.
     A class that no record has, or all have, gets a constant score.
@@ -368,7 +370,12 @@ def fit_probe(z, y, strength, single):
             classifier = DummyClassifier()
     with warnings.catch_warnings():  # that a class is constant: gaps() notes it
         warnings.filterwarnings("ignore", "Label .* is present in all training examples")
-        probe = make_pipeline(StandardScaler(), classifier).fit(z, target)
+        return make_pipeline(StandardScaler(), classifier).fit(z, target)
+
+
+def fit_probe(z, y, strength, single):
+    """fit_pipeline() as a function z (n, d) -> scores (n, K)."""
+    probe = fit_pipeline(z, y, strength, single)
     if single:
         return lambda new: probe.predict_proba(new) @ np.eye(K)[probe.classes_]
     return probe.predict_proba
@@ -1001,15 +1008,40 @@ def see_streams(run, model, rows):
         model.readout = readout
 
 
-def stream_lines(run, strength, draws):
+def keep_probe(run, scores):
+    """The official protocol's probe of this run: a function z (n, d) -> probabilities (n, K).
+
+    Its weights go to eval/probe.npz, from where load_encoder() takes them; not with --amplitude,
+    which a representation does not tell.
+    """
+    task, found = run.tasks["official"], scores["official", "pretrained", "100%", 0]
+    z = run.beside(run.features["pretrained"]["z"], slice(None))
+    x = task.samples(z, task.train)[0]
+    pipeline = fit_pipeline(x, task.y[task.train], float(found["strength"]), False)
+    scaler, path = pipeline[0], run.out / "eval" / "probe.npz"
+    weights, biases = np.zeros((K, x.shape[1])), np.zeros(K)
+    for k, classifier in enumerate(pipeline[1].estimators_):
+        if hasattr(classifier, "coef_"):
+            weights[k], biases[k] = classifier.coef_[0] / scaler.scale_, classifier.intercept_[0]
+        else:  # a class that no record has, or all have
+            biases[k] = logit(classifier.predict_proba(x[:1])[0, 1])
+    if run.settings.amplitude:
+        path.unlink(missing_ok=True)
+    else:
+        save_arrays(path, dict(
+            weights=weights, biases=biases - weights @ scaler.mean_, readout=run.depends["readout"],
+            thresholds=best_thresholds(task.y[task.choose], found["choose"]),
+            n_views=int(run.settings.first_view)))
+    return pipeline.predict_proba
+
+
+def stream_lines(run, probe, draws):
     """Lines of the probe's macro AUROC when one stream sees another record, or nothing.
 
     The other stream sees the record as before, and the cross-attention joins the two. On whole
     records and on masked ones; draws gets the bootstrap draws of each.
     """
     task, out = run.tasks["official"], []
-    z = run.beside(run.features["pretrained"]["z"], slice(None))
-    probe = fit_probe(task.samples(z, task.train)[0], task.y[task.train], strength, False)
     rows, encoder = np.append(task.choose, task.test), run.encoders["pretrained"]
     y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
 
@@ -1235,7 +1267,7 @@ def sections(numbers):
     leads = {f"macro_auroc/{n}": f"{n}: {' '.join(s)}" if n < 6 else f"{n}"
              for n, s in LEAD_SETS.items()}
     for name in ("labels", "labels-paper", "labels-cv", "leads-cv"):
-        part = found[found.protocol == name]
+        part = found[(found.protocol == name) & (compared | ("cv" in name))]
         out += [f"## {TITLES[name]}\n{ABOUT[name]}", grid(part, by, {
             m: m.split("/")[1] for m in part.metric.unique()})] if len(part) else []
     for name, columns in (("clustering", CLUSTERING), ("quality", QUALITY), ("leads", leads),
@@ -1422,9 +1454,9 @@ def evaluate(args):
     table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
     table += few_lines(run, few_scores(run, scores), draws)
     table += shortcut_lines(run) + training_lines(run.folder)
+    probe = keep_probe(run, scores)
     if arch != "resnet18":
-        strength = float(scores["official", "pretrained", "100%", 0]["strength"])
-        table += stream_lines(run, strength, draws)
+        table += stream_lines(run, probe, draws)
     table = pd.DataFrame(table)
     others = [row for row in rows if row != "pretrained"]
     table = pd.concat([table, pd.DataFrame(differences(
@@ -1445,6 +1477,203 @@ def evaluate(args):
     write_atomic(run.out / "eval" / "about.json",
                  lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
     print(f"{text}\n-> {run.out}/report.md, metrics.csv, figures/")
+
+
+# Recordings of one's own, and an encoder for others
+
+class Prepared(Dataset):
+    """Recordings of list_recordings() as an encoder takes them; names, or stands in for, faults.
+
+    An item: name, x (W, T, C) float32 z-scored or None, leads that are there (C,), notes.
+    """
+
+    def __init__(self, found, encoder, given):
+        self.found, self.given = found, given
+        self.rate, self.shortest = encoder.rate, encoder.shortest
+
+    def __len__(self):
+        return len(self.found)
+
+    def __getitem__(self, i):
+        path, row = self.found[i]
+        try:
+            recording = read_recording(path, row, **self.given)
+            x, there, notes = prepare(recording, self.rate, self.shortest)
+            return recording.name, normalize(torch.from_numpy(x)).numpy(), there, notes
+        except InputError as error:
+            return path.stem if row is None else f"{path.stem}-{row}", None, None, [str(error)]
+
+
+def encode(encoder, items):
+    """Representations (n, d) of recordings, items of Prepared: means over the windows of each."""
+    z = torch.zeros(len(items), encoder.model.width)
+    for length in {x.shape[1] for _, x, *_ in items}:  # windows of a length go through it together
+        at = [i for i, (_, x, *_) in enumerate(items) if x.shape[1] == length]
+        x = torch.from_numpy(np.concatenate([items[i][1] for i in at]))
+        count = torch.tensor([len(items[i][1]) for i in at])
+        keep = torch.from_numpy(np.stack([items[i][2] for i in at])).repeat_interleave(count, 0)
+        parts = [encoder(*part).cpu() for part in zip(x.split(64), keep.split(64))]
+        of = torch.arange(len(at)).repeat_interleave(count)
+        z[at] = z[at].index_add(0, of, torch.cat(parts)) / count[:, None]
+    return z
+
+
+def nearest_records(run, z, n):
+    """The n training records nearest to each of z (N, d): a table for each of them.
+
+    Distance: 1 - cosine of representations standardised over folds 1-8, 0..2.
+    """
+    path = Path(run) / "eval" / "embeddings-pretrained.npz"
+    if not path.exists():
+        raise InputError(f"--neighbours needs {path}: give a run folder, after make eval")
+    with np.load(path) as saved:
+        train = np.isin(saved["strat_fold"], TRAIN_FOLDS)
+        known, labels, ids = saved["z"].mean(1)[train], saved["labels"][train], saved["ecg_id"]
+    scaler, words = StandardScaler().fit(known), np.array(CLASSES)
+    distance = 1 - unit(scaler.transform(z)) @ unit(scaler.transform(known)).T
+    return [pd.DataFrame(dict(
+        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in of[nearest]],
+        superclasses=[" ".join(words[labels[j] > 0]) or "none" for j in nearest]))
+        for of, nearest in zip(distance, distance.argsort(1)[:, :n])]
+
+
+def embed_recordings(args):
+    """Representations and probabilities of recordings: OUT.csv, OUT.npz, OUT.png of a single one.
+
+    A recording that cannot be used is named, and the others go on; raises InputError when none can.
+    """
+    encoder, found = load_encoder(args.run, pick_device(args.device)), list_recordings(args.ecg)
+    given = dict(rate=args.rate, unit=args.unit, leads=args.leads)
+    loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list,
+                        num_workers=args.workers if len(found) > 32 else 0)
+    rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
+    with tqdm(total=len(found), unit="recording", disable=None if len(found) > 32 else True) as bar:
+        for items in loader:
+            good = [item for item in items if item[1] is not None]
+            z += encode(encoder, good) if good else []
+            rows += [dict(name=name, leads=0, windows=0) | (
+                {} if x is None else dict(leads=int(there.sum()), windows=len(x)))
+                | dict(notes="; ".join(notes)) for name, x, there, notes in items]
+            bar.update(len(items))
+    table = pd.DataFrame(rows)
+    used = table.windows > 0
+    if not z:
+        raise InputError(f"none of {len(table)} recordings can be used:\n  "
+                         + "\n  ".join(table.notes.head(10)))
+    z = torch.stack(z)
+    if encoder.probe:
+        p = encoder.probabilities(z).numpy()
+        table.loc[used, list(CLASSES)] = p
+    write_atomic(f"{out}.csv", lambda tmp: table.to_csv(tmp, index=False, float_format="%.6g"))
+    save_arrays(Path(f"{out}.npz"), dict(z=z.numpy(), name=table.name[used].to_numpy(str)) | (
+        dict(probabilities=p) if encoder.probe else {}))
+    near = nearest_records(args.run, z.numpy(), args.neighbours) if args.neighbours else []
+    text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"]
+    shown = table.drop(columns="notes").assign(notes=table.notes)[:20 if len(table) > 20 else None]
+    text.append(markdown(list(shown), [[number(c, form=".3f") if isinstance(c, float) else c
+                                        for c in row] for row in shown.itertuples(index=False)]))
+    text += [f"Nearest training records to {name}:\n{markdown(list(t), t.to_numpy())}"
+             for name, t in zip(table.name[used][:20], near)]
+    thresholds = ", ".join(f"{name} {at:.2f}" for name, at in zip(
+        CLASSES, encoder.probe["thresholds"])) if encoder.probe else ""
+    text.append(f"Probabilities: each class for itself; its F1 on fold 9 was best at {thresholds}. "
+                "For research: this is no medical device." if encoder.probe else
+                f"No probabilities, for want of a probe: make eval RUN={args.run}")
+    if len(table) == 1:
+        draw_recording(encoder, items[0], p[0] if encoder.probe else None,
+                       near[0].iloc[0] if near else None, Path(f"{out}.{args.format}"), args.run)
+    print("\n\n".join(text) + f"\n\n-> {out}.csv, .npz" + f", .{args.format}" * (len(table) == 1))
+
+
+def lead_attention(encoder, x, keep):
+    """How each lead's token attends over time, relative to uniform: (C, N), and seconds covered.
+
+    x: (1, T, C) a window; keep: (1, C). None for encoders whose channel tokens are no leads.
+    """
+    model, views = encoder.model, encoder.views
+    if model.config.arch != "dualview" or model.config.mix_leads:
+        return None
+    maps, seconds = [], views.timing()[0] * SECONDS
+    cut = views.split(x) if x.shape[1] == SECONDS * encoder.rate else [x]
+    for view in cut if 2 * seconds == SECONDS else cut[:1]:  # halves stand side by side
+        heads = []
+        watch_attention(model, view * keep[:, None], lambda name, layer, head, weights: (
+            heads.append(weights[0]) if name == "channel_to_time" else None), keep)
+        maps.append(torch.stack(heads).mean(0) * heads[0].shape[1])
+    return torch.cat(maps, dim=1).cpu().numpy(), seconds * len(maps)
+
+
+def draw_traces(axis, x, there, seconds, title):
+    """Traces of a window (T, C), z-scored, one above another; those of absent leads are grey."""
+    t = np.linspace(0, seconds, len(x), endpoint=False)
+    for c, lead in enumerate(LEADS):
+        axis.plot(t, c - (x[:, c] / 12).clip(-0.8, 0.8), linewidth=0.6,
+                  color="black" if there[c] else "0.8")
+    axis.set(title=title, xlabel="time (s)", ylim=(len(LEADS), -1), xlim=(0, seconds))
+    axis.set_yticks(range(len(LEADS)), LEADS)
+
+
+def draw_recording(encoder, item, p, near, path, run):
+    """The first window of a recording, an item of Prepared, with each lead's attention over time,
+    its probabilities p (K,) and the nearest training record of the run; both may be None."""
+    name, x, there, _ = item
+    seconds = x.shape[1] / encoder.rate
+    figure = Figure((15 if near is not None else 10, 6), layout="constrained")
+    left, *right, bars = figure.subplots(1, 2 + (near is not None), width_ratios=[
+        4] + [4] * (near is not None) + [1])
+    draw_traces(left, x[0], there, seconds, f"{name}, first {seconds:g} s")
+    seen = lead_attention(encoder, torch.from_numpy(x[:1]), torch.from_numpy(there)[None])
+    if seen:
+        image = left.imshow(seen[0], cmap="Oranges", vmin=0, aspect="auto", interpolation="nearest",
+                            extent=(0, seen[1], len(LEADS) - .5, -.5))
+        figure.colorbar(image, ax=left, label="each lead's attention over time, 1: uniform",
+                        shrink=0.6, location="bottom")
+    if near is not None:
+        _, cache = open_data(run, read_args(run))
+        at = np.flatnonzero(cache.index.ecg_id == near.ecg_id)[0]
+        signal = normalize(torch.from_numpy(cache.signals[at].copy())).numpy()
+        draw_traces(right[0], signal, np.ones(C), SECONDS, f"nearest training record: ecg_id "
+                    f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
+    if p is not None:
+        bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
+        bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black",
+                     label="threshold")
+        bars.legend(fontsize=8)
+    bars.set(ylim=(0, 1), title="probabilities" if p is not None else "no probe yet")
+    bars.tick_params(axis="x", labelsize=7)
+    save_figure(figure, path, dict(x=x[0], there=there, attention=seen[0] if seen else []))
+
+
+def export_run(args):
+    """Write the encoder of an evaluated run, with its probe and a model card, into a folder."""
+    encoder, folder = load_encoder(args.run), Path(args.run)
+    if encoder.probe is None:
+        raise InputError(f"{args.run} has no probe to export: make eval RUN={args.run} first")
+    out, about = Path(args.out or folder / "export"), encoder.about
+    (run,) = read_evaluated([folder])
+    found = summarize(run["table"])
+    scores = grid(found[found.protocol.isin(("official", "cv")) & (found.labels == "100%")
+                        & found.row.isin(("pretrained", "untrained", "rocket"))],
+                  ["protocol", "row"], ["macro_auroc"])
+    card = "\n\n".join([
+        f"# {folder.name}: an encoder of 12-lead ECGs", textwrap.fill(
+            f"Pretrained without labels on {about['data']}, {about['records']} records at "
+            f"{about['rate']} Hz (folds 1-8), view {encoder.views.describe()}. "
+            f"{n_parameters(encoder.model):,} parameters, {encoder.model.width} features. With a "
+            f"linear probe of {', '.join(CLASSES)} from the labels of the same folds.", 99),
+        f"    encoder = load_encoder({str(out)!r})  # of model.py, of the code that trained it\n"
+        "    x, keep = encoder.prepare(signal, rate=500, unit='mV', leads=['I', 'II', 'V2'])\n"
+        "    z = encoder(x, keep).mean(0)\n    p = encoder.probabilities(z)", scores, textwrap.fill(
+            "By make eval: fold 10, or each record by a probe of the other folds; 95 % intervals "
+            "over patients. Not measured on other hospitals, recorders and populations. "
+            "Amplitudes are lost in normalisation, so that hypertrophy is seen less well than it "
+            "could be.", 99),
+        "**This is no medical device.** It is for research, not for the diagnosis or treatment of "
+        "anybody.", f"Data fingerprint {about['fingerprint']}. PTB-XL is CC BY 4.0 (doi "
+        "10.1038/s41597-020-0495-6), the code MIT."]) + "\n"
+    export(encoder, out, card)
+    print(f"-> {out}: encoder.safetensors, encoder.json, README.md; open it with "
+          f"model.load_encoder({str(out)!r})")
 
 
 # Several runs
@@ -1482,37 +1711,30 @@ def read_evaluated(folders):
     return runs
 
 
-def changes(run):
-    """Arguments in which a run differs from the defaults of its preset, but for view and seed."""
-    args, settings = with_defaults(run["saved"]["args"]), run["about"]["settings"]
-    usual = vars(train_args(["--preset", args["preset"], "--view", args["view"]]))
-    for of in (args, usual):
-        of |= asdict(from_args(ViewConfig, of))  # settings that follow the view
-    found = {k: v for k, v in args.items()
-             if k not in NOT_A_RESULT | {"seed"} and usual.get(k, v) != v}
-    return found | {k: settings[k] for k in ("readout", "amplitude", "first_view", "label_lr")
-                    if settings.get(k)}
-
-
 def group_runs(runs):
-    """Runs that differ by their seed alone, together: {label: runs}, by view.
+    """Runs whose folders differ by -s0, -s1, ... at the end alone, together: {name: runs}, by view.
 
-    Raises InputError when a seed is there twice in a group.
+    Raises InputError where runs of one name differ by more than their seed, or not even by it.
     """
-    groups, out = {}, {}
+    def settings(run):
+        about, args = run["about"], with_defaults(run["saved"]["args"])
+        of_evaluation = {k: about["settings"][k] for k in (
+            "readout", "amplitude", "first_view", "label_lr")}
+        return of_evaluation | {k: v for k, v in args.items() if k not in NOT_A_RESULT | {"seed"}
+                                } | dict(data=about["data"]["fingerprint"][:6])
+
+    groups = {}
     for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
-        args = run["saved"]["args"]
-        label = " ".join([args["view"], *([args["preset"]] if args["preset"] != "paper" else []),
-                          *(f"{k}={v}" for k, v in sorted(changes(run).items()))])
-        groups.setdefault((label, run["about"]["data"]["fingerprint"]), []).append(run)
-    for (label, fingerprint), members in groups.items():
-        if len({run["about"]["seed"] for run in members}) < len(members):
-            raise InputError("the same seed twice: "
-                             f"{', '.join(str(run['folder']) for run in members)}; leave one out")
-        if [name for name, _ in groups].count(label) > 1:
-            label += f" (data {fingerprint[:6]})"
-        out[label] = members
-    return out
+        name = re.sub(r"-s\d+$", "", run["folder"].name)
+        for other in groups.setdefault(name, []):
+            a, b = settings(other), settings(run)
+            differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
+            if differ or other["about"]["seed"] == run["about"]["seed"]:
+                raise InputError(f"{other['folder']} and {run['folder']} are of one name, but "
+                                 f"{', '.join(differ) or 'have the same seed'}; leave one out, or "
+                                 "give a folder another name")
+        groups[name].append(run)
+    return groups
 
 
 def collect(groups):
@@ -1963,6 +2185,24 @@ def get_args(argv=None):
                    "--max-lr")
     p.add_argument("--bootstrap", type=bounded(int, 1), default=1000, help="resamples, by patient")
     add_shared(p, "cache", "device", "format")
+    p = commands.add_parser("embed", help="representations and probabilities of your recordings",
+                            **style)
+    p.add_argument("ecg", nargs="+", help="files (WFDB, EDF, npy, npz, CSV, HDF5) or folders")
+    p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run, or an export")
+    p.add_argument("--rate", type=bounded(float, 1), help="Hz, where the file does not tell it")
+    p.add_argument("--unit", help="mV, uV or V, where the file does not tell it")
+    p.add_argument("--leads", nargs="+", help="names of the columns, where the file has none")
+    p.add_argument("--neighbours", type=bounded(int, 0), default=0, help="name so many of the "
+                   "training records that are nearest")
+    p.add_argument("--out", help="OUT.csv, OUT.npz, and OUT.png of a single recording; by default "
+                   "RUN/embed")
+    p.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
+                   help="processes that read recordings ahead of the encoder")
+    add_shared(p, "device", "format")
+    p = commands.add_parser("export", help="one folder with all that the encoder needs elsewhere",
+                            **style)
+    p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run")
+    p.add_argument("--out", help="folder; by default RUN/export")
     p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
     p.add_argument("--out", default="runs/compare", help="tables go to OUT.md and OUT.csv")
@@ -1984,7 +2224,8 @@ def get_args(argv=None):
 
 
 def main(args):
-    dict(run=evaluate, compare=compare, study=run_study)[args.command](args)
+    dict(run=evaluate, embed=embed_recordings, export=export_run, compare=compare,
+         study=run_study)[args.command](args)
 
 
 if __name__ == "__main__":

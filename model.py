@@ -14,22 +14,26 @@ tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
 import argparse
 import json
 import math
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import pandas as pd
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import LEADS, InputError, add_flags, from_args, run_script, setting
+from data import (CLASSES, FLAT_UV, LEADS, SECONDS, InputError, Recording, add_flags, from_args,
+                  normalize, prepare, run_script, setting, write_atomic)
+from views import ViewConfig
 
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
+PROBE = "weights", "biases", "thresholds"
 STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
 # The fields' defaults are `paper`; some settings are those of views.py and train.py.
 # small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
@@ -586,6 +590,8 @@ def read_args(folder):
 
 def read_log(folder):
     """log.jsonl of a run folder as a table by epoch; raise InputError when empty or damaged."""
+    import pandas as pd  # here: loading an encoder needs no pandas
+
     path = Path(folder) / "log.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -622,6 +628,127 @@ def load_run(folder, device="cpu"):
                          f"({str(error)[:80]!r}); remove it and run the command that made it: "
                          "last.pt has the weights") from error
     return model.to(device).eval(), saved
+
+
+def embed(model, x, views, keep=None, n_views=None):
+    """Representations of the views of whole records: never augmented, nor masked unless asked.
+
+    x: (B, T, C) z-scored 10 s records; views: a ViewConfig; keep: (B, C) bool or None, leads that
+    are there; n_views: the first so many views, by default all
+    ->  (B, S, d), S = 1 where both views have the record's full length, else 2
+    """
+    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
+    return torch.stack([model.represent(v, keep) for v in views.split(x)[:n_views]], dim=1)
+
+
+class Encoder:
+    """A trained encoder as it is used, on recordings from anywhere: load_encoder() gives one.
+
+    views: a ViewConfig, how it was trained; about: a dict of what it is, with `rate` in Hz;
+    probe: a dict of weights (K, d), biases (K,) and thresholds (K,), of the official protocol;
+    None before `make eval`. n_views: as in embed().
+    """
+
+    def __init__(self, model, views, about, probe=None, n_views=None):
+        self.model, self.views, self.about = model, views, about
+        self.probe, self.n_views, self.rate = probe, n_views, about["rate"]
+
+    @property
+    def shortest(self):
+        """Seconds that a recording needs: those of one view."""
+        return SECONDS * self.views.timing()[0]
+
+    def prepare(self, signal, rate, unit, leads):
+        """A recording as this encoder takes it: x (W, T, C) float32, keep (W, C) bool.
+
+        signal: (T', n) array at `rate` Hz in `unit` (mV, uV or V); leads: n names, in any order and
+        case, others are ignored. W windows of 10 s, or of one view when it is shorter, z-scored as
+        in training; leads that lack are masked. Raises InputError for what cannot be used.
+        """
+        x, there, notes = prepare(Recording("signal", np.asarray(signal), rate, [unit], leads),
+                                  self.rate, self.shortest)
+        return normalize(torch.from_numpy(x)), torch.from_numpy(there).expand(len(x), -1)
+
+    @torch.no_grad()
+    def __call__(self, x, keep=None):
+        """Representations of windows: x (W, T, C), keep (W, C) or None -> (W, d) float32."""
+        device = next(self.model.parameters()).device
+        x, keep = x.to(device), None if keep is None or keep.all() else keep.to(device)
+        if x.shape[1] == SECONDS * self.rate:
+            return embed(self.model, x, self.views, keep, self.n_views).mean(1)
+        seconds, samples = self.views.timing()  # the windows are single views
+        x = x if keep is None else x * keep[:, None]
+        return self.model.represent(x[:, ::round(seconds / samples)], keep)
+
+    def probabilities(self, z):
+        """Probabilities of the CLASSES, each for itself: z (..., d) -> (..., K) float64."""
+        if self.probe is None:
+            raise InputError("this encoder has no probe: make eval RUN=... fits one")
+        weights, biases = (torch.as_tensor(self.probe[k]) for k in ("weights", "biases"))
+        return (z.cpu().double() @ weights.T + biases).sigmoid()
+
+
+def load_encoder(folder, device="cpu"):
+    """The Encoder of a finished run, or of a folder of `make export`. Raises InputError."""
+    folder = Path(folder)
+    if (folder / "encoder.json").exists():
+        return load_export(folder, device)
+    model, saved = load_run(folder, device)
+    views = ViewConfig(view=saved["args"]["view"], equal=saved["args"].get("equal", False))
+    data = saved["data"]
+    about = dict(rate=data["rate"], records=data["records"], fingerprint=data["fingerprint"],
+                 data="synthetic records" if data["synthetic"] else Path(data["data"]).name)
+    path, probe, n_views = folder / "eval" / "probe.npz", None, None
+    if path.exists():
+        try:
+            with np.load(path) as arrays:
+                probe = dict(arrays)
+            model.readout, n_views = str(probe.pop("readout")), int(probe.pop("n_views")) or None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}); make it again: make eval RUN={folder}"
+                             ) from error
+    return Encoder(model, views, about, probe, n_views)
+
+
+def load_export(folder, device="cpu"):
+    """The Encoder in a folder that export() wrote; nothing in it is unpickled."""
+    from safetensors.torch import load_file
+
+    try:
+        about = json.loads((folder / "encoder.json").read_text())
+        tensors = load_file(folder / "encoder.safetensors")
+        if about["leads"] != list(LEADS) or about["classes"] != list(CLASSES):
+            raise ValueError("other leads or classes than this code's")
+        model = Contrastive(Config(**about["config"]))
+        model.readout = about["readout"]
+        probe = {k: tensors.pop(f"probe.{k}") for k in PROBE if f"probe.{k}" in tensors}
+        model.load_state_dict(tensors)
+        views = ViewConfig(view=about["view"], equal=about["equal"])
+        return Encoder(model.to(device).eval(), views, about, probe or None, about["n_views"])
+    except Exception as error:  # whatever a damaged file leads the libraries to
+        raise InputError(f"{folder} is damaged, or of other code ({str(error)[:80]!r}); export it "
+                         "again: make export RUN=...") from error
+
+
+def export(encoder, folder, card):
+    """Write a folder that load_encoder() opens anywhere: weights and probe as safetensors, JSON.
+
+    card: the text of its README.md. Not in it: the optimizer, the log, the data.
+    """
+    from safetensors.torch import save_file
+
+    model, folder = encoder.model, Path(folder)
+    tensors = model.state_dict() | {f"probe.{k}": torch.as_tensor(v)
+                                    for k, v in (encoder.probe or {}).items()}
+    about = encoder.about | dict(
+        config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
+        readout=model.readout, n_views=encoder.n_views, leads=LEADS, classes=CLASSES,
+        seconds=SECONDS, normalisation="each lead of each window: mean 0, standard deviation 1; "
+        f"zeros where the deviation is under {FLAT_UV:g} microvolt")
+    write_atomic(folder / "encoder.safetensors", lambda tmp: save_file(
+        {k: v.contiguous().cpu() for k, v in tensors.items()}, tmp))
+    write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))
+    write_atomic(folder / "encoder.json", lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
 
 
 def add_model_flags(parser):

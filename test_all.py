@@ -27,6 +27,7 @@ import types
 from pathlib import Path
 
 import ecgmentations
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -2061,27 +2062,25 @@ class TestEvaluate:
         (run / "eval" / "about.json").write_text(json.dumps(about))
         return run
 
-    def test_runs_that_are_not_repetitions_are_kept_apart(self, evaluated, tmp_path):
-        runs = [evaluated[0], *(
-            self.copy_of(evaluated[0], tmp_path / str(i), **changes) for i, changes in enumerate((
-                dict(args=dict(tau=.5)), dict(args=dict(shift=True)), dict(args=dict(seed=1)),
-                dict(data=dict(fingerprint="f" * 64)), dict(settings=dict(first_view=True)))))]
-        groups = evaluate.group_runs(evaluate.read_evaluated(runs))
-        assert [len(members) for members in groups.values()].count(2) == 1 and len(groups) == 5
-        labels = "\n".join(groups)
-        assert labels.startswith("noncontig batch_size")
-        for word in ("tau=0.5", "shift=True", "first_view=True", "ffffff", "epochs=2"):
-            assert word in labels, word
-        again = self.copy_of(evaluated[0], tmp_path / "again")
-        with pytest.raises(InputError, match="the same seed twice"):
-            evaluate.group_runs(evaluate.read_evaluated([evaluated[0], again]))
+    def test_runs_of_one_name_are_a_group_and_differ_by_their_seed_alone(self, evaluated, tmp_path):
+        one, two = (self.copy_of(evaluated[0], tmp_path / f"r-s{i}", args=dict(seed=i))
+                    for i in (0, 1))
+        groups = evaluate.group_runs(evaluate.read_evaluated([two, evaluated[0], one]))
+        assert {name: len(some) for name, some in groups.items()} == {"r": 2, "one": 1}
+        for i, (changes, word) in enumerate((
+                (dict(args=dict(tau=.5, seed=2)), "tau 0.1 and 0.5"), ({}, "the same seed"),
+                (dict(args=dict(seed=2), data=dict(fingerprint="f" * 64)), "and ffffff"),
+                (dict(args=dict(seed=2), settings=dict(first_view=True)), "first_view False and"))):
+            other = self.copy_of(evaluated[0], tmp_path / str(i) / "r-s2", **changes)
+            with pytest.raises(InputError, match=f"of one name.*{word}.*another name"):
+                evaluate.group_runs(evaluate.read_evaluated([one, other]))
 
     def test_compare_pools_seeds_pairs_groups_and_prints_the_papers_numbers(self, evaluated,
                                                                             tmp_path, capsys):
         rng, runs = np.random.default_rng(0), []
-        for i, (seed, tau) in enumerate(((0, .1), (1, .1), (0, .5))):  # two seeds, another group
-            runs.append(self.copy_of(evaluated[0], tmp_path / f"r{i}",
-                                     args=dict(seed=seed, tau=tau)))
+        for i, (name, seed) in enumerate((("a", 0), ("a", 1), ("tau", 0))):  # two groups
+            runs.append(self.copy_of(evaluated[0], tmp_path / f"{name}-s{seed}",
+                                     args=dict(seed=seed, tau=dict(a=.1, tau=.5)[name])))
             table = pd.read_csv(runs[-1] / "metrics.csv")
             table.value += i * rng.random(len(table))
             if i == 1:  # a row that the other seed has not
@@ -2108,7 +2107,7 @@ class TestEvaluate:
         assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
         (found,) = (line for line in rows[rows.protocol == "official"].itertuples()
                     if line.metric == "macro_f1" and " - " in line.row
-                    and "tau=0.5" in line.row and line.row.count(": pretrained") == 2)
+                    and "tau" in line.row and line.row.count(": pretrained") == 2)
         sign = 1 if "tau" in found.row.split(" - ")[0] else -1
         assert sign * found.value == pytest.approx(values[2] - np.mean(values[:2]))
         draws = [np.load(run / "eval" / "draws.npz")["official-pretrained"][:, 1] for run in runs]
@@ -2507,6 +2506,221 @@ class TestAttention:
         assert "no attention maps: this run is of --arch resnet18" in said
         assert "no gradient norms" in said
         assert (tmp_path / "resnet" / "figures" / "views-contig.png").exists()
+
+
+# Recordings of one's own
+
+def write_edf(path, uv, rate, leads):
+    """Write an EDF file of one data record (its specification: www.edfplus.info): uv (T, n)."""
+    n, (low, high) = len(leads), (-32768, 32767)
+    fields = [("0", 8), ("", 80), ("", 80), ("01.01.20", 8), ("00.00.00", 8), (256 * (n + 1), 8),
+              ("", 44), (1, 8), (f"{len(uv) / rate:g}", 8), (n, 4)]
+    for values, width in ((leads, 16), ([""] * n, 80), (["uV"] * n, 8), ([low] * n, 8),
+                          ([high] * n, 8), ([low] * n, 8), ([high] * n, 8), ([""] * n, 80),
+                          ([len(uv)] * n, 8), ([""] * n, 32)):
+        fields += [(value, width) for value in values]
+    head = "".join(str(value).ljust(width) for value, width in fields).encode()
+    path.write_bytes(head + np.rint(uv).astype("<i2").T.tobytes())
+
+
+def write_forms(folder, mv, rate):
+    """Write a recording mv (T, 12) in each form that data.py reads: {file: flags that it needs}."""
+    folder.mkdir()
+    table = pd.DataFrame(mv, columns=LEADS)
+    timed = table.assign(time=np.arange(len(mv)) / rate)
+    wfdb.wrsamp("w", rate, ["mV"] * 12, [lead.lower() for lead in LEADS], p_signal=mv,
+                fmt=["16"] * 12, adc_gain=[1000] * 12, baseline=[0] * 12, write_dir=str(folder))
+    write_edf(folder / "e.edf", mv * 1000, rate, [f"ECG {lead}" for lead in LEADS])
+    table.to_csv(folder / "c.csv", index=False)
+    timed[["time", *reversed(LEADS)]].to_csv(folder / "t.csv", index=False)
+    np.save(folder / "n.npy", mv * 1e-3)
+    np.savez(folder / "z.npz", ecg=mv.T * 1000, fs=rate, units=["uV"] * 12, sig_name=LEADS)
+    with h5py.File(folder / "h.h5", "w") as file:
+        file["tracings"] = np.stack([mv[::-1], mv]).astype(np.float32)
+        file["tracings"].attrs.update(rate=rate, unit="mV", leads=list(LEADS))
+        file["exam_id"] = [7, 8]
+    files = {"w.hea": {}, "e.edf": {}, "c.csv": dict(rate=rate, unit="mV"),
+             "t.csv": dict(unit="mV"), "n.npy": dict(rate=rate, unit="V", leads=LEADS),
+             "z.npz": {}, "h.h5": {}}
+    return {folder / name: flags for name, flags in files.items()}
+
+
+def embedded(run, tmp_path, *argv):
+    """What `evaluate.py embed` writes for some files: its table by name, its arrays, its words."""
+    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out",
+                 "--workers", 0)
+    with np.load(tmp_path / "out.npz") as arrays:
+        return pd.read_csv(tmp_path / "out.csv").set_index("name"), dict(arrays), words
+
+
+class TestEmbed:
+    def test_a_recording_is_the_same_in_every_form_and_much_alike_at_every_rate(
+            self, evaluated, synth, tmp_path):
+        encoder, mv = model.load_encoder(evaluated[0]), wfdb.rdrecord(
+            str(synth / RECORD.replace("100", "500").replace("lr", "hr"))).p_signal
+        z = {}
+        for rate in (250, 500, 1000):
+            x = scipy.signal.resample(mv, 10 * rate) if rate != 500 else mv
+            for file, flags in write_forms(tmp_path / str(rate), x, rate).items():
+                (path, row), *_ = data.list_recordings([file])[::-1]
+                recording = data.read_recording(path, row, **flags)
+                assert recording.name == ("8" if file.suffix == ".h5" else file.stem)
+                cut, there, notes = data.prepare(recording, 100)
+                assert there.all() and notes == [f"resampled from {rate} to 100 Hz"], file
+                z[file.name, rate] = encoder(data.normalize(torch.from_numpy(cut)))[0]
+        for (name, rate), one in z.items():
+            torch.testing.assert_close(one, z["w.hea", rate], rtol=0, atol=5e-3)
+            assert torch.cosine_similarity(one, z["w.hea", 500], 0) > 0.99, (name, rate)
+
+    def test_probabilities_of_the_data_set_are_those_of_its_evaluation(self, evaluated, synth,
+                                                                       cache, tmp_path):
+        index = data.open_cache(cache).index
+        test = index[(index.strat_fold == 10) & index[list(CLASSES)].any(axis=1)].ecg_id
+        paths = [str(synth / f"records100/00000/{i:05d}_lr") for i in test]
+        table, arrays, words = embedded(evaluated[0], tmp_path, *paths)
+        with np.load(evaluated[0] / "eval" / "official-pretrained-100%-0.npz") as scores:
+            np.testing.assert_allclose(arrays["probabilities"], scores["test"], atol=1e-5)
+            np.testing.assert_allclose(table[list(CLASSES)], scores["test"], atol=1e-4)
+        with np.load(evaluated[0] / "eval" / "probe.npz") as probe:
+            assert f"NORM {probe['thresholds'][0]:.2f}" in words and "no medical device" in words
+
+    def test_leads_are_found_by_name_and_what_lacks_is_masked_as_in_training(self, evaluated):
+        rng, encoder = np.random.default_rng(0), model.load_encoder(evaluated[0])
+        x = rng.normal(0, .3, (1000, 6))
+        x[500, 2], x[:, 3] = np.nan, 1.5
+        names = ["v2", "Lead II", "AVR", "V1", "RESP", "MDC_ECG_LEAD_I"]
+        got, there, notes = data.prepare(data.Recording("r", x, 100, ["mV"], names), 100)
+        assert [LEADS[c] for c in np.flatnonzero(there)] == ["I", "II", "V2"]
+        assert not got[:, :, ~there].any()
+        for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
+            np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
+        assert notes == ["III, aVL, aVF, V3, V4, V5, V6 not there: masked",
+                         "aVR not finite: masked", "V1 flat: masked"]
+        full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
+        cut, keep = encoder.prepare(x, 100, "mV", names)
+        full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
+        want = train.embed(encoder.model, full, encoder.views, keep).mean(1)
+        torch.testing.assert_close(encoder(cut, keep), want)
+        assert not torch.allclose(want, encoder(full))
+
+    def test_windows_cover_a_recording_and_padding_is_cut_off(self):
+        x = np.random.default_rng(0).normal(0, 300, (2345, 12))
+        def cut(x, shortest=10):
+            return data.prepare(data.Recording("r", x, 100, ["uV"], LEADS), 100, shortest)
+        got, _, notes = cut(x)
+        want = np.stack([x[:1000], x[1000:2000], x[1345:]])
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        padded = np.concatenate([np.zeros((300, 12)), x[:1000], np.zeros((200, 12))])
+        got, _, notes = cut(padded)
+        np.testing.assert_allclose(got[0], x[:1000], rtol=1e-5)
+        assert got.shape[0] == 1 and notes == ["5.0 s of zeros at its ends are cut off"]
+        assert cut(x[:750], 5)[0].shape == (2, 500, 12)
+        with pytest.raises(InputError, match="7.5 s long; at least 10 s"):
+            cut(x[:750])
+
+    def test_one_view_is_enough_where_views_are_short(self):
+        encoder = model.Encoder(tiny().eval(), views.ViewConfig(view="contig"), dict(rate=100))
+        x = np.random.default_rng(0).normal(0, 1, (620, 12))
+        cut, keep = encoder.prepare(x, 100, "mV", LEADS)
+        assert cut.shape == (2, 500, 12) and encoder.shortest == 5
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(cut, keep), encoder.model.represent(cut))
+        encoder.views = views.ViewConfig(view="noncontig")
+        with pytest.raises(InputError, match="6.2 s long; at least 10 s"):
+            encoder.prepare(x, 100, "mV", LEADS)
+
+    def test_what_cannot_be_known_is_asked_for_and_what_looks_wrong_is_said(self, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
+        np.save(tmp_path / "n.npy", x)
+        pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
+        (tmp_path / "t.txt").write_text("x")
+        for flags, words in ((dict(rate=100), "unit and leads; give such as --unit mV --leads I"),
+                             (dict(unit="mV", leads=LEADS), "rate; give such as --rate 500"),
+                             (dict(rate=100, unit="mV", leads=LEADS[:3]), "12.* and 3 leads")):
+            for name in ("n.npy", "c.csv"):
+                with pytest.raises(InputError, match=words):
+                    data.read_recording(tmp_path / name, **flags)
+        for changes, words in ((dict(unit=["furlong"]), "unit furlong; needs mV, uV or V"),
+                               (dict(leads=["I"] * 12), "I twice"), (dict(rate=0), "rate of 0"),
+                               (dict(leads=["EEG"] * 12), "none of I II"),
+                               (dict(signal=x * 0), "no lead to look at"),
+                               (dict(signal=x * np.nan), "no lead to look at"),
+                               (dict(signal=x[:900]), "9 s long")):
+            fields = dict(name="r", signal=x, rate=100, unit=["mV"], leads=list(LEADS))
+            with pytest.raises(InputError, match=words):
+                data.prepare(data.Recording(**fields | changes), 100)
+        for factor in (5, 1000, .01):  # an old header's gain; microvolt as millivolt, and reverse
+            notes = data.prepare(data.Recording("r", x * factor, 100, ["mV"], LEADS), 100)[2]
+            assert "is the unit or the gain right?" in notes[0]
+        for path in (tmp_path / "t.txt", tmp_path / "no", tmp_path / "e"):
+            (tmp_path / "e").mkdir(exist_ok=True)
+            with pytest.raises(InputError, match="holds no recording: give files"):
+                data.list_recordings([path])
+
+    def test_headers_as_the_challenge_has_them_are_read(self, tmp_path):
+        """Samples after 24 bytes of a .mat file, dates that wfdb refuses, rates of 257 Hz."""
+        x = np.random.default_rng(0).integers(-900, 900, (2570, 12)).astype("<i2")
+        (tmp_path / "E1.mat").write_bytes(bytes(24) + x.tobytes())
+        for date in ("", " 00/00/0000", " 05-May-2020 14:50:55", " 14:50:55 31/02/2020"):
+            (tmp_path / "E1.hea").write_text(f"E1 12 257 2570{date}\n" + "".join(
+                f"E1.mat 16+24 1000/mV 16 0 {x[0, c]} 0 0 {lead.lower()}\n"
+                for c, lead in enumerate(LEADS)) + "# Age: 56\n# Dx: 164873001,426783006\n")
+            recording = data.read_recording(tmp_path / "E1.hea")
+            np.testing.assert_allclose(recording.signal * 1000, x, atol=1e-6)
+            assert recording.comments == ["Age: 56", "Dx: 164873001,426783006"]
+            assert data.prepare(recording, 100)[0].shape == (1, 1000, 12)
+        assert data.list_recordings([tmp_path / "E1.mat"]) == [(tmp_path / "E1.hea", None)]
+
+    def test_bad_files_are_named_the_others_go_on_and_one_is_drawn(self, evaluated, synth,
+                                                                   tmp_path):
+        shutil.copytree(synth / "records100", tmp_path / "some")
+        (tmp_path / "some" / "bad.hea").write_text("bad 12 100 1000\n")
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some",
+                                        "--neighbours", 2)
+        assert "100 of 101 recordings" in words and not (tmp_path / "out.png").exists()
+        assert table.leads["bad"] == 0 and "unreadable" in table.notes["bad"]
+        assert list(arrays["name"]) == [name for name in table.index if name != "bad"]
+        near = re.findall(r"training records to 0*(\d+)_lr:\n.*\n.*\n\| (\d+) *\| (\S+)", words)
+        folds = data.load_tables(synth).set_index("ecg_id").strat_fold
+        for own, nearest, distance in near:  # a training record is nearest to itself
+            assert (own == nearest and float(distance) < 1e-4) == (folds[int(own)] <= 8)
+        with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
+            embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
+        table, _, words = embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
+        assert (tmp_path / "out.png").stat().st_size > 20_000
+        with np.load(tmp_path / "out.npz") as drawn:
+            assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
+
+    def test_an_export_gives_the_same_numbers_without_pandas_wfdb_or_unpickling(self, evaluated,
+                                                                               tmp_path):
+        run_evaluate("export", "--run", evaluated[0], "--out", tmp_path / "out")
+        assert "no medical device" in (tmp_path / "out" / "README.md").read_text()
+        x = np.random.default_rng(0).normal(0, .3, (3000, 2))
+        np.save(tmp_path / "x.npy", x)
+        code = (f"import sys, pickle; sys.modules |= dict.fromkeys(('pandas', 'wfdb'))\n"
+                f"import numpy as np\nfrom model import load_encoder\n"
+                f"def refuse(*a, **k): raise SystemExit('unpickled')\n"
+                f"pickle.loads = pickle.load = pickle.Unpickler = refuse\n"
+                f"e = load_encoder({str(tmp_path / 'out')!r})\n"
+                f"x = np.load({str(tmp_path / 'x.npy')!r})\n"
+                f"x, keep = e.prepare(x, 200, 'mV', ['I', 'v5'])\n"
+                f"z = e(x, keep).mean(0)\n"
+                f"np.savez({str(tmp_path / 'z.npz')!r}, z=z, p=e.probabilities(z))")
+        script("-c", code)
+        encoder = model.load_encoder(evaluated[0])
+        z = encoder(*encoder.prepare(x, 200, "mV", ["I", "V5"])).mean(0)
+        with np.load(tmp_path / "z.npz") as got:
+            np.testing.assert_allclose(got["z"], z, atol=1e-6)
+            np.testing.assert_allclose(got["p"], encoder.probabilities(z), atol=1e-6)
+        about = json.loads((tmp_path / "out" / "encoder.json").read_text())
+        assert about["leads"] == list(LEADS) and str(HERE) not in json.dumps(about)
+        for name, text in (("encoder.json", "{}"), ("encoder.json", "["),
+                           ("encoder.safetensors", "x")):
+            broken = Path(shutil.copytree(tmp_path / "out", tmp_path / "broken",
+                                          dirs_exist_ok=True))
+            (broken / name).write_text(text)
+            with pytest.raises(InputError, match="is damaged, or of other code"):
+                model.load_encoder(broken)
 
 
 class TestMake:

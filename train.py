@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
 from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
-                   n_parameters, nt_xent, parse, read_args)
+                   embed, n_parameters, nt_xent, parse, read_args)
 from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
                    pool, shift)
 
@@ -470,17 +470,6 @@ def stream_statistics(model, norms):
 
 
 # Representations and validation
-
-def embed(model, x, config, keep=None, n_views=None):
-    """Representations of the views of whole records: never augmented, nor masked unless asked.
-
-    x: (B, T, C) z-scored 10 s records; config: a ViewConfig; keep: (B, C) bool or None, leads that
-    are there; n_views: the first so many views, by default all
-    ->  (B, S, d), S = 1 where both views have the record's full length, else 2
-    """
-    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
-    return torch.stack([model.represent(v, keep) for v in config.split(x)[:n_views]], dim=1)
-
 
 @torch.no_grad()
 def extract(function, cache, rows, device, size=64):
