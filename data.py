@@ -260,8 +260,8 @@ def download(folder, rate, url=URL, workers=8):
         jobs = [pool.submit(ensure, name) for name in wanted]
         for job in tqdm(as_completed(jobs), "download", len(jobs), unit="file", disable=None):
             if isinstance(job.exception(), OSError):  # of the disk; the net's are InputError
-                raise InputError(f"{folder}: {job.exception()}; what came is kept: make room and run"
-                                 " the same command again to go on") from job.exception()
+                raise InputError(f"{folder}: {job.exception()}; what came is kept: make room "
+                                 "and run the same command again to go on") from job.exception()
             if job.exception():
                 failed.append(str(job.exception()))
             if len(failed) >= 20:
@@ -311,8 +311,8 @@ def load_tables(folder):
                          "download them again")
     twice = list(statements.index[statements.index.duplicated()])
     if twice:
-        raise InputError(f"{folder / TABLES[1]} is damaged (codes {twice[:5]} are there twice; needs "
-                         "each once); mend it, or get it again")
+        raise InputError(f"{folder / TABLES[1]} is damaged (it has codes {twice[:5]} twice; "
+                         "needs each once); mend it, or get it again")
 
     def refuse(bad, column, valid):
         if bad.any():
@@ -393,7 +393,7 @@ def read_record(path, rate):
         raise
     except Exception as error:  # wfdb raises whatever its parser meets in a broken file
         raise InputError(f"{path.name}: unreadable, header and data may disagree: "
-                         f"{error or type(error).__name__}") from error
+                         f"{type(error).__name__} {error}") from error
     order = [names.index(lead.upper()) for lead in LEADS]
     return np.rint(signal[:, order]).astype("<i2", order="C")
 
@@ -512,9 +512,10 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
 
     left_out, kept, flat, disagree, digest = [], [], 0, [], hashlib.sha256()
     with new_folder(out) as tmp:
-        with (ProcessPoolExecutor(workers, initializer=on_signal, initargs=(SIGINT, SIG_IGN)) as pool,
+        # Ctrl-C is for this process alone, which then cancels what has not begun.
+        with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
               closing(pool.map(partial(try_record, rate=rate), paths, chunksize=32)) as results,
-              open(tmp / "signals.int16", "wb") as file):  # Ctrl-C: cancels what has not begun
+              open(tmp / "signals.int16", "wb") as file):
             for i, (signal, problem) in enumerate(
                     tqdm(results, "cache", len(paths), unit="record", disable=None)):
                 if problem:
@@ -564,9 +565,7 @@ def open_cache(folder, check=False):
             raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
         records, rate = meta["records"], meta["rate"]
         if type(records) is not int or records < 1 or type(rate) is not int or rate not in RATES:
-            raise ValueError(f"{records} records at {rate} Hz".replace("\n", " ")[:80])
-        if not {"data", "fingerprint", "left_out", "source", "synthetic"} <= meta.keys():
-            raise ValueError(f"meta.json has only {', '.join(meta)}")
+            raise ValueError(f"{records} records at {rate} Hz"[:80])
         shape = (records, SECONDS * rate, len(LEADS))
         size = (folder / "signals.int16").stat().st_size
         if size != cache_bytes(records, rate):
