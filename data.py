@@ -22,14 +22,15 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from signal import SIG_IGN, SIGINT
+from signal import signal as on_signal
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.signal import butter, resample_poly, sosfilt
 from tqdm import tqdm
@@ -44,8 +45,10 @@ URL = "https://physionet.org/files/ptb-xl/1.0.3/"
 TABLES = ("ptbxl_database.csv", "scp_statements.csv")
 SYNTHETIC = "SYNTHETIC.txt"  # its presence marks a folder whose records are not from patients
 FORMAT = 1  # raise it when the cache's layout changes: older caches are then rebuilt
+EINTHOVEN_UV = 5  # limb leads of PTB-XL agree within 0.5 (median), exchanged ones never within 8
 TRIES = 4  # downloads of one file before it counts as failed
 BACKOFF_S = 0.5
+TIMEOUT_S, MAX_WAIT_S = 30, 60  # without a byte; of the wait that a busy server asks for
 
 
 class InputError(ValueError):
@@ -137,23 +140,55 @@ def write_atomic(path, write):
         tmp.unlink(missing_ok=True)
 
 
-def sha256(path):
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths):
+    """Hex digest of a file, or of several one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def leaving(folder, names):
+    """Those of names that lead out of folder: absolute, by .. or a backslash, or through a link."""
+    home, real = os.path.realpath(folder), lru_cache(os.path.realpath)  # records share few folders
+
+    def stays(name):
+        return name and not {"\\", "\0"} & set(name) and ".." not in name.split("/") and \
+            os.path.commonpath([home, real(os.path.dirname(os.path.join(home, name)))]) == home
+
+    return [name for name in names if not stays(name)]
+
+
+def amount(size):
+    """Bytes in words: GB, or MB below one."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
+
+
+def check_room(folder, size):
+    """Raise InputError when the disk of folder has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(f"{folder} has no room for {amount(size)}: {amount(free)} are free; make "
+                         "room, or give another folder")
 
 
 # Download
 
-def fetch_file(session, url, path, digest=None):
-    """Download url to path, checked against its SHA-256; raise InputError when it cannot be had."""
-    import requests  # here and below: loading a checkpoint needs neither requests nor wfdb
+def fetch_file(session, url, path, digest=None, wait=time.sleep):
+    """Download url to path, checked against its SHA-256; raise InputError when it cannot be had.
 
+    wait: called with seconds between tries; a true answer ends them.
+    """
+    import requests  # here, as pandas, wfdb and h5py below: loading an encoder needs none of them
+
+    pause = 0
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(BACKOFF_S * 2 ** attempt)
+        if attempt and wait(max(pause, BACKOFF_S * 2 ** attempt)):
+            break
+        pause = 0
         try:
-            answer = session.get(url, timeout=30)
+            answer = session.get(url, timeout=TIMEOUT_S)
         except requests.RequestException as error:  # refused, reset, timed out, cut short
             problem = str(error)
             continue
@@ -163,28 +198,41 @@ def fetch_file(session, url, path, digest=None):
                 return write_atomic(path, lambda tmp: tmp.write_bytes(answer.content))
             problem = f"its SHA-256 is {got}, SHA256SUMS.txt says {digest}"
         else:
-            problem = f"HTTP {answer.status_code} {answer.reason}"
+            problem, asked = f"HTTP {answer.status_code} {answer.reason}", answer.headers.get(
+                "Retry-After", "")  # seconds; a date is not heeded
+            pause = min(float(asked), MAX_WAIT_S) if asked.isdecimal() else 0
             if answer.status_code < 500 and answer.status_code != 429:
                 break  # asking again does not help
     raise InputError(f"{url}: {problem}")
 
 
 def read_sums(path):
-    """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form."""
+    """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form.
+
+    A file outside the folder of SHA256SUMS.txt is refused: a server must not choose where to write.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text ({error}); is the address right?") from error
     sums = {}
-    for line in Path(path).read_text().splitlines():
+    for line in lines:
         digest, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
-        if len(digest) != 64 or not name or ".." in Path(name).parts or name.startswith("/"):
+        if len(digest) != 64 or not name:
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file'; is the address right?")
         sums[name] = digest
+    for name in leaving(Path(path).parent, sums):
+        raise InputError(f"{path}: {name[:80]!r} is not 'digest file' of a file within its folder, "
+                         "links followed; is the address right, or a folder there a link?")
     return sums
 
 
 def download(folder, rate, url=URL, workers=8):
     """Fetch what `rate` needs of PTB-XL into folder; files that are there and whole are kept.
 
-    Raises InputError when the server cannot be reached or files stay wrong; run again to go on.
+    Raises InputError when the server cannot be reached, files stay wrong or the disk is full; run
+    again to go on.
     """
     import requests
 
@@ -197,21 +245,31 @@ def download(folder, rate, url=URL, workers=8):
         raise InputError(f"{url} does not list {', '.join(missing)}: not a PTB-XL folder")
     wanted = [name for name in sums
               if name in (*TABLES, "LICENSE.txt", SYNTHETIC) or name.startswith(f"records{rate}/")]
+    new = [name for name in wanted if not (folder / name).exists()]
+    # SHA256SUMS.txt has no sizes: a data file is known from the rate, a header takes a disk block
+    size = sum(cache_bytes(1, rate) if name.endswith(".dat") else 4096 for name in new)
+    print(f"{url}: {len(wanted)} files at {rate} Hz, {len(new)} to come, about {amount(size)}",
+          flush=True)
+    check_room(folder, size)
 
     def ensure(name):
         if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
             local.session = getattr(local, "session", None) or requests.Session()  # keeps alive
-            fetch_file(local.session, url + name, folder / name, sums[name])
+            fetch_file(local.session, url + name, folder / name, sums[name], stop.wait)
 
-    pool, failed = ThreadPoolExecutor(workers), []
+    pool, failed, stop = ThreadPoolExecutor(workers), [], threading.Event()
     try:
         jobs = [pool.submit(ensure, name) for name in wanted]
         for job in tqdm(as_completed(jobs), "download", len(jobs), unit="file", disable=None):
+            if isinstance(job.exception(), OSError):  # of the disk; the net's are InputError
+                raise InputError(f"{folder}: {job.exception()}; what came is kept: make room "
+                                 "and run the same command again to go on") from job.exception()
             if job.exception():
                 failed.append(str(job.exception()))
             if len(failed) >= 20:
                 break  # the server is gone, or is the wrong one
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
     if failed:
         raise InputError(f"{len(failed)} files could not be downloaded; the rest is kept, run the "
@@ -222,12 +280,23 @@ def download(folder, rate, url=URL, workers=8):
 
 # Tables and records
 
+def parse_codes(text):
+    """The dict {SCP code: likelihood} in a cell of scp_codes; None if it is none."""
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        codes = ast.literal_eval(text)
+        if isinstance(codes, dict) and all(isinstance(code, str) for code in codes):
+            return codes
+
+
 def load_tables(folder):
     """The record table of a PTB-XL folder, with one 0/1 column for each superclass.
 
     A record has a superclass when any of its SCP codes has it (Table 1 of the paper counts so).
-    Raises InputError for a missing table or column, and for a patient in two folds.
+    Raises InputError for a missing table or column, for cells that cannot be, for a record named
+    twice and for a patient in two folds.
     """
+    import pandas as pd
+
     folder = Path(folder)
     for name in TABLES:
         if not (folder / name).exists():
@@ -244,16 +313,37 @@ def load_tables(folder):
     if lacking or table.empty:
         raise InputError(f"{folder}: the tables lack {', '.join(lacking) or 'any record'}; "
                          "download them again")
+    twice = list(statements.index[statements.index.duplicated()])
+    if twice:
+        raise InputError(f"{folder / TABLES[1]} is damaged (it has codes {twice[:5]} twice; "
+                         "needs each once); mend it, or get it again")
+
+    def refuse(bad, column, valid):
+        if bad.any():
+            cells = ", ".join(map(repr, table[column][bad].astype(str).str[:40][:5]))
+            raise InputError(f"{folder / TABLES[0]} is damaged ({column} is {cells} in {bad.sum()} "
+                             f"rows, ecg_id {', '.join(map(str, table.ecg_id[bad][:5]))}; needs "
+                             f"{valid}); mend it, or get it again")
+
+    for column, low, high in (("ecg_id", -1e15, 1e15), ("patient_id", -1e15, 1e15),  # exact floats
+                              ("strat_fold", 1, 10)):
+        number = pd.to_numeric(table[column], errors="coerce").astype(float)
+        refuse(~(number.between(low, high) & (number % 1 == 0)), column,
+               f"an integer from {low:g} to {high:g}")
+        table[column] = number.astype(int)
+    refuse(table.ecg_id.duplicated(keep=False), "ecg_id", "each once")
+    for column in RATES.values():
+        table[column] = table[column].fillna("").astype(str)
+        refuse(table[column].isin(leaving(folder, table[column])), column,
+               f"a path within {folder}, links followed")
+        # else the patient check below could be passed by while test records are trained on
+        refuse(table[column].map(os.path.normpath).duplicated(keep=False), column,
+               "another record in each row")
+    codes = table.scp_codes.map(parse_codes)
+    refuse(codes.isna(), "scp_codes", "a dict such as {'NORM': 100.0}")
     superclass = statements[statements.diagnostic == 1].diagnostic_class
-    try:
-        if table[[c for c in columns if c not in ("age", "sex")]].isna().any(axis=None):
-            raise ValueError("a cell is empty")
-        codes = table.scp_codes.map(ast.literal_eval)
-    except (ValueError, SyntaxError) as error:
-        raise InputError(f"{folder / TABLES[0]} is damaged ({error}); get it again") from error
     for name in CLASSES:
         table[name] = codes.map(lambda c: int(any(superclass.get(code) == name for code in c)))
-    table["patient_id"] = table.patient_id.astype(int)
     folds = table.groupby("patient_id").strat_fold.nunique()
     if (folds > 1).any():
         raise InputError(f"{folder}: patients {list(folds.index[folds > 1][:5])} are in more than "
@@ -269,32 +359,57 @@ def read_record(path, rate):
     import wfdb
 
     path = Path(path)
-    try:
-        record = wfdb.rdrecord(str(path), physical=False)
-    except Exception as error:  # wfdb raises whatever its parser meets in a broken file
-        raise InputError(
-            f"{path.name}: unreadable, header and data may disagree: {error}") from error
+    data_file = path.with_suffix(".dat")
     T, C = SECONDS * rate, len(LEADS)
-    names = [(name or "?").strip().upper() for name in record.sig_name or ()]
-    if sorted(names) != sorted(lead.upper() for lead in LEADS):
-        raise InputError(f"{path.name}: leads {' '.join(names)}; needs {' '.join(LEADS)}")
-    if record.fs != rate or record.sig_len != T:
-        raise InputError(f"{path.name}: {record.sig_len} samples at {record.fs:g} Hz; needs {T} "
-                         f"at {rate} Hz")
-    if set(record.units) != {"mV"}:
-        raise InputError(f"{path.name}: units {' '.join(sorted(set(record.units)))}; needs mV")
-    size = path.with_suffix(".dat").stat().st_size
-    if set(record.fmt) == {"16"} and size != 2 * T * C:
-        raise InputError(f"{path.name}: the header tells of {2 * T * C} bytes, the file has {size}")
-    sums, said = record.d_signal.sum(0), record.checksum
-    if said and None not in said and ((sums - said) % 65536).any():
-        raise InputError(f"{path.name}: the samples do not add up to the header's checksum")
-    signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
-    if not (np.abs(signal) <= np.iinfo(np.int16).max).all():
-        raise InputError(f"{path.name}: {int(np.isnan(signal).any(1).sum())} time points hold an "
-                         "invalid sample, or a value exceeds 32.767 mV")
+
+    def need(good, problem):
+        if not good:
+            raise InputError(f"{path.name}: {problem}")
+
+    try:
+        record = wfdb.rdheader(str(path))  # first: samples are read only if there is room for them
+        names = [(name or "?").strip().upper() for name in getattr(record, "sig_name", 0) or ()]
+        need(sorted(names) == sorted(lead.upper() for lead in LEADS) and record.n_sig == C,
+             f"{record.n_sig} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
+        need(record.fs == rate and record.sig_len == T,
+             f"{record.sig_len} samples at {record.fs:g} Hz; needs {T} at {rate} Hz")
+        need(set(record.units) == {"mV"},
+             f"units {' '.join(sorted(set(record.units)))}; needs mV")
+        # wfdb reads a gain of 0 as 200: so say it of the text
+        zero = re.search(r"^[^#\s]\S*\s+\S+\s+[-+]?[0.]+([(/e\s]|$)",
+                         path.with_suffix(".hea").read_text(errors="replace"), re.M)
+        need(all(1 <= gain <= 1e6 for gain in record.adc_gain) and not zero,
+             f"gains {'0' if zero else sorted(set(record.adc_gain))}; needs 1 to 1e6 per mV")
+        need(set(record.file_name) == {data_file.name},
+             f"samples in {' '.join(sorted(set(record.file_name)))[:200]}; needs {data_file.name}")
+        size = data_file.stat().st_size
+        need(set(record.fmt) != {"16"} or size == 2 * T * C,
+             f"the header tells of {2 * T * C} bytes, the file has {size}")
+        record = wfdb.rdrecord(str(path), physical=False)
+        sums, said = record.d_signal.sum(0), record.checksum
+        need(not said or None in said or not ((sums - said) % 65536).any(),
+             "the samples do not add up to the header's checksum")
+        signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
+        need((np.abs(signal) <= np.iinfo(np.int16).max).all(),
+             f"{int(np.isnan(signal).any(1).sum())} time points hold an invalid sample, or a value "
+             "exceeds 32.767 mV")
+    except InputError:
+        raise
+    except Exception as error:  # wfdb raises whatever its parser meets in a broken file
+        raise InputError(f"{path.name}: unreadable, header and data may disagree: "
+                         f"{type(error).__name__} {error}") from error
     order = [names.index(lead.upper()) for lead in LEADS]
     return np.rint(signal[:, order]).astype("<i2", order="C")
+
+
+def limb_leads_agree(signal):
+    """Whether III, aVR, aVL and aVF follow from I and II (Einthoven, Goldberger) most of the time.
+
+    They do not where leads were exchanged, or scaled one by one.
+    """
+    I, II, III, aVR, aVL, aVF = signal.T[:6] * 1.0
+    off = np.abs([III - (II - I), aVR + (I + II) / 2, aVL - (I - II / 2), aVF - (II - I / 2)])
+    return (off.max(0) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
 
 
 def try_record(path, rate):
@@ -524,7 +639,7 @@ class Cache:
 
     folder: Path
     signals: np.ndarray
-    index: pd.DataFrame
+    index: "pd.DataFrame"
     meta: dict
     copies: dict = field(default_factory=dict)  # device -> the signals as a tensor there
 
@@ -573,16 +688,20 @@ def new_folder(out):
     """A temporary folder that takes the place of `out` when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a process that was killed
-        if time.time() - old.stat().st_mtime > 3600:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # the folder's own time is that of its last new file
+            if time.time() - max(f.stat().st_mtime for f in (old, *old.iterdir())) > 3600:
+                shutil.rmtree(old)
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    replaced = out.with_name(f"{tmp.name}-replaced")
     tmp.mkdir()
     try:
         yield tmp
-        shutil.rmtree(out, ignore_errors=True)
+        with suppress(FileNotFoundError):  # moved, which is quicker than removed: a kill between
+            out.rename(replaced)  # these two lines would lose it
         tmp.rename(out)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        for folder in (tmp, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_cache(folder, rate, out, workers=None, skip_bad=False):
@@ -595,8 +714,8 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
     paths = [folder / name for name in table[RATES[rate]]]
     source = source_digest(folder, table, rate)
     if (out / "meta.json").exists():
-        if f'"{source}"' in (out / "meta.json").read_text():
-            meta = open_cache(out).meta
+        if f'"{source}"'.encode() in (out / "meta.json").read_bytes():
+            meta = open_cache(out, check=True).meta
             print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
                   f"{len(meta['left_out'])} left out")
             return
@@ -604,20 +723,22 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
         raise InputError(f"{out} exists and is no cache; remove it (rm -r {out}) or give another "
                          "folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    size = cache_bytes(len(paths), rate)
-    if shutil.disk_usage(out.parent).free < size:
-        raise InputError(f"{out.parent} has no room for {size / 1e9:.1f} GB")
+    check_room(out.parent, cache_bytes(len(paths), rate))
 
-    left_out, kept, flat, digest = [], [], 0, hashlib.sha256()
+    left_out, kept, flat, disagree, digest = [], [], 0, [], hashlib.sha256()
     with new_folder(out) as tmp:
-        with ProcessPoolExecutor(workers) as pool, open(tmp / "signals.int16", "wb") as file:
-            results = pool.map(partial(try_record, rate=rate), paths, chunksize=32)
+        # Ctrl-C is for this process alone, which then cancels what has not begun.
+        with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
+              closing(pool.map(partial(try_record, rate=rate), paths, chunksize=32)) as results,
+              open(tmp / "signals.int16", "wb") as file):
             for i, (signal, problem) in enumerate(
                     tqdm(results, "cache", len(paths), unit="record", disable=None)):
                 if problem:
                     left_out.append(problem)
                     continue
                 flat += bool((signal == signal[:1]).all(0).any())
+                if not limb_leads_agree(signal):
+                    disagree.append(str(table.ecg_id[i]))
                 kept.append(i)
                 digest.update(signal)
                 file.write(signal)
@@ -636,27 +757,44 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
           f"{len(left_out)} left out")
     for problem in left_out:
         print(f"  left out: {problem}")
+    if disagree:
+        print(f"  warning: in {len(disagree)} records limb leads do not follow from I and II: were "
+              f"leads exchanged, or scaled one by one? ecg_id {' '.join(disagree[:10])}")
 
 
-def open_cache(folder):
-    """The Cache in a folder; raise InputError when missing, truncated or of another format."""
+def open_cache(folder, check=False):
+    """The Cache in a folder; raise InputError when missing, truncated or of another format.
+
+    check: the samples too, against the fingerprint. At 0.7 GB/s PTB-XL at 500 Hz takes 4 s, so not
+    at each open, in each process, but where the cache is made or found up to date, which make does
+    before it trains.
+    """
+    import pandas as pd
+
     folder = Path(folder)
     make = f"python data.py cache --data DIR --rate HZ --out {folder}"
     again = f"make it again: rm -r {folder}; {make}"
     if not (folder / "meta.json").exists():
         raise InputError(f"no cache in {folder}; make it: {make}")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
-        shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
+        records, rate = meta["records"], meta["rate"]
+        if type(records) is not int or records < 1 or type(rate) is not int or rate not in RATES:
+            raise ValueError(f"{records} records at {rate} Hz"[:80])
+        shape = (records, SECONDS * rate, len(LEADS))
         size = (folder / "signals.int16").stat().st_size
-        if size != cache_bytes(shape[0], meta["rate"]):
+        if size != cache_bytes(records, rate):
             raise ValueError(f"{size} bytes for {shape} samples")
         if sha256(folder / "index.csv") != meta["index"]:
             raise ValueError("index.csv is not the one that was written")
         index = pd.read_csv(folder / "index.csv")
-    except (OSError, KeyError, ValueError) as error:
+        if len(index) != records:
+            raise ValueError(f"{len(index)} rows in index.csv for {records} records")
+        if check and sha256(folder / "signals.int16", folder / "index.csv") != meta["fingerprint"]:
+            raise ValueError("signals.int16 is not what was written")
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is truncated, damaged or old: {error}; {again}") from error
     signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
     return Cache(folder, signals, index, meta)
@@ -797,6 +935,8 @@ def synthesize(out, records, seed=0):
 
     About one patient in six has two records. Raises InputError when `out` holds something else.
     """
+    import pandas as pd
+
     out = Path(out)
     if out.is_file() or out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
         raise InputError(f"{out} is not empty and holds no synthetic data; give another --out")

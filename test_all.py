@@ -31,6 +31,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 import scipy.ndimage
 import scipy.signal
 import scipy.stats
@@ -162,6 +163,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/ptbxl"
         threading.Thread(target=self.serve_forever, args=[.02], daemon=True).start()
 
+    def handle_error(self, request, client_address):
+        pass  # a client that gave up
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -174,10 +178,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = fault in ("reset", "cut")
         if fault == "reset":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        status = fault if isinstance(fault, int) else 200 if path.is_file() else 404
+        if fault == "stall":
+            time.sleep(1)
+        status = 503 if fault == "busy" else fault if isinstance(fault, int) else (
+            200 if path.is_file() else 404)
         body = path.read_bytes() if status == 200 else b"sorry"
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if fault == "busy":
+            self.send_header("Retry-After", "60")
         self.end_headers()
         self.wfile.write({"cut": body[:len(body) // 2], "wrong": body[::-1]}.get(fault, body))
 
@@ -631,6 +640,294 @@ class TestDownload:
         server = serve(faults=self.faulty(synth, ["wrong"] * 9))
         with pytest.raises(InputError, match="SHA-256 is .* SHA256SUMS.txt says"):
             data.download(tmp_path / "d", 100, server.url)
+
+
+class TestHostileData:
+    no_waiting, serve, faulty = TestDownload.no_waiting, TestDownload.serve, TestDownload.faulty
+
+    def start(self, *argv):
+        """A script in a session of its own, as in a terminal, with its output to read."""
+        return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                start_new_session=True)
+
+    def until(self, done, process):
+        while not done():
+            assert process.poll() is None, process.communicate()
+            time.sleep(.002)
+
+    def edit(self, folder, column, cells, name=data.TABLES[0]):
+        """Change cells {row: value} of a table."""
+        table = pd.read_csv(folder / name)
+        table[column] = table[column].astype(object)
+        for row, value in cells.items():
+            table.loc[row, column] = value
+        table.to_csv(folder / name, index=False)
+
+    # Download
+
+    def test_a_busy_server_is_waited_for_within_bounds_and_a_stall_ends(self, synth, serve,
+                                                                        tmp_path, monkeypatch):
+        def tries(fault, wait):
+            server = serve(faults={data.TABLES[0]: [fault]})
+            waits.clear()
+            data.fetch_file(requests.Session(), f"{server.url}/{data.TABLES[0]}", tmp_path / "t",
+                            wait=wait)
+            assert (tmp_path / "t").read_bytes() == (synth / data.TABLES[0]).read_bytes()
+            return len(server.asked)
+
+        waits = []
+        assert tries("busy", waits.append) == 2 and waits == [60]
+        monkeypatch.setattr(data, "MAX_WAIT_S", 5)
+        assert tries("busy", waits.append) == 2 and waits == [5]
+        assert tries(503, waits.append) == 2 and waits[0] < .1
+        monkeypatch.setattr(data, "TIMEOUT_S", .3)
+        assert tries("stall", waits.append) == 2
+        with pytest.raises(InputError, match="HTTP 503"):
+            tries("busy", lambda seconds: True)  # told to stop
+
+    def test_what_comes_is_said_and_room_is_checked_before(self, serve, tmp_path, capsys,
+                                                           monkeypatch):
+        server = serve()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e6))
+        with pytest.raises(InputError, match="d has no room for 3 MB: 1 MB are free; make room"):
+            data.download(tmp_path / "d", 100, server.url)
+        assert server.asked == ["SHA256SUMS.txt"]
+        assert "203 files at 100 Hz, 203 to come, about 3 MB" in capsys.readouterr().out
+        assert data.amount(2.6e9) == "2.6 GB" and data.amount(1) == "1 MB"
+
+    def test_a_full_disk_ends_a_download_in_one_line_and_it_goes_on(self, serve, tmp_path,
+                                                                    monkeypatch):
+        server, write, written = serve(), data.write_atomic, []
+
+        def full(path, how):
+            if len(written) > 20:
+                raise OSError(28, "No space left on device", str(path))
+            write(path, how)
+            written.append(str(path.relative_to(tmp_path / "d")))
+
+        monkeypatch.setattr(data, "write_atomic", full)
+        with pytest.raises(InputError, match="^[^\n]*No space left[^\n]*same command again[^\n]*$"):
+            data.download(tmp_path / "d", 100, server.url, workers=2)
+        assert len(server.asked) < 150
+        monkeypatch.undo()
+        server.asked.clear()
+        data.download(tmp_path / "d", 100, server.url)
+        assert server.asked.count("SHA256SUMS.txt") == 1
+        assert not set(server.asked) & set(written) - {"SHA256SUMS.txt"}  # each byte once
+
+    @slow
+    def test_ctrl_c_ends_a_download_in_one_line_even_while_it_waits(self, synth, serve, tmp_path):
+        names = list(data.read_sums(synth / "SHA256SUMS.txt"))
+        server, begun = serve(faults={name: ["busy"] for name in names[60:]}), time.time()
+        process = self.start("data.py", "download", "--data", tmp_path / "d", "--rate", "100",
+                             "--url", server.url, "--workers", "4")
+        self.until(lambda: len(set(server.asked) & set(names[60:])) >= 4, process)
+        time.sleep(.3)
+        os.killpg(process.pid, signal.SIGINT)
+        out = process.communicate(timeout=50)[0]
+        assert process.returncode == 1 and time.time() - begun < 55
+        assert out.endswith("stopped; the same command goes on from here\n"), out
+        assert "Traceback" not in out and not list((tmp_path / "d").rglob("*.tmp*"))
+
+    @pytest.mark.parametrize("name", ["../x", "records100/../../x", "/etc/x", "records100\\..\\x",
+                                      "records100/link/x", ".."])
+    def test_a_list_cannot_name_files_outside_its_folder(self, tmp_path, name):
+        (tmp_path / "d/records100").mkdir(parents=True)
+        (tmp_path / "d/records100/link").symlink_to(tmp_path)
+        path = tmp_path / "d/SHA256SUMS.txt"
+        path.write_text("0" * 64 + f" {name}\n")
+        with pytest.raises(InputError, match="SHA256SUMS.txt: .* of a file within its folder"):
+            data.read_sums(path)
+        path.write_text("0" * 64 + " records100/x\n")
+        (tmp_path / "link").symlink_to(tmp_path / "d")  # a link to the folder itself is fine
+        assert list(data.read_sums(tmp_path / "link/SHA256SUMS.txt")) == ["records100/x"]
+
+    def test_a_list_that_is_no_text_is_refused(self, tmp_path):
+        (tmp_path / "SHA256SUMS.txt").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(InputError, match="SHA256SUMS.txt is no text"):
+            data.read_sums(tmp_path / "SHA256SUMS.txt")
+
+    # Tables
+
+    @pytest.mark.parametrize("column, cells, says", [
+        ("strat_fold", {4: 11}, "strat_fold is '11.*' in 1 rows, ecg_id 5; needs .* 1 to 10"),
+        ("strat_fold", {4: 0}, "ecg_id 5;"), ("strat_fold", {4: 2.5}, "'2.5' .* ecg_id 5;"),
+        ("strat_fold", {i: "x" for i in range(9)}, "in 9 rows, ecg_id 1, 2, 3, 4, 5; needs"),
+        ("ecg_id", {4: 4}, "ecg_id is '4', '4' in 2 rows.*needs each once"),
+        ("ecg_id", {4: "x"}, "ecg_id is 'x' in 1 rows"), ("ecg_id", {4: 1.5}, "ecg_id is '1.5'"),
+        ("patient_id", {4: "abc"}, "patient_id is 'abc'.*ecg_id 5; needs an integer"),
+        ("patient_id", {4: 1e30}, "'1e.30'"), ("patient_id", {4: "inf"}, "'inf'"),
+        ("scp_codes", {4: "5"}, "scp_codes is '5' in 1 rows, ecg_id 5; needs a dict such"),
+        ("scp_codes", {4: "{'NORM': 1"}, "ecg_id 5;"), ("scp_codes", {4: "[" * 9999}, "ecg_id 5;"),
+        ("scp_codes", {4: "{1: 2}"}, "ecg_id 5;"), ("scp_codes", {4: "{[]: 2}"}, "ecg_id 5;"),
+        ("scp_codes", {4: "-" * 9999 + "1"}, "ecg_id 5;"),
+        ("filename_lr", {4: RECORD}, "needs another record in each row"),
+        ("filename_lr", {4: RECORD.replace("/", "//./")}, "another record in each row"),
+        ("filename_hr", {4: "/etc/passwd"}, "ecg_id 5; needs a path within"),
+        ("filename_lr", {4: "../records100/x"}, "'../records100/x'.*ecg_id 5; needs a path within"),
+        ("filename_lr", {4: "link/x"}, "needs a path within"),
+        ("filename_lr", {4: 7.5}, None)])  # a name like others: it is missing when it is read
+    def test_a_table_with_impossible_cells_is_refused_by_ecg_id(self, small, column, cells, says):
+        (small / "link").symlink_to(small.parent)
+        self.edit(small, column, cells)
+        if says is None:
+            assert data.load_tables(small)[column][4] == "7.5"
+            return
+        with pytest.raises(InputError, match="database.csv is damaged .*" + says) as caught:
+            data.load_tables(small)
+        assert "mend it, or get it again" in str(caught.value) and len(str(caught.value)) < 700
+
+    def test_a_code_that_is_explained_twice_is_refused(self, small):
+        self.edit(small, "Unnamed: 0", {3: "NORM"}, data.TABLES[1])
+        with pytest.raises(InputError, match=r"scp_statements.csv is damaged .*\['NORM'\] twice"):
+            data.load_tables(small)
+
+    # Records
+
+    BAD_HEADERS = [
+        (r"^r 12 100 1000", "r 999999999 100 1000", "999999999 leads"),
+        (r"^r 12 100 1000", "r 12 100 999999999999", "999999999999 samples at 100 Hz; needs 1000"),
+        (r"(?s)\A.*", "r/1 12 100 1000\ns 1000\n", "leads ; needs I II"),
+        (r"dat 16 1000.0", "dat 16 0", "gains 0; needs 1 to 1e6"),
+        (r"dat 16 1000.0(?=.* V6$)", "dat 16 0.0", "gains 0;"),
+        (r"dat 16 1000.0", "dat 16 -1000", r"gains \[-1000.0\]; needs 1 to 1e6 per mV"),
+        (r"dat 16 1000.0", "dat 16 1e300", r"gains \[1e.300\]"),
+        (r"dat 16 1000.0", "dat 17 1000.0", "unreadable"),
+        (r"\(0\)", f"({10 ** 30})", "unreadable"),
+        (r"\(0\)", "(1000000)", "a value exceeds 32.767 mV"),
+        (r"r\.dat", "s.dat", "samples in s.dat; needs r.dat")]
+
+    @pytest.mark.parametrize("old, new, says", BAD_HEADERS)
+    def test_a_header_that_cannot_be_is_refused_before_samples_are_read(self, tmp_path, monkeypatch,
+                                                                        old, new, says):
+        write_record(tmp_path / "r")
+        shutil.copy(tmp_path / "r.dat", tmp_path / "s.dat")
+        head = (tmp_path / "r.hea").read_text()
+        text = re.sub(old, new, head, flags=re.M)
+        assert text != head
+        (tmp_path / "r.hea").write_text(text)
+        if "unreadable" not in says and "exceeds" not in says:
+            monkeypatch.delattr(wfdb, "rdrecord")
+        with pytest.raises(InputError, match=f"^r: .*{says}"):
+            data.read_record(tmp_path / "r", 100)
+
+    def test_comments_may_say_zero(self, tmp_path):
+        write_record(tmp_path / "r", comments=["age: 0 0 0", "x y 0"])
+        data.read_record(tmp_path / "r", 100)
+
+    def test_a_build_lists_all_bad_records_at_once(self, small, capsys):
+        heads = sorted((small / "records100").rglob("*.hea"))
+        bad = [(old, new) for old, new, _ in self.BAD_HEADERS if old[0] in "d\\"]
+        bad += [(" 12 100 1000", " 999999999 100 1000")] * (13 - len(bad))
+        for head, (old, new) in zip(heads, bad):
+            head.write_text(re.sub(old, new, head.read_text(), flags=re.M))
+        with pytest.raises(InputError, match="13 of 20 records cannot be used; .*--skip") as got:
+            cached(small)
+        assert len(str(got.value).splitlines()) == 11 and "00001_lr: " in str(got.value)
+        assert len(cached(small, skip_bad=True).signals) == 7
+        out = capsys.readouterr().out
+        assert "13 left out" in out and out.count("  left out: 000") == 13
+
+    def test_exchanged_limb_leads_are_said(self, small, capsys):
+        cached(small)
+        assert "warning" not in capsys.readouterr().out
+        signal = wfdb.rdrecord(str(small / RECORD), physical=False).d_signal
+        spike = signal.copy()
+        spike[7, 3] += 2560  # as in a real record at 500 Hz
+        assert data.limb_leads_agree(signal) and data.limb_leads_agree(spike)
+        for i, j in itertools.combinations(range(12), 2):
+            if i < 6:
+                swapped = signal.copy()
+                swapped[:, [i, j]] = signal[:, [j, i]]
+                assert not data.limb_leads_agree(swapped), (i, j)
+        write_record(small / RECORD, signal=swapped)
+        assert cached(small).meta["records"] == 20  # it is used all the same
+        assert "warning: in 1 records limb leads do not .* ecg_id 3\n" in re.sub(
+            "follow.*one[?]", ".*", capsys.readouterr().out)
+
+    @real
+    @pytest.mark.parametrize("rate", data.RATES)
+    def test_no_real_record_is_taken_for_an_exchanged_one(self, tmp_path, rate, capsys):
+        data.build_cache(PTBXL, rate, tmp_path / "c")
+        assert "warning" not in capsys.readouterr().out
+
+    # Cache
+
+    @pytest.mark.parametrize("change", [
+        "[]", "null", "7", "[" * 99999, '{"format": ' + "9" * 5000, b"\xff\xfe",
+        dict(rate=None), dict(rate=250), dict(rate=100.), dict(rate=[100]), dict(records=-5),
+        dict(records=10 ** 30), dict(records=True), dict(records="100"), dict(rate=500, records=20),
+        dict(records=100 * 10 ** 300, rate=10 ** 300)])
+    def test_a_damaged_description_is_refused(self, cache, tmp_path, change):
+        out = Path(shutil.copytree(cache, tmp_path / "c"))
+        meta = json.loads((out / "meta.json").read_text())
+        text = json.dumps(meta | change) if isinstance(change, dict) else change
+        (out / "meta.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError, match="damaged or old: .*make it again: rm -r") as caught:
+            data.open_cache(out)
+        assert len(str(caught.value)) < 700
+
+    def test_a_description_that_is_no_text_is_replaced(self, cache, synth, tmp_path):
+        out = Path(shutil.copytree(cache, tmp_path / "c"))
+        (out / "meta.json").write_bytes(b"\xff\xfe")
+        data.build_cache(synth, 100, out, workers=1)
+        assert data.open_cache(out).meta == data.open_cache(cache).meta
+
+    def test_a_flipped_bit_is_found_when_the_cache_is_asked_for_again(self, cache, synth, tmp_path):
+        out = Path(shutil.copytree(cache, tmp_path / "c"))
+        data.open_cache(out, check=True)
+        with open(out / "signals.int16", "r+b") as file:
+            file.seek(12345)
+            byte = file.read(1)
+            file.seek(12345)
+            file.write(bytes([byte[0] ^ 4]))
+        data.open_cache(out)  # costs seconds for all of PTB-XL: not at each open
+        for ask in (lambda: data.open_cache(out, check=True),
+                    lambda: data.build_cache(synth, 100, out)):
+            with pytest.raises(InputError, match="signals.int16 is not what was written.*rm -r"):
+                ask()
+
+    def test_a_cache_that_has_no_room_says_how_much_it_needs(self, small, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+        with pytest.raises(InputError, match="has no room for 1 MB: 0 MB are free"):
+            cached(small)
+
+    @slow
+    @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+    def test_a_build_that_is_stopped_leaves_the_old_cache(self, synth, tmp_path, kill):
+        folder = Path(shutil.copytree(synth, tmp_path / "d"))
+        old = cached(folder).meta
+        os.utime(folder / f"{RECORD}.dat", (1, 1))
+        process = self.start("data.py", "cache", "--data", folder, "--rate", "100", "--out",
+                             tmp_path / "cache", "--workers", "1")
+        self.until(lambda: list(tmp_path.glob("cache.tmp-*/signals.int16")), process)
+        os.killpg(process.pid, kill)
+        out = process.communicate(timeout=60)[0]
+        assert data.open_cache(tmp_path / "cache", check=True).meta == old
+        if kill == signal.SIGINT:
+            assert out == "stopped; the same command goes on from here\n"
+            assert not list(tmp_path.glob("cache.*"))
+        assert cached(folder).meta["source"] != old["source"]
+
+    @slow
+    def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
+        both = [self.start("data.py", "cache", "--data", synth, "--rate", "100", "--out",
+                           tmp_path / "c", "--workers", "1") for _ in range(2)]
+        assert ["100 records" in process.communicate()[0] for process in both] == [True, True]
+        assert data.open_cache(tmp_path / "c", check=True).meta == data.open_cache(cache).meta
+        assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+    def test_a_build_of_hours_is_not_taken_for_a_dead_one(self, tmp_path):
+        for name, age in (("dead", 5000), ("busy", 0)):
+            (tmp_path / f"c.tmp-{name}").mkdir()
+            (tmp_path / f"c.tmp-{name}/signals.int16").touch()
+            os.utime(tmp_path / f"c.tmp-{name}/signals.int16", (time.time() - age,) * 2)
+            os.utime(tmp_path / f"c.tmp-{name}", (time.time() - 5000,) * 2)
+        for _ in range(2):  # the second takes the place of the first
+            with data.new_folder(tmp_path / "c") as new:
+                (new / "file").touch()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.tmp-busy"]
 
 
 class TestViews:
