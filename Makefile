@@ -6,8 +6,9 @@
 VIEW   ?= noncontig# of pretrain: stochastic, contig, noncontig, masking, or an alias: see views.py
 SEED   ?= 0# of everything random
 PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a few thousand records
-DATA   ?= data/ptbxl# a PTB-XL folder; nothing is downloaded when it is another one
+DATA   ?= data/ptbxl# a PTB-XL folder, another collection, or several; no other is downloaded
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
+READ   ?=# of other collections: what their files do not tell, such as --unit mV; --skip-bad
 NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
 STUDY  ?= views# of study: views, equal, streams, collapse, departures, cost: see STUDIES in evaluate.py
 SEEDS  ?= 3# of study: runs of each row
@@ -30,18 +31,19 @@ RUN   ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 ECG   ?=# of embed: recordings, files or folders: WFDB, EDF, npy, npz, CSV, HDF5
 RUNS  ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
-CACHES := cache/$(notdir $(abspath $(DATA)))
+EMPTY :=
+CACHES := cache/$(subst $(EMPTY) ,+,$(notdir $(abspath $(DATA))))
 CACHE := $(CACHES)-$(RATE)
 STUDY_RATES := $(if $(filter-out file,$(origin RATE)),$(RATE),100 $(if $(filter views,$(STUDY)),$(if $(filter conv,$(PRESET)),,500)))
 OUT   ?= runs/study$(addprefix -,$(filter-out views,$(STUDY)))# of study: folder of its runs and report
 PY    := .venv/bin/python
 TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --)
-ifneq ($(words $(VIEW)) $(words $(DATA)) $(words $(RUN)),1 1 1)
-$(error VIEW, DATA and RUN are one word each, without spaces)
+ifneq ($(words $(VIEW)) $(words $(RUN)),1 1)
+$(error VIEW and RUN are one word each, without spaces)
 endif
 
 # Only the default folder is downloaded into.
-SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%,$(wildcard $(DATA)/ptbxl_database.csv))
+SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -98,7 +100,7 @@ bench: ## what a step of PRESET costs here, exact and otherwise: STUDY=cost
 	$(MAKE) study STUDY=cost SEEDS=2 ARGS="--epochs 3 $(ARGS)"
 
 info: | .venv/.done ## records of DATA by fold and superclass
-	$(PY) data.py info --data "$(DATA)"
+	$(PY) data.py info --data $(DATA)
 
 clean: ## remove caches and the demo; runs, downloads and .venv stay
 	rm -rf cache data/synth runs/demo-* __pycache__ .pytest_cache
@@ -116,7 +118,7 @@ data/synth/SHA256SUMS.txt: | .venv/.done
 
 # FORCE: the scripts know better than time stamps whether there is something to do.
 $(CACHES)-%/meta.json: $(SOURCE) FORCE | .venv/.done
-	$(PY) data.py cache --data "$(DATA)" --rate $* --out $(CACHES)-$*
+	$(PY) data.py cache --data $(DATA) --rate $* --out $(CACHES)-$* $(READ)
 
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
 	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

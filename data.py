@@ -412,14 +412,6 @@ def limb_leads_agree(signal):
     return (off.max(0) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
 
 
-def try_record(path, rate):
-    """(signal, None), or (None, what is wrong): a worker that never raises."""
-    try:
-        return read_record(path, rate), None
-    except InputError as error:
-        return None, str(error)
-
-
 # Recordings from anywhere
 
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
@@ -427,6 +419,7 @@ ENDS = ".hea", ".edf", ".npy", ".npz", ".csv", ".h5", ".hdf5"  # of files that h
 KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
         "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
+USUAL_MV = 0.6, 3  # the same, median over a collection; of those 1.3
 
 
 @dataclass
@@ -631,6 +624,130 @@ def prepare(recording, rate, shortest=SECONDS):
     return np.stack([x[i:i + length] for i in starts]).astype(np.float32) * there, there, notes
 
 
+# Collections: PTB-XL's own layout, or recordings from anywhere with what is told about them
+
+# SNOMED CT codes of the PhysioNet Challenges 2020 and 2021 (doi 10.1088/1361-6579/abc960 and
+# 10.1088/1361-6579/ac79fd) by the superclass of the statements of PTB-XL that are nearest.
+SNOMED = {
+    "MI": "164865005 57054005 54329005 164867002",
+    "STTC": "164861001 413444003 426434006 425419005 425623009 413844008 428750005 55930002 "
+            "164930006 429622005 164931005 704997005 164934002 59931005 111975006",
+    "CD": "270492004 195042002 54016002 28189009 426183003 27885002 233917008 164909002 733534002 "
+          "251120003 59118001 713427006 713426002 6374002 445118002 445211001 698252002 82226007 "
+          "74390002 195060002",
+    "HYP": "164873001 89792004 266249003 370365005 446813000 446358003 195126007 "
+           "67741000119109 67751000119106 253352002 253339007"}
+SINUS = "426783006"  # alone it is what the Challenges made of PTB-XL's NORM
+
+
+@dataclass
+class Source:
+    """A collection: a row a recording with the columns of index.csv, and what try_record() reads.
+
+    items: a Path for a record of PTB-XL, else (file, row) of list_recordings(); digest: changes
+    when its files do.
+    """
+
+    name: str
+    path: Path
+    table: object  # a DataFrame
+    items: list
+    digest: str
+
+    @property
+    def synthetic(self):
+        return (self.path / SYNTHETIC).exists()
+
+
+def header_facts(path):
+    """Age, sex and superclasses that comments of a WFDB header tell, as the Challenges write them.
+
+    A record has a superclass when any of its codes has it; NORM when sinus rhythm is all it has.
+    """
+    text = path.read_text(errors="replace") if path.suffix == ".hea" else ""
+    told = {key.lower(): value.strip() for key, value in
+            re.findall(r"^# *(Age|Sex|Dx):(.*)$", text, re.M | re.I)}
+    codes = set(re.findall(r"\d+", told.get("dx", "")))
+    age = told.get("age", "")
+    return dict(age=float(age) if age.isdecimal() else math.nan,
+                sex={"m": 0, "f": 1}.get(told.get("sex", "")[:1].lower(), math.nan),
+                NORM=int(codes == {SINUS}),
+                **{name: int(bool(codes & set(SNOMED[name].split()))) for name in SNOMED})
+
+
+def open_source(path, rate):
+    """The Source in a folder in PTB-XL's layout, a folder of recordings, a table or a file of them.
+
+    A table is a CSV file with a column `path`, from its folder on, and, as far as it tells them,
+    patient_id (or subject_id), strat_fold, age, sex and 0 or 1 for each of the CLASSES. Without
+    patients each recording is one; without folds a hash of the patient gives them. Raises
+    InputError.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if not path.exists() or (path / TABLES[0]).exists():
+        table = load_tables(path)
+        table["record"] = table[RATES[rate]]
+        return Source(path.name, path, table, [path / name for name in table.record],
+                      source_digest(path, table, rate))
+    if path.suffix.lower() == ".csv":
+        table = pd.read_csv(path).rename(columns=dict(subject_id="patient_id"))
+        if "path" not in table:
+            raise InputError(f"{path}: a table of recordings needs a column path, beside such as "
+                             f"patient_id, strat_fold, age, sex, {', '.join(CLASSES)}; it has "
+                             f"{', '.join(table)[:200]}")
+        items = list_recordings(path.parent / name for name in table.path)
+        if len(items) != len(table):
+            raise InputError(f"{path}: some of its {len(table)} paths hold several recordings; "
+                             "give such a file, or folder, as a source of its own")
+    else:
+        items = list_recordings([path])
+        table = pd.DataFrame([header_facts(file) for file, _ in items])
+    home = path if path.is_dir() else path.parent
+    names = [os.path.relpath(file, home) + (f"#{row}" if row is not None else "")
+             for file, row in items]
+    table = pd.DataFrame(dict(record=names, patient_id=names, age=math.nan, sex=math.nan)
+                         | dict.fromkeys(CLASSES, 0) | dict(table))
+    patients = table.patient_id.astype(str)
+    if "strat_fold" not in table:  # the same for a patient wherever else it turns up
+        table["strat_fold"] = [1 + int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10
+                               for p in patients]
+    wrong = {"strat_fold": ~table.strat_fold.isin(range(1, 11)),
+             "patient_id": patients.map(table.groupby(patients).strat_fold.nunique()) > 1,
+             } | {name: ~table[name].isin((0, 1)) for name in CLASSES}
+    for column, bad in wrong.items():
+        if bad.any():
+            raise InputError(f"{path}: {column} is {table[column][bad].iloc[0]} in {bad.sum()} "
+                             "rows; needs folds from 1 to 10, a patient in one fold alone, 0 or 1 "
+                             f"for each of {', '.join(CLASSES)}")
+    digest = hashlib.sha256(f"format {FORMAT} {table.to_csv()}".encode())
+    for file in sorted({file for file, _ in items}):
+        for part in file.parent.glob(f"{file.stem}.*"):  # a header's samples too
+            digest.update(f"{part} {part.stat().st_size} {part.stat().st_mtime_ns}".encode())
+    return Source(path.stem, path, table, items, digest.hexdigest())
+
+
+def try_record(item, rate, reading):
+    """(windows (W, T, C) int16 microvolt, None) of an item of a Source, or (None, what is wrong).
+
+    reading: of recordings from anywhere, what read_recording() takes, and all_windows, without
+    which the first one is taken. A worker that never raises.
+    """
+    try:
+        if isinstance(item, Path):
+            return read_record(item, rate)[None], None
+        reading = dict(reading)
+        count = None if reading.pop("all_windows", False) else 1
+        recording = read_recording(*item, **reading)
+        x = np.rint(prepare(recording, rate)[0][:count])
+        if np.abs(x).max() > np.iinfo(np.int16).max:
+            raise InputError(f"{recording.name}: a value exceeds 32.767 mV; is the unit right?")
+        return x.astype("<i2"), None
+    except InputError as error:
+        return None, str(error)
+
+
 # Cache
 
 @dataclass
@@ -639,7 +756,7 @@ class Cache:
 
     folder: Path
     signals: np.ndarray
-    index: "pd.DataFrame"
+    index: object  # a DataFrame
     meta: dict
     copies: dict = field(default_factory=dict)  # device -> the signals as a tensor there
 
@@ -704,17 +821,30 @@ def new_folder(out):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_cache(folder, rate, out, workers=None, skip_bad=False):
-    """Read every record of folder once into the cache folder `out`, unless it is there already.
+def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
+    """Read every record of one or several sources once into the cache folder `out`, unless it is
+    there already; what has the same samples as one before is left out.
 
-    Raises InputError when records are missing or unusable; with skip_bad those are left out.
+    paths: as open_source() takes them; reading: as try_record() does. Raises InputError when
+    records are missing or unusable; with skip_bad those are left out.
     """
-    folder, out = Path(folder), Path(out)
-    table = load_tables(folder)
-    paths = [folder / name for name in table[RATES[rate]]]
-    source = source_digest(folder, table, rate)
+    import pandas as pd
+
+    out, reading = Path(out), dict(reading)
+    sources = [open_source(path, rate) for path in ([paths] if isinstance(paths, (str, Path))
+                                                    else paths)]
+    items = [item for source in sources for item in source.items]
+    table = pd.concat([source.table.assign(source=source.name) for source in sources],
+                      ignore_index=True)
+    columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", *CLASSES]
+    digest = sources[0].digest
+    if len(sources) > 1 or not isinstance(items[0], Path):  # else all is as PTB-XL has it
+        columns += ["source", "record"]
+        table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
+        told = json.dumps([*reading.items(), *(source.digest for source in sources)])
+        digest = hashlib.sha256(told.encode()).hexdigest()
     if (out / "meta.json").exists():
-        if f'"{source}"'.encode() in (out / "meta.json").read_bytes():
+        if f'"{digest}"'.encode() in (out / "meta.json").read_bytes():
             meta = open_cache(out, check=True).meta
             print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
                   f"{len(meta['left_out'])} left out")
@@ -723,43 +853,57 @@ def build_cache(folder, rate, out, workers=None, skip_bad=False):
         raise InputError(f"{out} exists and is no cache; remove it (rm -r {out}) or give another "
                          "folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_room(out.parent, cache_bytes(len(paths), rate))
+    check_room(out.parent, cache_bytes(len(items), rate))
 
-    left_out, kept, flat, disagree, digest = [], [], 0, [], hashlib.sha256()
+    bad, twice, kept, flat, disagree, sizes = [], [], [], 0, [], []
+    seen, samples = {}, hashlib.sha256()
     with new_folder(out) as tmp:
         # Ctrl-C is for this process alone, which then cancels what has not begun.
         with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
-              closing(pool.map(partial(try_record, rate=rate), paths, chunksize=32)) as results,
+              closing(pool.map(partial(try_record, rate=rate, reading=reading), items,
+                               chunksize=32)) as results,
               open(tmp / "signals.int16", "wb") as file):
-            for i, (signal, problem) in enumerate(
-                    tqdm(results, "cache", len(paths), unit="record", disable=None)):
-                if problem:
-                    left_out.append(problem)
-                    continue
-                flat += bool((signal == signal[:1]).all(0).any())
-                if not limb_leads_agree(signal):
-                    disagree.append(str(table.ecg_id[i]))
-                kept.append(i)
-                digest.update(signal)
-                file.write(signal)
-        if left_out and not (skip_bad and kept):
-            raise InputError(f"{len(left_out)} of {len(paths)} records cannot be used; mend them, "
-                             "or leave them out with --skip-bad:\n  " + "\n  ".join(left_out[:10]))
-        columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", *CLASSES]
-        table.iloc[kept][columns].to_csv(tmp / "index.csv", index=False)
-        digest.update((tmp / "index.csv").read_bytes())
-        meta = dict(rate=rate, records=len(kept), data=str(folder.resolve()), format=FORMAT,
-                    synthetic=(folder / SYNTHETIC).exists(), records_with_a_flat_lead=flat,
-                    left_out=left_out, source=source, fingerprint=digest.hexdigest(),
-                    index=sha256(tmp / "index.csv"))
+            for i, (signals, problem) in enumerate(
+                    tqdm(results, "cache", len(items), unit="record", disable=None)):
+                name = items[i].name if isinstance(items[i], Path) else table.record[i]
+                bad += [problem] if problem else []
+                for signal in () if problem else signals:
+                    of = hashlib.sha256(signal).digest()
+                    if of in seen:
+                        twice.append(f"{name}: the same samples as {seen[of]}")
+                        continue
+                    seen[of] = name
+                    flat += bool((signal == signal[:1]).all(0).any())
+                    disagree += [] if limb_leads_agree(signal) else [name]
+                    sizes.append(np.median(np.ptp(signal, axis=0)) / 1000)
+                    kept.append(i)
+                    samples.update(signal)
+                    file.write(signal)
+        if bad and not (skip_bad and kept):
+            raise InputError(f"{len(bad)} of {len(items)} records cannot be used; mend them, "
+                             "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
+        index = table.iloc[kept]
+        if "record" in columns:
+            index = index.assign(ecg_id=np.arange(1, len(kept) + 1))
+        index[columns].to_csv(tmp / "index.csv", index=False)
+        samples.update((tmp / "index.csv").read_bytes())
+        meta = dict(rate=rate, records=len(kept), format=FORMAT, source=digest,
+                    data=" + ".join(str(source.path.resolve()) for source in sources),
+                    synthetic=any(source.synthetic for source in sources),
+                    records_with_a_flat_lead=flat, left_out=bad + twice,
+                    fingerprint=samples.hexdigest(), index=sha256(tmp / "index.csv"))
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
     print(f"{out}: {len(kept)} records at {rate} Hz, {flat} with a flat lead, "
-          f"{len(left_out)} left out")
-    for problem in left_out:
+          f"{len(bad) + len(twice)} left out")
+    for problem in bad + twice:
         print(f"  left out: {problem}")
     if disagree:
         print(f"  warning: in {len(disagree)} records limb leads do not follow from I and II: were "
-              f"leads exchanged, or scaled one by one? ecg_id {' '.join(disagree[:10])}")
+              f"leads exchanged, or scaled one by one? {' '.join(disagree[:10])}")
+    for name, size in pd.Series(sizes).groupby(index.source.to_numpy()).median().items():
+        if not USUAL_MV[0] < size < USUAL_MV[1]:
+            print(f"  warning: leads of {name} range over {size:.2g} mV (median), an ECG's over "
+                  f"{USUAL_MV[0]} to {USUAL_MV[1]:g}: are its unit and gains right?")
 
 
 def open_cache(folder, check=False):
@@ -973,23 +1117,25 @@ def synthesize(out, records, seed=0):
     print(f"{out}: {records} synthetic records of {patient} patients, both rates")
 
 
-def info(folder):
-    """Print Table 1 of the paper for a folder: superclasses by fold, patients, sizes on disk."""
-    folder = Path(folder)
-    table = load_tables(folder)
+def info(path):
+    """Print Table 1 of the paper for a source: superclasses by fold, patients, sizes on disk."""
+    source = open_source(path, min(RATES))
+    table, folder = source.table, source.path
     single = table[list(CLASSES)].sum(axis=1)
     table = table.assign(records=1, none=(single == 0).astype(int), one=(single == 1).astype(int))
     columns = ["records", *CLASSES, "one", "none"]
     folds = table.groupby("strat_fold")[columns].sum()
     folds.loc["all"] = folds.sum()
-    print(f"{folder}{' (synthetic)' if (folder / SYNTHETIC).exists() else ''}\n{folds}")
+    print(f"{folder}{' (synthetic)' * source.synthetic}\n{folds}")
     print("a record may hold several superclasses; one: exactly one, none: no diagnostic one")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
     for rate in RATES:
-        files = record_files(folder, table, rate)
-        there = [file.stat().st_size for file in files if file.exists()]
-        print(f"{rate} Hz: {len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; "
-              f"as a cache {cache_bytes(len(table), rate) / 1e6:.1f} MB")
+        size = f"as a cache {cache_bytes(len(table), rate) / 1e6:.1f} MB"
+        if isinstance(source.items[0], Path):
+            files = record_files(folder, table, rate)
+            there = [file.stat().st_size for file in files if file.exists()]
+            size = f"{len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; {size}"
+        print(f"{rate} Hz: {size}")
 
 
 def get_args(argv=None):
@@ -1001,8 +1147,17 @@ def get_args(argv=None):
     p.add_argument("--url", default=URL, help="a mirror in the same layout, "
                    "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
     p.add_argument("--workers", type=int, default=8, help="files at a time")
-    p = commands.add_parser("cache", help="all records of a folder into one array", **style)
-    add_shared(p, "data", "rate")
+    p = commands.add_parser("cache", help="all records of one or more sources in one array",
+                            **style)
+    p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="folders in PTB-XL's layout, "
+                   "or of recordings; tables of them (CSV with a column path); files of several "
+                   "(npy, npz, HDF5)")
+    add_shared(p, "rate")
+    p.add_argument("--unit", help="of recordings that do not tell it: mV, uV or V")
+    p.add_argument("--source-rate", type=float, help="theirs, in Hz")
+    p.add_argument("--leads", nargs="+", help="theirs, in the order of the columns")
+    p.add_argument("--all-windows", action="store_true", help="of longer recordings all windows of "
+                   "10 s; by default the first")
     p.add_argument("--out", default="cache/ptbxl-500", help="cache folder")
     p.add_argument("--workers", type=int, default=None, help="processes; None: one a core")
     p.add_argument("--skip-bad", action="store_true", help="leave out records that are unusable")
@@ -1011,7 +1166,7 @@ def get_args(argv=None):
     p.add_argument("--records", type=int, default=400, help="how many")
     p.add_argument("--seed", type=int, default=0, help="same seed, same records")
     p = commands.add_parser("info", help="counts by fold and superclass, sizes", **style)
-    add_shared(p, "data")
+    p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="sources, as of cache")
     return parser.parse_args(argv)
 
 
@@ -1019,11 +1174,14 @@ def main(args):
     if args.command == "download":
         download(args.data, args.rate, args.url, args.workers)
     elif args.command == "cache":
-        build_cache(args.data, args.rate, args.out, args.workers, args.skip_bad)
+        reading = dict(rate=args.source_rate, unit=args.unit, leads=args.leads,
+                       all_windows=args.all_windows)
+        build_cache(args.data, args.rate, args.out, args.workers, args.skip_bad, reading)
     elif args.command == "synth":
         synthesize(args.out, args.records, args.seed)
     else:
-        info(args.data)
+        for path in args.data:
+            info(path)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def protocols(index):
             if len(part) == 0:
                 raise InputError(f"{len(index)} records, but none in fold {', '.join(map(str, f))} "
                                  f"has {'one superclass' if more else 'a superclass'}: each part "
-                                 "needs some; see python data.py info, and take more records")
+                                 "needs some; see python data.py info, take more records, or "
+                                 "evaluate on others: --cache")
         tasks[name] = Task(name, y, index.patient_id.to_numpy(), *parts, **more)
     return tasks
 
@@ -502,7 +503,8 @@ def untrained(config, seed, device):
 
 def describe_data(meta):
     """The data of a cache in a few words, for titles."""
-    return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{Path(meta['data']).name}"
+    names = " + ".join(Path(path).name for path in meta["data"].split(" + "))
+    return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{names}"
 
 
 def describe(saved, meta):
@@ -846,6 +848,10 @@ def score_lines(run, scores, draws):
             found = bootstrap(y, p, predicted, task.patients[rows], run.settings.bootstrap)
             draws[f"{protocol}-{row}"] = found
             bounds = {m: interval(d) for m, d in zip(MEASURES, found.T)}
+            if protocol == "official" and "source" in run.cache.index:
+                of = run.cache.index.source.to_numpy()[rows]
+                out += lines("sources", row, {f"macro_auroc/{name}": mean_of_known(aurocs(
+                    y[of == name], p[of == name])) for name in sorted(set(of))})
             if protocol == "official":
                 out += lines("leads", row, {f"macro_auroc/{n}": mean_of_known(aurocs(y, fewer))
                                             for n, fewer in zip(LEAD_SETS, s["leads"])})
@@ -1209,6 +1215,7 @@ ABOUT = dict.fromkeys(("labels", "labels-paper"),
     "low is good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective "
     "rank over all records, 1..min(records, width), high is good. Stream CKA: likeness of what "
     "the two streams hand on, 0..1, higher the fewer records and the wider the streams.",
+    "sources": "Macro AUROC, official protocol, of the test records of each source.",
     "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
     "streams": "Macro AUROC of this run's probe of the official protocol on folds 9 and 10, while "
     "one stream sees another record, or zeros; the cross-attention still joins the two.",
@@ -1223,6 +1230,7 @@ TITLES = {"official": "Official protocol (the headline)", "cv": "Cross-validated
           "paper": "The paper's protocol, fold 10",
           "table3": "Linear probe: Table 3 of the paper", "clustering": "Clustering: Table 2 of "
           "the paper", "quality": "Quality without labels", "leads": "Fewer leads",
+          "sources": "By source",
           "labels-cv": "Few labels, cross-validated", "leads-cv": "Fewer leads, cross-validated",
           "few": "Few labels, official protocol", "few-paper": "Few labels, the paper's protocol",
           "labels": "Few labels, differences, official protocol",
@@ -1270,7 +1278,10 @@ def sections(numbers):
         part = found[(found.protocol == name) & (compared | ("cv" in name))]
         out += [f"## {TITLES[name]}\n{ABOUT[name]}", grid(part, by, {
             m: m.split("/")[1] for m in part.metric.unique()})] if len(part) else []
-    for name, columns in (("clustering", CLUSTERING), ("quality", QUALITY), ("leads", leads),
+    of = found[found.protocol == "sources"].metric.unique()
+    sources = {m: m.removeprefix("macro_auroc/") for m in of}
+    for name, columns in (("sources", sources), ("clustering", CLUSTERING), ("quality", QUALITY),
+                          ("leads", leads),
                           ("streams", ["macro_auroc"]), ("streams-masked", ["macro_auroc"]),
                           ("shortcuts", SHORTCUTS), ("training", TRAINING)):
         if name in set(full.protocol):  # a ResNet has no streams

@@ -697,7 +697,8 @@ def load_encoder(folder, device="cpu"):
     views = ViewConfig(view=saved["args"]["view"], equal=saved["args"].get("equal", False))
     data = saved["data"]
     about = dict(rate=data["rate"], records=data["records"], fingerprint=data["fingerprint"],
-                 data="synthetic records" if data["synthetic"] else Path(data["data"]).name)
+                 data="synthetic records" if data["synthetic"] else " + ".join(
+                     Path(path).name for path in data["data"].split(" + ")))
     path, probe, n_views = folder / "eval" / "probe.npz", None, None
     if path.exists():
         try:

@@ -2850,6 +2850,114 @@ def embedded(run, tmp_path, *argv):
         return pd.read_csv(tmp_path / "out.csv").set_index("name"), dict(arrays), words
 
 
+class TestCollections:
+    """Sources other than PTB-XL's own layout (Challenge folders, tables, arrays), and several."""
+
+    @pytest.fixture
+    def challenge(self, synth, tmp_path):
+        """Real quirks on synthetic records: names, rates, lengths, padding, flat leads, a date."""
+        folder, rng = tmp_path / "georgia", np.random.default_rng(0)
+        (folder / "g1").mkdir(parents=True)
+        for i, (rate, seconds, dx) in enumerate((
+                (257, 30, "164889003"), (400, 12, "426783006"), (1000, 10, "164873001,426783006"),
+                (500, 10, "59118001, 164865005"), (500, 60, ""), (250, 10, "428750005"))):
+            x = rng.integers(-900, 900, (rate * seconds, 12)).astype("<i2")
+            if i == 1:
+                x[:rate], x[-rate:] = 0, 0  # padded, as CODE-15 is
+            if i == 3:
+                x[:, 5] = 0  # as in Ningbo
+            (folder / "g1" / f"E{i}.mat").write_bytes(bytes(24) + x.tobytes())
+            (folder / "g1" / f"E{i}.hea").write_text(
+                f"E{i} 12 {rate} {len(x)} 05-May-2020 14:50:55\n" + "".join(
+                    f"E{i}.mat 16+24 1000/mV 16 0 {x[0, c]} 0 0 {lead.lower() if i else lead}\n"
+                    for c, lead in enumerate(LEADS))
+                + f"#Age: 5{i}\n#Sex: {'Female' if i % 2 else 'M'}\n# Dx: {dx}\n")
+        return folder
+
+    def test_a_folder_of_the_challenge_becomes_a_cache(self, challenge, tmp_path, capsys):
+        data.build_cache(challenge, 100, tmp_path / "c", workers=1)
+        c = data.open_cache(tmp_path / "c")
+        assert list(c.index.record) == [f"g1/E{i}.hea" for i in range(6)]
+        assert list(c.index.ecg_id) == [*range(1, 7)] and set(c.index.source) == {"georgia"}
+        assert list(c.index.age) == [50, 51, 52, 53, 54, 55] and list(c.index.sex) == [0, 1] * 3
+        found = [[name for name in CLASSES if row[name]] for _, row in c.index.iterrows()]
+        assert found == [[], ["NORM"], ["HYP"], ["MI", "CD"], [], ["STTC"]]
+        for i in range(6):
+            x = wfdb.rdrecord(str(challenge / "g1" / f"E{i}")).p_signal * 1000
+            rate = len(x) // (30, 12, 10, 10, 60, 10)[i]
+            x = x[rate:-rate] if i == 1 else x
+            want = scipy.signal.resample_poly(x, 100, rate, padtype="line")[:1000]
+            np.testing.assert_allclose(c.signals[i], want, atol=.51)
+        assert c.meta["records_with_a_flat_lead"] == 1
+        data.build_cache(challenge, 100, tmp_path / "c", workers=1)
+        assert "up to date, 6 records" in capsys.readouterr().out
+        data.build_cache(challenge, 100, tmp_path / "c", 1, reading=dict(all_windows=True))
+        assert len(data.open_cache(tmp_path / "c").index) == 3 + 1 + 1 + 1 + 6 + 1
+        data.main(data.get_args(["info", "--data", str(challenge)]))
+        assert re.search(r"all +6 +1 +1 +1 +1 +1 +3 +2", capsys.readouterr().out)
+
+    def test_folds_follow_patients_and_tables_say_what_they_know(self, challenge, tmp_path):
+        table = pd.DataFrame(dict(path=[f"g1/E{i}" for i in range(6)], subject_id=list("aabbcd"),
+                                  NORM=[0, 0, 1, 1, 0, 0]))
+        table.to_csv(challenge / "t.csv", index=False)
+        found = data.open_source(challenge / "t.csv", 100).table
+        fold = found.groupby("patient_id").strat_fold
+        assert fold.nunique().max() == 1 and fold.first().nunique() > 1
+        assert list(found.NORM) == list(table.NORM) and not found.HYP.any()
+        for changes, words in ((dict(strat_fold=[1, 2, 3, 3, 4, 4]), "patient_id is a in 2 rows"),
+                               (dict(strat_fold=11), "strat_fold is 11 in 6 rows"),
+                               (dict(MI=2), "MI is 2 in 6 rows"),
+                               (dict(path="g1"), "paths hold several recordings"),
+                               (dict(path="g1/none"), "holds no recording")):
+            table.assign(**changes).to_csv(challenge / "t.csv", index=False)
+            with pytest.raises(InputError, match=words):
+                data.open_source(challenge / "t.csv", 100)
+        table.drop(columns="path").to_csv(challenge / "t.csv", index=False)
+        with pytest.raises(InputError, match="needs a column path"):
+            data.open_source(challenge / "t.csv", 100)
+
+    def test_several_sources_make_one_cache_without_what_is_there_twice(self, synth, tmp_path,
+                                                                       capsys):
+        x = np.stack([data.read_record(synth / f"records100/00000/{i:05d}_lr", 100)
+                      for i in (1, 2, 3)] + [np.random.default_rng(0).integers(-9000, 9000,
+                                                                               (1000, 12))])
+        with h5py.File(tmp_path / "code15.h5", "w") as file:
+            file["tracings"], file["exam_id"] = x[[0, 3, 3]], [4, 5, 6]
+        out, reading = tmp_path / "c", dict(rate=100, unit="uV", leads=LEADS)
+        data.build_cache([synth, tmp_path / "code15.h5"], 100, out, 1, reading=reading)
+        c, said_ = data.open_cache(out), capsys.readouterr().out
+        assert len(c.index) == 101 and list(c.index.ecg_id) == [*range(1, 102)]
+        np.testing.assert_array_equal(c.signals[100], x[3])
+        assert c.meta["left_out"] == [
+            "code15.h5#0: the same samples as 00001_lr",
+            "code15.h5#2: the same samples as code15.h5#1"] and "left out: code15" in said_
+        assert re.search("leads of code15 range over 18 mV .*unit and gains right", said_)
+        assert "leads of synth" not in said_ and c.index.groupby("source").size().code15 == 1
+        table = data.load_tables(synth)
+        np.testing.assert_array_equal(c.index.strat_fold[:100], table.strat_fold)
+        assert c.index.patient_id[:100].nunique() == table.patient_id.nunique()
+        with pytest.raises(InputError, match="3 of 103 records cannot be used.*\n.*unit"):
+            data.build_cache([synth, tmp_path / "code15.h5"], 100, tmp_path / "d", 1)
+
+    @slow
+    def test_two_sources_train_and_are_evaluated_apart(self, synth, tmp_path):
+        other = tmp_path / "other"
+        data.synthesize(other, 60, seed=9)
+        data.build_cache([synth, other], 100, tmp_path / "c", 1)
+        said(run_train, tmp_path / "c", tmp_path / "r", "--view", "contig", "--epochs", 1)
+        said(run_evaluate, *quick(tmp_path / "r"))
+        index, at = data.open_cache(tmp_path / "c").index, metrics_of(tmp_path / "r")
+        y = index[list(CLASSES)].to_numpy()
+        test = np.flatnonzero((index.strat_fold == 10) & y.any(1))
+        with np.load(tmp_path / "r" / "eval" / "official-pretrained-100%-0.npz") as scores:
+            for name in ("synth", "other"):
+                of = (index.source[test] == name).to_numpy()
+                want = evaluate.mean_of_known(evaluate.aurocs(y[test[of]], scores["test"][of]))
+                got = at.value["sources", "pretrained", "100%", 0, f"macro_auroc/{name}"]
+                assert got == pytest.approx(want, nan_ok=True)
+        assert "## By source" in (tmp_path / "r" / "report.md").read_text()
+
+
 class TestEmbed:
     def test_a_recording_is_the_same_in_every_form_and_much_alike_at_every_rate(
             self, evaluated, synth, tmp_path):
