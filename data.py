@@ -128,14 +128,28 @@ def normalize(signals):
 
 # Files
 
+@contextmanager
+def writing(path):
+    """Name the path in an error of writing to it, and say what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save's of a full disk: [enforce fail at inline_container.cc:672], or iostream error
+        if isinstance(error, RuntimeError) and not re.search("inline_con|iostream", str(error)):
+            raise
+        raise OSError(f"{path} cannot be written ({str(error)[:80]}), as on a full disk; what was "
+                      "there is kept: make room, and give the same command again") from error
+
+
 def write_atomic(path, write):
     """Call write(temporary path), then rename it to path: a kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
     try:
-        write(tmp)
-        os.replace(tmp, path)
+        with writing(path):
+            write(tmp)
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 

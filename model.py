@@ -572,6 +572,15 @@ def count_flops(config, T):
     return forward.get_total_flops(), both.get_total_flops()
 
 
+# What args.json and a row of log.jsonl hold at least.
+SAVED = dict(
+    args=dict(view=str, seed=int, cache=str, mask_leads=bool, aux_weight=(int, float),
+              aux_losses=bool, negatives=str),
+    in_effect=dict(batch=int, micro=int, val_batch=int, total=int),
+    data=dict(data=str, rate=int, records=int, synthetic=bool, fingerprint=str))
+LOGGED = "epoch", "step", "loss", "val_loss", "records_per_second"
+
+
 def read_args(folder):
     """args.json of a run folder as a dict; raise InputError when it is missing or damaged."""
     path = Path(folder) / "args.json"
@@ -580,12 +589,15 @@ def read_args(folder):
                          "pretrain with the same VIEW or RUN")
     try:
         saved = json.loads(path.read_text())
-        if not {"args", "config", "in_effect", "data"} <= set(saved):
-            raise ValueError("it lacks args, config, in_effect or data")
+        for part, kinds in SAVED.items():
+            for key, kind in kinds.items():
+                if not isinstance(saved[part][key], kind):
+                    raise ValueError(f"{key} of {part} is {saved[part][key]!r}")
+        Config(**saved["config"])
         return saved
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); mend it, or remove {folder} and train again"
-                         ) from error
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({repr(error)[:80]}); mend it, or remove {folder} and "
+                         "train again") from error
 
 
 def read_log(folder):
@@ -595,15 +607,31 @@ def read_log(folder):
     path = Path(folder) / "log.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        log = pd.DataFrame(rows).set_index("epoch")
-        log[["step", "loss", "val_loss", "records_per_second"]]  # a KeyError when one lacks
-        return log
+        for row in rows:
+            if None in [row[key] for key in LOGGED] or not {*map(type, row.values())} <= {
+                    int, float, type(None)}:
+                raise ValueError(f"not numbers: {row}")
+        return pd.DataFrame(rows).set_index("epoch")
     except FileNotFoundError:
         raise InputError(f"{folder} has no log.jsonl: give a run folder with at least one epoch "
                          "done") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is empty or damaged ({error!r}); mend it, or train again"
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(f"{path} is empty or damaged ({repr(error)[:80]}); mend it, or train again"
                          ) from error
+
+
+def read_tensors(path, keys, device="cpu"):
+    """The dict in a file of torch.save; an error of any kind if its bits, keys or weights are not
+    what was written.
+    """
+    if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+        raise ValueError(f"{part} has changed since it was written")
+    state = torch.load(path, map_location=device)
+    if set(state) != keys:
+        raise ValueError(f"it holds {', '.join(map(str, state))}, not {', '.join(keys)}")
+    if bad := [key for key, t in state["model"].items() if not t.isfinite().all()]:
+        raise ValueError(f"{bad[0]} is not finite")
+    return state
 
 
 def load_run(folder, device="cpu"):
@@ -620,9 +648,13 @@ def load_run(folder, device="cpu"):
             "RUN"))
     saved = read_args(folder)
     try:
-        weights = torch.load(folder / "model.pt", map_location=device)
-        model = Contrastive(Config(**weights["config"]))
-        model.load_state_dict(weights["model"])
+        weights = read_tensors(folder / "model.pt", {"model", "config"}, device)
+        config = Config(**weights["config"])
+        if config.depth > len(weights["model"]):
+            raise ValueError(f"depth {config.depth}, but {len(weights['model'])} tensors")
+        with torch.device("meta"):  # whatever sizes it asks for, no memory is taken for them
+            model = Contrastive(config)
+        model.load_state_dict(weights["model"], assign=True)
     except Exception as error:  # whatever a damaged file leads torch to
         raise InputError(f"{folder / 'model.pt'} is damaged, or of other code "
                          f"({str(error)[:80]!r}); remove it and run the command that made it: "

@@ -9,6 +9,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
 
 import contextlib
+import errno
 import http.server
 import io
 import itertools
@@ -16,6 +17,7 @@ import json
 import math
 import pickle
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -38,6 +40,7 @@ import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.tensorboard
 import wfdb
 from matplotlib.figure import Figure
 from sklearn import metrics
@@ -3126,6 +3129,240 @@ class TestEmbed:
             (broken / name).write_text(text)
             with pytest.raises(InputError, match="is damaged, or of other code"):
                 model.load_encoder(broken)
+
+
+def stop_in(process, folder, number):
+    """Send a signal to a process group once an epoch is done; what it says until all have ended."""
+    while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
+        time.sleep(.02)
+        assert process.poll() is None, process.communicate()
+    if number == signal.SIGKILL:  # to the parent alone
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
+    try:
+        return process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def started(*argv, **more):
+    """A script of the project, in a process group of its own."""
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, start_new_session=True,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
+
+
+def stopped_at(step):
+    """For train(): stop at the step that is the so-manieth to ask."""
+    asked = itertools.count()
+    return lambda device: next(asked) == step
+
+
+def steps_of_a_process(cache, folder):
+    """Train until the second process gets a SIGTERM; how often it was asked whether to stop."""
+    told, asked = train.listen(), []
+
+    def one_is_told(device):
+        asked.append(device)
+        if len(asked) == 5 and train.ranks()[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return told(device)
+
+    train.train(train.get_args(argv_of(cache, folder, "--epochs", 9, "--device", "cpu")),
+                one_is_told)
+    train.leave_processes()
+    return len(asked)
+
+
+def damage(path, how):
+    """Damage a file of torch.save."""
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif how == "byte":
+        path.write_bytes(b"P")
+    elif how == "bit":  # of a weight, which torch.load takes as it comes
+        state, all_bytes = torch.load(path), bytearray(path.read_bytes())
+        weight = state["model"]["encoder.shortcut.weight"].numpy().tobytes()
+        all_bytes[all_bytes.index(weight) + 3] ^= 1
+        path.write_bytes(all_bytes)
+    else:
+        state = torch.load(path)
+        state["model"]["encoder.gate"] *= how.get("gate", 1.0)
+        torch.save(state | how if "gate" not in how else state, path)
+
+
+@pytest.fixture(scope="session")
+def contig(cache, tmp_path_factory):
+    """A run, and the same one cut short after several saves; its command line."""
+    folder = tmp_path_factory.mktemp("survives")
+    argv = "--view", "contig", "--epochs", 2, "--save-minutes", 0
+    run_train(cache, folder / "whole", *argv)
+    run_cut_short(pytest.MonkeyPatch(), 14, cache, folder / "cut", *argv)
+    return folder / "whole", folder / "cut", argv
+
+
+class TestSurvives:
+    @pytest.fixture
+    def cut(self, contig, tmp_path):
+        return Path(shutil.copytree(contig[1], tmp_path / "cut"))
+
+    @pytest.mark.parametrize("argv", [["--view", "contig"], ["--arch", "resnet18"],
+                                      ["--view", "stochastic", "--workers", 1]])
+    def test_a_run_told_to_stop_goes_on_bit_for_bit(self, cache, tmp_path, argv, capsys):
+        argv = *argv, "--epochs", 2
+        run_train(cache, tmp_path / "whole", *argv)
+        for step, said in ((13, "stopped at step 13 of 20"), (4, "stopped at step 17 of 20")):
+            args = train.get_args(argv_of(cache, tmp_path / "cut", *argv))
+            train.train(args, stopped_at(step))
+            assert said + "; the same command goes on from here" in capsys.readouterr().out
+            assert not (tmp_path / "cut" / "model.pt").exists()
+        run_train(cache, tmp_path / "cut", *argv)
+        assert same_weights(tmp_path / "whole", tmp_path / "cut")  # running averages, too
+        assert repeatable(tmp_path / "whole") == repeatable(tmp_path / "cut")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
+    def test_a_signal_to_all_processes_saves_the_step_and_ends_without_an_error(self, cache,
+                                                                                tmp_path, number):
+        argv = argv_of(cache, tmp_path / "r", "--epochs", 500, "--view", "stochastic", "--workers",
+                       1)
+        process = started("train.py", *argv)
+        out = stop_in(process, tmp_path / "r", number)
+        assert process.returncode == 0 and "Traceback" not in out, out
+        step = torch.load(tmp_path / "r" / "last.pt")["step"]
+        assert f"stopped at step {step} of 5000; the same command goes on from here" in out
+        assert not (tmp_path / "r" / "model.pt").exists()
+
+    def test_a_second_ctrl_c_stops_at_once(self):
+        code = ("import os, signal, train; told = train.listen()\n"
+                "for n in (signal.SIGINT, signal.SIGTERM): os.kill(os.getpid(), n)\n"
+                "assert told('cpu'); print('told', flush=True)\n"
+                "os.kill(os.getpid(), signal.SIGINT); print('deaf')")
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
+                              text=True)
+        assert done.stdout == "told\n" and "KeyboardInterrupt" in done.stderr
+
+    @slow
+    def test_two_processes_stop_at_the_same_step_when_one_is_told(self, cache, tmp_path):
+        asked = in_two_processes(steps_of_a_process, tmp_path, cache, tmp_path / "r")
+        assert asked == [5, 5] and torch.load(tmp_path / "r" / "last.pt")["step"] == 4
+
+    @slow
+    def test_processes_end_when_torchrun_is_killed(self, cache, tmp_path):
+        process = started("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                          "--", "train.py", *argv_of(cache, tmp_path / "r", "--epochs", 5000))
+        out = stop_in(process, tmp_path / "r", signal.SIGKILL)  # it ends when all have ended
+        assert out.count("stopped at step") == 1, out
+
+    @pytest.mark.parametrize("fits", [.99, pytest.param(.5, marks=slow)])
+    def test_a_full_disk_is_named_and_the_state_of_before_kept(self, contig, cut, cache, fits):
+        before, log = (cut / "last.pt").read_bytes(), (cut / "log.jsonl").read_text()
+        limit = int(fits * len(before))  # a write beyond it fails as one on a full disk does
+        process = started("train.py", *argv_of(cache, cut, *contig[2]), preexec_fn=lambda:
+                          resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        out = process.communicate()[0]
+        assert process.returncode == 1 and "Traceback" not in out, out
+        assert re.search(rf"error: {cut}/last.pt cannot be written .* what was there is kept: make "
+                         "room, and give the same command again", out), out
+        assert (cut / "last.pt").read_bytes() == before and not list(cut.glob("*.tmp*"))
+        assert (cut / "log.jsonl").read_text() == log
+        run_train(cache, cut, *contig[2])
+        assert same_weights(contig[0], cut)
+
+    def test_a_full_disk_under_tensorboard_is_named_too(self, cache, tmp_path, monkeypatch):
+        def full(*args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "flush", full)
+        with pytest.raises(OSError, match="tensorboard cannot be written .*No space left"):
+            run_train(cache, tmp_path / "r", "--max-steps", 1)
+
+    def test_an_error_of_another_kind_while_writing_stays_what_it_is(self, tmp_path):
+        def fail(tmp):
+            raise RuntimeError("a bug")
+
+        with pytest.raises(RuntimeError, match="^a bug$"):
+            data.write_atomic(tmp_path / "x", fail)
+
+    @pytest.mark.parametrize("how", ["cut", "byte", "bit", dict(gate=math.nan), dict(step=-1),
+                                     dict(step=21), dict(step="x"), dict(other=1)], ids=str)
+    def test_a_damaged_last_pt_is_named_and_the_save_before_it_taken(self, contig, cut, cache, how,
+                                                                     capsys):
+        assert torch.load(cut / "last.pt")["step"] == torch.load(cut / "previous.pt")["step"] + 1
+        damage(cut / "last.pt", how)
+        run_train(cache, cut, *contig[2])
+        out = capsys.readouterr().out
+        assert re.search(r"note: \S+last.pt is damaged \(.*\); going on from the save before it, "
+                         r"\S+previous.pt", out), out
+        assert same_weights(contig[0], cut) and repeatable(contig[0]) == repeatable(cut)
+        assert not (cut / "previous.pt").exists()
+
+    def test_without_a_whole_save_both_are_named_and_kept(self, contig, cut, cache):
+        for name in train.SAVES:
+            damage(cut / name, "cut")
+        with pytest.raises(InputError, match=r"(?s)last.pt is damaged .*previous.pt is damaged .*"
+                           "remove .* to train again"):
+            run_train(cache, cut, *contig[2])
+        assert all((cut / name).exists() for name in train.SAVES)
+
+    def test_a_run_killed_between_two_renames_goes_on_from_the_save_before(self, contig, cut,
+                                                                           cache):
+        (cut / "last.pt").unlink()
+        with pytest.raises(InputError, match="made with other arguments"):
+            run_train(cache, cut, *contig[2], "--tau", .2)
+        run_train(cache, cut, *contig[2])
+        assert same_weights(contig[0], cut)
+
+    @pytest.mark.parametrize("how, says", [
+        ("byte", "is damaged"), ("cut", "is damaged"), ("bit", "has changed since"),
+        (dict(gate=math.inf), "gate is not finite"), (dict(other=1), "other"),
+        (dict(config=TINY | dict(depth=2000)), "depth 2000, but"),
+        (dict(config=TINY | dict(width=10 ** 6)), "size mismatch")], ids=str)
+    def test_a_model_pt_that_is_not_what_was_written_is_refused(self, contig, tmp_path, how, says):
+        for name in ("args.json", "model.pt"):
+            shutil.copy(contig[0] / name, tmp_path)
+        damage(tmp_path / "model.pt", how)
+        with pytest.raises(InputError, match=rf"model.pt is damaged, or of other code .*{says}" if
+                           says != "is damaged" else says):
+            model.load_run(tmp_path)
+
+    @pytest.mark.parametrize("change", [
+        "", "{}", "[]", "5", '["args", "config", "in_effect", "data"]', '{"a":' * 10 ** 5, "\udcff",
+        dict(args=5), dict(args={}), dict(in_effect=[]), dict(in_effect={}), dict(data={}),
+        dict(config=dict(width="x")), dict(config=dict(colour=1)), dict(config=[]), ("seed", "x"),
+        ("view", 5), ("tau", []), ("tau", "x"), ("loss", 1)], ids=lambda change: str(change)[:30])
+    def test_a_damaged_args_json_is_refused(self, contig, cut, cache, change):
+        saved = json.loads((cut / "args.json").read_text())
+        if isinstance(change, tuple):
+            saved["args"] |= [change]
+        text = change if isinstance(change, str) else json.dumps(
+            saved if isinstance(change, tuple) else saved | change)
+        (cut / "args.json").write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(InputError, match="args.json.* is damaged"):
+            run_train(cache, cut, *contig[2])
+
+    @pytest.mark.parametrize("line", [
+        "", "{", "5", "[1]", '"x"', '{"epoch": 1}', '{"a":' * 10 ** 5, dict(loss=None),
+        dict(loss="x"), dict(epoch=[1]), dict(other={})], ids=lambda line: str(line)[:30])
+    def test_a_damaged_log_is_refused(self, contig, tmp_path, line):
+        row = log_of(contig[0])[0]
+        text = line if isinstance(line, str) else json.dumps(row | line)
+        (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n" + text + "\n" if text else "")
+        with pytest.raises(InputError, match="log.jsonl is empty or damaged"):
+            model.read_log(tmp_path)
+
+    @pytest.mark.parametrize("fail", [
+        lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))])
+    def test_out_of_memory_says_what_to_halve(self, cache, tmp_path, monkeypatch, fail):
+        monkeypatch.setattr(train, "listen", lambda: lambda device: False)
+        monkeypatch.setattr(train, "backward", lambda *args: fail())
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv_of(cache, tmp_path / "r")])
+        with pytest.raises(InputError, match="out of memory .* halve --micro-batch 4"):
+            train.main()
+        monkeypatch.setattr(train, "backward", lambda *args: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError, match="size"):
+            train.main()
 
 
 class TestMake:

@@ -1,8 +1,9 @@
 """Contrastive pretraining of a dual-view encoder on a cache of 12-lead ECGs (paper 4.4).
 
 In:  a cache folder of data.py (int16 microvolt); labels are never used for training.
-Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), model.pt (at the
-     end), tensorboard/. The same command again resumes it, or says that it is finished.
+Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on) and previous.pt (the
+     save before), model.pt (at the end), tensorboard/. The same command again resumes it, after a
+     kill too, or says that it is finished; SIGTERM or Ctrl-C end it once the step at hand is saved.
 
     python train.py --cache cache/ptbxl-500 --view noncontig
     python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
@@ -21,6 +22,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -40,9 +42,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
-                  bounded, from_args, normalize, open_cache, run_script, setting, write_atomic)
+                  bounded, from_args, normalize, open_cache, run_script, setting, write_atomic,
+                  writing)
 from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
-                   embed, n_parameters, nt_xent, parse, read_args)
+                   embed, n_parameters, nt_xent, parse, read_args, read_tensors)
 from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
                    pool, shift)
 
@@ -50,7 +53,9 @@ BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
 VAL_STEP = 2 ** 31  # a step that training never reaches: validation has the same views each time
+SAVES = "last.pt", "previous.pt"  # what a run goes on from, and the save before it
 STREAM_NORMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
+SIGNALS = signal.SIGTERM, signal.SIGINT  # SLURM or a spot machine ask to stop so; Ctrl-C
 # what may differ on a resume
 NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes", "keep_every"}
 
@@ -219,6 +224,35 @@ def leave_processes():
         dist.destroy_process_group()
 
 
+def listen():
+    """A function that says, in all processes alike, whether to stop; a second Ctrl-C does at once.
+
+    One is to stop after SIGTERM or Ctrl-C, here or in another process, or when torchrun is gone.
+    """
+    asked, parent = [], os.getppid()
+
+    def hear(number, _):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def told_to_stop(device):
+        gone = dist.is_initialized() and os.getppid() != parent  # as after kill -9 of torchrun
+        votes = torch.tensor(float(bool(asked) or gone), device=device)
+        add_up([votes])
+        return bool(votes)
+
+    for number in SIGNALS:
+        signal.signal(number, hear)
+    return told_to_stop
+
+
+def ignore_signals(_):
+    """Of a worker: signals go to all processes, and the step at hand still needs its records."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def add_up(tensors):
     """Replace each tensor by its sum over the processes."""
     if dist.is_initialized():
@@ -344,7 +378,8 @@ class Feed:
         mine = [[(step, int(row)) for row in rows[share(len(rows))]] for step, rows in order]
         pieces = [keys[i:i + 16] for keys in mine for i in range(0, len(keys), 16)]
         made = iter(DataLoader(Augmented(self.cache, self.config, self.seed),
-                               batch_sampler=pieces, num_workers=self.workers))
+                               batch_sampler=pieces, num_workers=self.workers,
+                               worker_init_fn=ignore_signals))
 
         def get(x, first, part):
             return x[part.start - first:part.stop - first].unbind(1)
@@ -634,7 +669,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: another process trains there; wait for it, or give "
                              "another RUN= (--run)") from error
-        if not any((self.path / name).exists() for name in ("last.pt", "model.pt")):
+        if not any((self.path / name).exists() for name in (*SAVES, "model.pt")):
             text = json.dumps(self.record, indent=1)  # nothing to lose yet
             write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
         old = read_args(self.path)
@@ -642,20 +677,27 @@ class RunFolder:
         if lines := differences(old, self.record):
             raise InputError(f"{self.path} was made with other arguments; give another RUN= "
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))
-        if old["git_commit"] != self.record["git_commit"]:
-            print(f"note: the code was at {old['git_commit']} when this run began")
+        if old.get("git_commit") != self.record["git_commit"]:
+            print(f"note: the code was at {old.get('git_commit')} when this run began")
 
     def restore(self, model, optimizer):
-        """Load last.pt, if there: (steps done, sums since the last row of the log)."""
-        path, state = self.path / "last.pt", dict(step=0, sums={}, log=[])
-        if path.exists():
+        """Load the last save that is whole, if any: (steps done, sums since the log's last row)."""
+        state, total, faults = dict(step=0, sums={}, log=[]), self.record["in_effect"]["total"], []
+        for path in filter(Path.exists, map(self.path.joinpath, SAVES)):
             try:
-                state = torch.load(path, map_location="cpu")
+                state = read_tensors(path, {"model", "optimizer", "step", "sums", "log"})
+                if type(state["step"]) is not int or not 0 <= state["step"] <= total:
+                    raise ValueError(f"step {state['step']!r} of {total}")
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
+                break
             except Exception as error:  # whatever a damaged file leads torch to
-                raise InputError(f"{path} is damaged ({str(error)[:80]!r}); remove {self.path}"
-                                 ) from error
+                faults.append(f"{path} is damaged ({str(error)[:80]!r})")
+        else:
+            if faults:
+                raise InputError(f"{'; '.join(faults)}; remove {self.path} to train again")
+        if faults and self.first:
+            print(f"note: {faults[0]}; going on from the save before it, {path}")
         if dist.is_initialized():  # machines may differ in what a seed gives
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), 0)
@@ -672,7 +714,14 @@ class RunFolder:
         if self.first:
             state = dict(model=weights, optimizer=optimizer.state_dict(), step=step, sums=sums,
                          log=self.log)
-            write_atomic(self.path / "last.pt", lambda tmp: torch.save(state, tmp))
+            last, before = map(self.path.joinpath, SAVES)
+
+            def write(tmp):
+                torch.save(state, tmp)
+                if last.exists():  # it makes room only for one that is whole
+                    os.replace(last, before)
+
+            write_atomic(last, write)
             self.write_log()
         self.saved_at = time.monotonic()
 
@@ -687,10 +736,11 @@ class RunFolder:
         if self.first:
             plan = self.record["in_effect"]
             show(row, math.ceil(plan["total"] / plan["steps"]))
-            for key, value in row.items():
-                if value is not None:
-                    self.writer.add_scalar(key, value, row["epoch"])
-            self.writer.flush()
+            with writing(self.path / "tensorboard"):
+                for key, value in row.items():
+                    if value is not None:
+                        self.writer.add_scalar(key, value, row["epoch"])
+                self.writer.flush()
 
     def keep(self, model, folder):
         """Write what evaluation needs: model.pt, and args.json in a folder other than the run's."""
@@ -705,9 +755,16 @@ class RunFolder:
         """Write model.pt and let go of the folder."""
         if self.first:
             self.keep(model, self.path)
+            (self.path / SAVES[1]).unlink(missing_ok=True)
+            self.leave(f"{self.path / 'model.pt'}: finished, "
+                       f"{self.record['in_effect']['total']} steps")
+
+    def leave(self, text):
+        """Let go of the folder, and say why."""
+        if self.first:
             self.writer.close()
             self.lock.close()
-            print(f"{self.path / 'model.pt'}: finished, {self.record['in_effect']['total']} steps")
+            print(text)
 
 
 def summary(sums, record):
@@ -786,8 +843,11 @@ def hold_in_bf16(model):
         p.copy_(p.bfloat16())
 
 
-def train(args):
-    """Pretrain and write the run folder. Raises InputError, before work starts, for bad input."""
+def train(args, told_to_stop=lambda device: False):
+    """Pretrain and write the run folder. Raises InputError, before work starts, for bad input.
+
+    told_to_stop: asked in each step; then the state is saved, and the same command goes on from it
+    """
     config, size, objective = (from_args(cls, vars(args))
                                for cls in (ViewConfig, Config, Objective))
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
@@ -831,8 +891,13 @@ def train(args):
             model.parameters(), args.clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
             raise diverged(f"loss {loss}, gradient norm {stats['grad_norm']}", step, plan)
-        if time.monotonic() - run.saved_at > 60 * args.save_minutes:  # a state whose loss is finite
-            run.save(model.state_dict() | averages, optimizer, step, sums)
+        stopping = told_to_stop(device)
+        if stopping or time.monotonic() - run.saved_at > 60 * args.save_minutes:
+            run.save(model.state_dict() | averages, optimizer, step, sums)  # its loss is finite
+        if stopping:
+            bar.close()
+            return run.leave(f"stopped at step {step} of {plan.total}; the same command goes on "
+                             "from here")
         optimizer.step()
 
         stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
@@ -902,11 +967,24 @@ def with_defaults(saved):
         pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
         idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
         saved = {key: value for key, value in saved.items() if key not in idle}
-    return vars(get_args(["--preset", saved.get("preset", "paper")])) | saved
+    usual = vars(get_args(["--preset", str(saved.get("preset", "paper"))]))
+    kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
+    for key, value in saved.items():
+        if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):
+            raise InputError(f"args.json is damaged ({key}: {value!r}); mend it, or train again")
+    return usual | saved
 
 
 def main():
-    train(get_args())
+    args = get_args()
+    try:
+        train(args, listen())
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("MemoryError|out of memory|can't allocate memory", repr(error)):
+            raise
+        raise InputError(f"out of memory ({str(error)[:80]!r}): halve --micro-batch "
+                         f"{args.micro_batch}, in another run folder if this one has a last.pt"
+                         ) from error
     leave_processes()
 
 
