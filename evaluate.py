@@ -1924,6 +1924,8 @@ def work_on(member, args, children):
     log, study = Path(args.out) / "logs" / f"{member.folder.name}.txt", STUDIES[args.study]
     try:
         call("train.py", *member.flags)
+        if not (member.folder / "model.pt").exists():
+            raise RuntimeError("train.py was told to stop before its end")
         for folder in kept(member) if study.evaluated else []:
             flags = ["run", "--run", str(folder), "--device", args.device, *shlex.split(args.eval)]
             about = folder / "eval" / "about.json"
