@@ -168,10 +168,10 @@ def leaving(folder, names):
     home, real = os.path.realpath(folder), lru_cache(os.path.realpath)  # records share few folders
 
     def stays(name):
-        return name and not {"\\", "\0"} & set(name) and ".." not in name.split("/") and \
-            os.path.commonpath([home, real(os.path.dirname(os.path.join(home, name)))]) == home
+        return not {"\\", "\0", ".."} & {*name, *name.split("/")} and os.path.commonpath(
+            [home, real(os.path.dirname(os.path.join(home, name)))]) == home
 
-    return [name for name in names if not stays(name)]
+    return [name for name in names if os.path.normpath(name) == "." or not stays(name)]
 
 
 def amount(size):
@@ -355,7 +355,9 @@ def load_tables(folder):
                "another record in each row")
     codes = table.scp_codes.map(parse_codes)
     refuse(codes.isna(), "scp_codes", "a dict such as {'NORM': 100.0}")
-    superclass = statements[statements.diagnostic == 1].diagnostic_class
+    # coerced: one cell that is no number would make text of all, and lose every label
+    is_diagnostic = pd.to_numeric(statements.diagnostic, errors="coerce") == 1
+    superclass = statements[is_diagnostic].diagnostic_class
     for name in CLASSES:
         table[name] = codes.map(lambda c: int(any(superclass.get(code) == name for code in c)))
     folds = table.groupby("patient_id").strat_fold.nunique()
@@ -389,7 +391,7 @@ def read_record(path, rate):
              f"{record.sig_len} samples at {record.fs:g} Hz; needs {T} at {rate} Hz")
         need(set(record.units) == {"mV"},
              f"units {' '.join(sorted(set(record.units)))}; needs mV")
-        # wfdb reads a gain of 0 as 200: so say it of the text
+        # wfdb reads a gain of 0 (unknown) as 200: hence the text
         zero = re.search(r"^[^#\s]\S*\s+\S+\s+[-+]?[0.]+([(/e\s]|$)",
                          path.with_suffix(".hea").read_text(errors="replace"), re.M)
         need(all(1 <= gain <= 1e6 for gain in record.adc_gain) and not zero,
@@ -827,8 +829,8 @@ def new_folder(out):
     tmp.mkdir()
     try:
         yield tmp
-        with suppress(FileNotFoundError):  # moved, which is quicker than removed: a kill between
-            out.rename(replaced)  # these two lines would lose it
+        with suppress(FileNotFoundError):
+            out.rename(replaced)  # a kill before the next line loses it: removing takes longer
         tmp.rename(out)
     finally:
         for folder in (tmp, replaced):
@@ -871,7 +873,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
 
     bad, twice, kept, flat, disagree, sizes = [], [], [], 0, [], []
     seen, samples = {}, hashlib.sha256()
-    with new_folder(out) as tmp:
+    with new_folder(out.resolve()) as tmp:  # out may be a link to another disk
         # Ctrl-C is for this process alone, which then cancels what has not begun.
         with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
               closing(pool.map(partial(try_record, rate=rate, reading=reading), items,
@@ -938,13 +940,11 @@ def open_cache(folder, check=False):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
-        records, rate = meta["records"], meta["rate"]
-        if type(records) is not int or records < 1 or type(rate) is not int or rate not in RATES:
-            raise ValueError(f"{records} records at {rate} Hz"[:80])
+        records, rate, *_ = (meta[key] for key in ("records", "rate", "fingerprint", "left_out"))
         shape = (records, SECONDS * rate, len(LEADS))
         size = (folder / "signals.int16").stat().st_size
         if size != cache_bytes(records, rate):
-            raise ValueError(f"{size} bytes for {shape} samples")
+            raise ValueError(f"{size} bytes for {shape} samples"[:80])
         if sha256(folder / "index.csv") != meta["index"]:
             raise ValueError("index.csv is not the one that was written")
         index = pd.read_csv(folder / "index.csv")
@@ -952,9 +952,9 @@ def open_cache(folder, check=False):
             raise ValueError(f"{len(index)} rows in index.csv for {records} records")
         if check and sha256(folder / "signals.int16", folder / "index.csv") != meta["fingerprint"]:
             raise ValueError("signals.int16 is not what was written")
+        signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is truncated, damaged or old: {error}; {again}") from error
-    signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
     return Cache(folder, signals, index, meta)
 
 
