@@ -982,7 +982,7 @@ class TestModel:
         m, x, keep = tiny().eval(), torch.randn(2, 500, 12), torch.ones(2, 12).bool()
         keep[0, 3], other = False, x.clone()
         torch.testing.assert_close(m(x, keep)[0].z, m(x * keep[:, None])[0].z)
-        m, other[0, :, 3] = tiny(late_masking=True).eval(), torch.randn(500)
+        m, other[0, :, 3] = tiny(late_masking=True, stem_width=24).eval(), torch.randn(500)
         for got, want in zip(m.encoder(x, keep), m.encoder(other, keep)):
             assert torch.equal(got, want)
         lifted = F.gelu(m.encoder.time_stem.lift(x.transpose(1, 2)))
@@ -1969,11 +1969,11 @@ class TestEvaluate:
     @slow
     def test_every_row_is_there_also_for_stochastic_few_labels_and_cross_validation(
             self, cache, tmp_path, monkeypatch):
-        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 2)
-        monkeypatch.setattr(evaluate, "LABEL_STEPS", 20)
+        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 1)
+        monkeypatch.setattr(evaluate, "LABEL_STEPS", 10)
         run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
         run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
-                     "--cv", "labels", "leads", "--amplitude")
+                     "--cv", "labels", "leads", "--amplitude", "--bootstrap", 100)
         at = metrics_of(tmp_path / "r").value
         rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
                            if " - " not in row} for protocol in ("official", "table3", "cv")}
