@@ -9,6 +9,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
 
 import contextlib
+import gc
 import http.server
 import io
 import itertools
@@ -223,7 +224,7 @@ def noise(T=1000):
 
 def normalized(cache, rows):
     """Some records of an open cache, normalised: (n, T, C)."""
-    return data.normalize(torch.from_numpy(cache.signals[rows]))
+    return data.normalize(torch.tensor(cache.signals[rows]))
 
 
 # Models and batches
@@ -1108,6 +1109,7 @@ def work_of_a_process(cache, folder):
     m = tiny(arch="resnet18")
     for step in range(2):
         step_of(m, 6, key=(0, step), masked=False)
+    gc.collect()  # the errors above: their tracebacks hold on to the group
     train.leave_processes()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return found, m.encoder.body[1].running_mean, threads
@@ -1971,7 +1973,9 @@ class TestEvaluate:
             self, cache, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 1)
         monkeypatch.setattr(evaluate, "LABEL_STEPS", 10)
-        run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
+        monkeypatch.setattr(evaluate, "STRENGTHS", np.array([.01, 1.]))
+        own = shutil.copytree(cache, tmp_path / "cache")  # with ROCKET's pieces of these settings
+        run_train(own, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
         run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
                      "--cv", "labels", "leads", "--amplitude", "--bootstrap", 100)
         at = metrics_of(tmp_path / "r").value
