@@ -9,7 +9,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
 
 import contextlib
-import gc
 import http.server
 import io
 import itertools
@@ -1093,9 +1092,20 @@ TWO = dict(contig=["--view", "contig"], stochastic=["--view", "stochastic", "--w
            resnet=["--view", "contig", "--arch", "resnet18"])
 
 
-def work_of_a_process(cache, folder):
-    """Runs of TWO, the first once more, cut short and resumed; step_of each of CASES; BatchNorm's
-    averages after two steps; threads left in the end."""
+def gradients_of_a_process():
+    """step_of each case; BatchNorm's averages after two steps; threads left in the end."""
+    train.join_processes("cpu")
+    found = [step_of(with_dropout(), *case) for case in CASES]
+    m = tiny(arch="resnet18")
+    for step in range(2):
+        step_of(m, 6, key=(0, step), masked=False)
+    train.leave_processes()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return found, m.encoder.body[1].running_mean, threads
+
+
+def runs_of_a_process(cache, folder):
+    """Train each of TWO; then the first once more, cut short and resumed; others are refused."""
     device = train.join_processes("cpu")
     train.join_processes = lambda name: device  # one group for all runs
     for name, flags in TWO.items():
@@ -1105,21 +1115,7 @@ def work_of_a_process(cache, folder):
     run_train(cache, folder / "cut", *flags)
     with pytest.raises(InputError, match="made with other arguments"):  # by each of them
         run_train(cache, folder / "cut", *flags, "--tau", .2)
-    found = [step_of(with_dropout(), *case) for case in CASES]
-    m = tiny(arch="resnet18")
-    for step in range(2):
-        step_of(m, 6, key=(0, step), masked=False)
-    gc.collect()  # the errors above: their tracebacks hold on to the group
     train.leave_processes()
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return found, m.encoder.body[1].running_mean, threads
-
-
-@pytest.fixture(scope="session")
-def two_processes(cache, tmp_path_factory):
-    """The folder of the runs of two processes, and what work_of_a_process gives in each."""
-    folder = tmp_path_factory.mktemp("two")
-    return folder, in_two_processes(work_of_a_process, folder, cache, folder)
 
 
 class TestTrain:
@@ -1162,8 +1158,8 @@ class TestTrain:
         assert 0 < (first - exact).abs().max() < .1 < (first - other).abs().max()
 
     @slow
-    def test_two_processes_give_the_gradient_of_one(self, two_processes):
-        (found, mean, threads), (others, *_) = two_processes[1]
+    def test_two_processes_give_the_gradient_of_one(self, tmp_path):
+        (found, mean, threads), (others, *_) = in_two_processes(gradients_of_a_process, tmp_path)
         for case, got, other in zip(CASES, found, others):
             want = step_of(with_dropout(), *case)
             torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
@@ -1373,7 +1369,6 @@ class TestTrain:
         assert 0 < large < 1.3 * small, (small, large)
 
 
-
 TWO = dict(contig=["--view", "contig"], stochastic=["--view", "stochastic", "--workers", 0],
            resnet=["--view", "contig", "--arch", "resnet18"])
 
@@ -1571,8 +1566,10 @@ class TestRun:
         assert [row["epoch"] for row in log_of(tmp_path / "r")] == list(range(1, 9))
 
     @slow
-    def test_two_processes_train_as_one_does_and_resume(self, cache, tmp_path, two_processes):
-        two, _ = two_processes
+    def test_two_processes_train_as_one_does_and_resume(self, cache, tmp_path):
+        two = tmp_path / "two"
+        two.mkdir()
+        in_two_processes(runs_of_a_process, tmp_path, cache, two)
         for name, flags in TWO.items():
             run_train(cache, tmp_path / name, *flags, "--epochs", 2)
             for a, b in zip(log_of(tmp_path / name), log_of(two / name), strict=True):
