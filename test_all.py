@@ -678,7 +678,7 @@ class TestDownload:
 
 
 class TestHostileData:
-    no_waiting, serve, faulty = TestDownload.no_waiting, TestDownload.serve, TestDownload.faulty
+    no_waiting, faulty = TestDownload.no_waiting, TestDownload.faulty
 
     def start(self, *argv):
         """A script in a session of its own, as in a terminal, with its output to read."""
@@ -701,10 +701,10 @@ class TestHostileData:
 
     # Download
 
-    def test_a_busy_server_is_waited_for_within_bounds_and_a_stall_ends(self, synth, serve,
+    def test_a_busy_server_is_waited_for_within_bounds_and_a_stall_ends(self, synth,
                                                                         tmp_path, monkeypatch):
         def tries(fault, wait):
-            server = serve(faults={data.TABLES[0]: [fault]})
+            server = Server(synth, {data.TABLES[0]: [fault]})
             waits.clear()
             data.fetch_file(requests.Session(), f"{server.url}/{data.TABLES[0]}", tmp_path / "t",
                             wait=wait)
@@ -716,7 +716,7 @@ class TestHostileData:
         monkeypatch.setattr(data, "MAX_WAIT_S", 5)
         assert tries("busy", waits.append) == 2 and waits == [5]
         assert tries(503, waits.append) == 2 and waits[0] < .1
-        server = serve(faults={data.TABLES[0]: ["busy", "reset"]})
+        server = Server(synth, {data.TABLES[0]: ["busy", "reset"]})
         waits.clear()  # a pause is of one answer
         data.fetch_file(requests.Session(), f"{server.url}/{data.TABLES[0]}", tmp_path / "t",
                         wait=waits.append)
@@ -726,9 +726,9 @@ class TestHostileData:
         with pytest.raises(InputError, match="HTTP 503"):
             tries("busy", lambda seconds: True)  # told to stop
 
-    def test_what_comes_is_said_and_room_is_checked_before(self, serve, tmp_path, capsys,
+    def test_what_comes_is_said_and_room_is_checked_before(self, synth, tmp_path, capsys,
                                                            monkeypatch):
-        server = serve()
+        server = Server(synth)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e6))
         with pytest.raises(InputError, match="d has no room for 3 MB: 1 MB are free; make room"):
             data.download(tmp_path / "d", 100, server.url)
@@ -736,9 +736,9 @@ class TestHostileData:
         assert "203 files at 100 Hz, 203 to come, about 3 MB" in capsys.readouterr().out
         assert data.amount(2.6e9) == "2.6 GB" and data.amount(1) == "1 MB"
 
-    def test_a_full_disk_ends_a_download_in_one_line_and_it_goes_on(self, serve, tmp_path,
+    def test_a_full_disk_ends_a_download_in_one_line_and_it_goes_on(self, synth, tmp_path,
                                                                     monkeypatch):
-        server, write, written = serve(), data.write_atomic, []
+        server, write, written = Server(synth), data.write_atomic, []
 
         def full(path, how):
             if len(written) > 20:
@@ -757,9 +757,9 @@ class TestHostileData:
         assert not set(server.asked) & set(written) - {"SHA256SUMS.txt"}  # each byte once
 
     @slow
-    def test_ctrl_c_ends_a_download_in_one_line_even_while_it_waits(self, synth, serve, tmp_path):
+    def test_ctrl_c_ends_a_download_in_one_line_even_while_it_waits(self, synth, tmp_path):
         names = list(data.read_sums(synth / "SHA256SUMS.txt"))
-        server, begun = serve(faults={name: ["busy"] for name in names[60:]}), time.time()
+        server, begun = Server(synth, {name: ["busy"] for name in names[60:]}), time.time()
         process = self.start("data.py", "download", "--data", tmp_path / "d", "--rate", "100",
                              "--url", server.url, "--workers", "4")
         self.until(lambda: len(set(server.asked) & set(names[60:])) >= 4, process)
