@@ -114,6 +114,10 @@ def add_shared(parser, *names):
 
 # Normalisation: the one place, for training, evaluation and figures alike.
 
+NORMALISATION = (f"each lead of each {SECONDS} s: mean 0, standard deviation 1; zeros where that "
+                 f"is under {FLAT_UV:g} microvolt")  # as an export says it
+
+
 def normalize(signals):
     """Z-score each lead of each record over time (paper 4.2); a flat lead becomes zeros.
 
@@ -440,14 +444,13 @@ USUAL_MV = 0.6, 3  # the same, median over a collection; of those 1.3
 
 @dataclass
 class Recording:
-    """A recording as a file has it: signal (T, n) in `unit` (one, or one a lead) at `rate` Hz."""
+    """A recording as a file has it: signal (T, n) at `rate` Hz; unit: one name, or one a lead."""
 
     name: str
     signal: np.ndarray
     rate: float
-    unit: object
+    unit: list
     leads: list
-    comments: list = field(default_factory=list)  # of a WFDB header
 
 
 def list_recordings(paths):
@@ -478,8 +481,8 @@ def open_arrays(path):
     """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
     try:
         if path.suffix == ".npy":
-            return dict(signal=np.load(path, mmap_mode="r"))
-        if path.suffix == ".npz":
+            arrays = dict(signal=np.load(path, mmap_mode="r"))
+        elif path.suffix == ".npz":
             with np.load(path) as file:
                 arrays = dict(file)
         else:
@@ -489,98 +492,142 @@ def open_arrays(path):
             arrays = dict(file.attrs) | {k: v for k, v in file.items() if hasattr(v, "shape")}
             for of_array in [dict(v.attrs) for v in arrays.values() if hasattr(v, "attrs")]:
                 arrays |= of_array
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: unreadable: {error}") from error
-    signals = [k for k, v in arrays.items() if len(getattr(v, "shape", ())) in (2, 3)]
-    if len(signals) != 1:
-        raise InputError(f"{path}: {len(signals)} arrays with two or three axes "
-                         f"({', '.join(signals)}); needs one: (time, leads), or several of these")
-    found = dict(signal=arrays[signals[0]])
-    for key, names in KEYS.items():
-        found |= {key: np.asarray(arrays[name]) for name in names if name in arrays}
-    return found
+        signals = [k for k, v in arrays.items() if len(getattr(v, "shape", ())) in (2, 3)]
+        if len(signals) != 1:
+            raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
+                             "(time, leads), or several of these")
+        return dict(signal=arrays[signals[0]]) | {
+            key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
+            if name in arrays}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path.name}: unreadable: {str(error)[:200]}") from error
+
+
+def read_table(path):
+    """A CSV file of a column a lead, and perhaps one of `time` in s: a dict like open_arrays()."""
+    import pandas as pd
+
+    table, told = pd.read_csv(path), {}
+    if not any(map(lead_name, table)):  # without names
+        return dict(signal=pd.read_csv(path, header=None).to_numpy())
+    for name in [name for name in table if name.lower() == "time"]:
+        step = np.median(np.diff(table.pop(name)))
+        told["rate"] = [round(1 / step, 4)]
+    return told | dict(signal=table.to_numpy(), leads=list(table))
+
+
+def read_wfdb(path):
+    """A record of a WFDB header or an EDF file, through wfdb: a dict like open_arrays()."""
+    import wfdb
+    from wfdb.io.convert.edf import read_edf
+
+    def read(path):
+        if path.suffix.lower() == ".edf":
+            return read_edf(str(path))
+        header, stem = wfdb.rdheader(str(path.with_suffix(""))), str(path.with_suffix(""))
+        size = sum((path.parent / name).stat().st_size for name in set(header.file_name or ()))
+        if (header.n_sig or 0) * (header.sig_len or 0) > size:  # a byte a sample is the least
+            raise ValueError(f"{header.n_sig} leads of {header.sig_len} samples in {size} bytes")
+        return wfdb.rdrecord(stem)
+
+    try:
+        record = read(path)
+    except Exception:  # wfdb raises whatever its parser meets in a broken file
+        lines = path.read_text(errors="replace").splitlines() if path.suffix == ".hea" else []
+        first = next((i for i, line in enumerate(lines) if not line.startswith("#")), None)
+        if first is None or len(lines[first].split()) < 5:
+            raise
+        # Once more without what follows the number of samples: a date that wfdb refuses, as in
+        # the Challenges' records from Georgia.
+        lines[first] = " ".join(lines[first].split()[:4])
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
+            for part in path.parent.glob(f"{path.stem}.*"):
+                if part.name != path.name:
+                    (Path(folder) / part.name).symlink_to(part.resolve())
+            record = read(Path(folder) / path.name)
+    return dict(signal=record.p_signal, rate=[record.fs], leads=record.sig_name,
+                unit=[unit or "?" for unit in record.units])
 
 
 def read_recording(path, row=None, rate=None, unit=None, leads=None):
     """The Recording in a WFDB, EDF, .npy, .npz, CSV or HDF5 file; row: where it holds several.
 
     rate (Hz), unit (mV, uV or V) and leads (names, in the order of the columns) stand in for what
-    the file does not tell, and are not asked for what it does. Raises InputError for what lacks.
+    the file does not tell. Raises InputError for what lacks or cannot be.
     """
-    path, told, comments = Path(path), {}, []
-    kind, name = path.suffix.lower(), path.stem if row is None else f"{path.stem}-{row}"
-    if kind in (".hea", ".edf"):
-        record = read_wfdb(path)
-        signal, comments = record.p_signal, record.comments or []
-        told = dict(rate=record.fs, unit=[u or "?" for u in record.units], leads=record.sig_name)
-    elif kind == ".csv":
-        import pandas as pd
-
-        table = pd.read_csv(path)
-        if any(map(lead_name, table)):
-            names = [c for c in table if c.lower() != "time"]
-            told["leads"] = names
-            if len(names) < table.shape[1]:  # in s
-                time = table.drop(columns=names).to_numpy()[:, 0]
-                told["rate"] = round(1 / float(np.median(np.diff(time))), 4)
-            signal = table[names].to_numpy()
-        else:
-            signal = pd.read_csv(path, header=None).to_numpy()
-    else:
-        told = dict(open_arrays(path))
-        signal, ids = told.pop("signal"), told.pop("ids", None)
-        if row is not None:
-            signal, name = signal[row], name if ids is None else str(ids.ravel()[row])
-    if unit and kind in (".hea", ".edf") and not {u.lower() for u in told["unit"]} & set(UNITS):
-        told["unit"] = unit
-    told = {k: told.get(k) if told.get(k) is not None else given
-            for k, given in dict(rate=rate, unit=unit, leads=leads).items()}
-    if lacking := [k for k, v in told.items() if v is None]:
-        raise InputError(f"{path.name} does not tell its {' and '.join(lacking)}; give such as "
-                         + " ".join(dict(rate="--rate 500", unit="--unit mV", leads="--leads I II")[
-                             k] for k in lacking))
-    names = [n.decode() if isinstance(n, bytes) else str(n) for n in np.ravel(told["leads"])]
-    signal = np.asarray(signal)
-    if signal.ndim == 2 and signal.shape[1] != len(names) == signal.shape[0]:
-        signal = signal.T
-    if signal.ndim != 2 or signal.shape[1] != len(names) or signal.dtype.kind not in "iuf":
-        raise InputError(f"{path.name}: an array {signal.shape} of {signal.dtype}, and "
-                         f"{len(names)} leads; needs numbers (time, leads)")
-    units = [u.decode() if isinstance(u, bytes) else str(u) for u in np.ravel(told["unit"])]
-    return Recording(name, signal, float(np.ravel(told["rate"])[0]), units, names, comments)
-
-
-def read_wfdb(path):
-    """A record of a WFDB header or an EDF file, through wfdb. Raises InputError."""
-    import wfdb
-    from wfdb.io.convert.edf import read_edf
-
+    path = Path(path)
+    name, kind = path.stem if row is None else f"{path.stem}-{row}", path.suffix.lower()
+    read = {".hea": read_wfdb, ".edf": read_wfdb, ".csv": read_table}.get(kind, open_arrays)
     try:
-        if path.suffix.lower() == ".edf":
-            return read_edf(str(path))
-        return wfdb.rdrecord(str(path.with_suffix("")))
-    except Exception as error:  # wfdb raises whatever its parser meets in a broken file
-        problem = error
-    lines = path.read_text(errors="replace").splitlines() if path.suffix == ".hea" else [""]
-    first = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
-    if len(lines[first].split()) > 4:  # a date that wfdb refuses (the Challenge's Georgia records)
-        with tempfile.TemporaryDirectory() as folder:
-            lines[first] = " ".join(lines[first].split()[:4])
-            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
-            for data in path.parent.glob(f"{path.stem}.*"):
-                if data.suffix != ".hea":
-                    (Path(folder) / data.name).symlink_to(data.resolve())
-            try:
-                return wfdb.rdrecord(str(Path(folder) / path.stem))
-            except Exception as error:
-                problem = error
-    raise InputError(f"{path.name}: unreadable, header and data may disagree: {problem}")
+        told = dict(read(path))
+        signal, ids = told.pop("signal"), told.pop("ids", ())
+        if row is not None:
+            signal, name = signal[row], str(ids[row]) if len(ids) == len(signal) else name
+        if unit and not {str(u).lower() for u in told.get("unit", ())} & set(UNITS):
+            told["unit"] = [unit]  # those that are there are none
+        told = dict(rate=[rate], unit=[unit], leads=leads or [None]) | told
+        asked = [flag for key, flag in (("rate", "--rate 500"), ("unit", "--unit mV"), (
+            "leads", "--leads I II")) if told[key][0] is None]
+        if asked:
+            raise InputError(f"{path.name} does not tell all; give such as {' '.join(asked)}")
+        unit, leads = ([t.decode() if isinstance(t, bytes) else str(t) for t in told[key]]
+                       for key in ("unit", "leads"))
+        signal, rate = np.asarray(signal), float(told["rate"][0])
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file leads the libraries to
+        raise InputError(f"{path.name}: unreadable: {str(error)[:200]}") from error
+    if signal.ndim == 2 and signal.shape[1] != len(leads) == signal.shape[0]:
+        signal = signal.T
+    if signal.ndim != 2 or signal.shape[1] != len(leads) or signal.dtype.kind not in "iuf":
+        raise InputError(f"{path.name}: an array {signal.shape} of {signal.dtype}, and "
+                         f"{len(leads)} leads; needs numbers (time, leads)")
+    return Recording(name, signal, rate, unit, leads)
 
 
 def lead_name(text):
     """The lead of LEADS that a file calls "avr", "ECG V1", "Lead II" or the like; or None."""
     bare = re.sub(r"^(MDC_ECG_LEAD|ECG|EKG|LEAD)[ _:-]*", "", text.strip().upper())
     return next((lead for lead in LEADS if lead.upper() == bare), None)
+
+
+def in_leads(recording):
+    """The signal of a Recording in the order of LEADS: (T, C) float64 microvolt; what lacks is 0.
+
+    ->  that, (C,) bool: the leads that are there, and notes for the user. Raises InputError.
+    """
+    r, names, notes = recording, [lead_name(str(text)) for text in recording.leads], []
+    here = {name: i for i, name in enumerate(names) if name}
+    if len(here) < len(names) - names.count(None) or not here:
+        raise InputError(f"{r.name}: leads {' '.join(r.leads)[:200]}; needs some of "
+                         f"{' '.join(LEADS)}, each once")
+    units = r.unit if len(r.unit) == len(names) else r.unit * len(names)
+    if wrong := {units[i] for i in here.values() if units[i].lower() not in UNITS}:
+        raise InputError(f"{r.name}: unit {' '.join(sorted(wrong))}; needs mV, uV or V, in the "
+                         "file or by --unit")
+    x = np.zeros((len(r.signal), len(LEADS)))
+    for name, i in here.items():
+        x[:, LEADS.index(name)] = r.signal[:, i] * UNITS[units[i].lower()]
+    finite = np.isfinite(x).all(0)
+    x[:, ~finite] = 0
+    seen = np.flatnonzero(x.any(1))
+    if len(seen) and (cut := len(x) - (seen[-1] + 1 - seen[0])) > 0.1 * r.rate:
+        x = x[seen[0]:seen[-1] + 1]
+        notes.append(f"{cut / r.rate:.1f} s of zeros at its ends are cut off")
+    named = np.array([lead in here for lead in LEADS])
+    there = named & finite & (x.std(0) >= FLAT_UV)
+    for why, at in (("not there", ~named), ("not finite", named & ~finite),
+                    ("flat", named & finite & ~there)):
+        if at.any():
+            notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
+    if not there.any():
+        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}")
+    size = np.median(np.ptp(x[:, there], axis=0)) / 1000
+    if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
+        notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
+                     f"{PLAUSIBLE_MV[1]:g}: is the unit or the gain right?")
+    return x * there, there, notes
 
 
 def prepare(recording, rate, shortest=SECONDS):
@@ -592,52 +639,21 @@ def prepare(recording, rate, shortest=SECONDS):
     the last ends with the recording; into windows of `shortest` s when it has no 10 s.
     ->  (W, T, C) float32 microvolt, (C,) bool: the leads that are there, notes for the user
     """
-    r, notes = recording, []
-    factors = [UNITS.get(u.lower()) for u in r.unit] * (len(r.leads) if len(r.unit) == 1 else 1)
-    names = [lead_name(text) for text in r.leads]
-    here = [i for i, name in enumerate(names) if name]
-    twice = {names[i] for i in here if names.count(names[i]) > 1}
-    if not here or twice:
-        raise InputError(f"{r.name}: leads {' '.join(r.leads)}" + (
-            f": {' '.join(sorted(twice))} twice" if twice else f"; none of {' '.join(LEADS)}"))
-    if len(factors) != len(names) or None in [factors[i] for i in here]:
-        raise InputError(f"{r.name}: unit {' '.join(sorted(set(r.unit)))}; needs mV, uV or V, in "
-                         "the file or by --unit")
-    if not (math.isfinite(r.rate) and r.rate > 0):
-        raise InputError(f"{r.name}: a rate of {r.rate} Hz")
-    x = np.zeros((len(r.signal), len(LEADS)))
-    for i in here:
-        x[:, LEADS.index(names[i])] = r.signal[:, i] * factors[i]
-    seen = np.flatnonzero((x != 0).any(1))
-    if len(seen) and (cut := len(x) - (seen[-1] + 1 - seen[0])) > 0.1 * r.rate:
-        x = x[seen[0]:seen[-1] + 1]
-        notes.append(f"{cut / r.rate:.1f} s of zeros at its ends are cut off")
-    lost = {"not there": {lead for lead in LEADS if lead not in names},
-            "not finite": {LEADS[c] for c in np.flatnonzero(~np.isfinite(x).all(0))}}
-    x[:, ~np.isfinite(x).all(0)] = 0
-    lost["flat"] = {LEADS[c] for c in np.flatnonzero(x.std(0) < FLAT_UV)} - set.union(
-        *lost.values())
-    there = np.array([lead not in set.union(*lost.values()) for lead in LEADS])
-    for why, leads in lost.items():
-        if leads:
-            notes.append(f"{', '.join(sorted(leads, key=LEADS.index))} {why}: masked")
-    if not there.any():
-        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}")
-    size = np.median(np.ptp(x[:, there], axis=0)) / 1000
-    if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
-        notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
-                     f"{PLAUSIBLE_MV[1]:g}: is the unit or the gain right?")
-    if r.rate != rate:
-        ratio = Fraction(rate / r.rate).limit_denominator(1000)
+    name, old = recording.name, recording.rate
+    if not 50 <= old <= 20000:
+        raise InputError(f"{name}: a rate of {old} Hz; needs 50 to 20000")
+    x, there, notes = in_leads(recording)
+    if old != rate:
+        ratio = Fraction(rate / old).limit_denominator(1000)
         x = resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype="line")
-        notes.append(f"resampled from {r.rate:g} to {rate} Hz")
+        notes.append(f"resampled from {old:g} to {rate} Hz")
     length = round((SECONDS if len(x) >= SECONDS * rate else shortest) * rate)
     starts = list(range(0, len(x) - length + 1, length))
     if not starts:
-        raise InputError(f"{r.name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
+        raise InputError(f"{name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
     if starts[-1] + length < len(x):
         starts.append(len(x) - length)
-    return np.stack([x[i:i + length] for i in starts]).astype(np.float32) * there, there, notes
+    return np.stack([x[i:i + length] for i in starts]).astype(np.float32), there, notes
 
 
 # Collections: PTB-XL's own layout, or recordings from anywhere with what is told about them

@@ -1521,11 +1521,11 @@ def encode(encoder, items):
     for length in {x.shape[1] for _, x, *_ in items}:  # windows of a length go through it together
         at = [i for i, (_, x, *_) in enumerate(items) if x.shape[1] == length]
         x = torch.from_numpy(np.concatenate([items[i][1] for i in at]))
-        count = torch.tensor([len(items[i][1]) for i in at])
-        keep = torch.from_numpy(np.stack([items[i][2] for i in at])).repeat_interleave(count, 0)
-        parts = [encoder(*part).cpu() for part in zip(x.split(64), keep.split(64))]
-        of = torch.arange(len(at)).repeat_interleave(count)
-        z[at] = z[at].index_add(0, of, torch.cat(parts)) / count[:, None]
+        count = [len(items[i][1]) for i in at]
+        keep = torch.from_numpy(np.repeat([items[i][2] for i in at], count, axis=0))
+        parts = torch.cat([encoder(*part).cpu() for part in zip(x.split(64), keep.split(64))])
+        for i, part in zip(at, parts.split(count)):
+            z[i] = part.mean(0)
     return z
 
 
@@ -1549,7 +1549,7 @@ def nearest_records(run, z, n):
 
 
 def embed_recordings(args):
-    """Representations and probabilities of recordings: OUT.csv, OUT.npz, OUT.png of a single one.
+    """Representations and probabilities of recordings: OUT.csv, OUT.npz; of a single one a figure.
 
     A recording that cannot be used is named, and the others go on; raises InputError when none can.
     """
@@ -1571,29 +1571,36 @@ def embed_recordings(args):
     if not z:
         raise InputError(f"none of {len(table)} recordings can be used:\n  "
                          + "\n  ".join(table.notes.head(10)))
-    z = torch.stack(z)
+    z, p = torch.stack(z), None
     if encoder.probe:
         p = encoder.probabilities(z).numpy()
-        table.loc[used, list(CLASSES)] = p
+        for name, of in zip(CLASSES, p.T):
+            table.loc[used, name] = of
+    table["notes"] = table.pop("notes")  # last
     write_atomic(f"{out}.csv", lambda tmp: table.to_csv(tmp, index=False, float_format="%.6g"))
     save_arrays(Path(f"{out}.npz"), dict(z=z.numpy(), name=table.name[used].to_numpy(str)) | (
-        dict(probabilities=p) if encoder.probe else {}))
+        {} if p is None else dict(probabilities=p)))
     near = nearest_records(args.run, z.numpy(), args.neighbours) if args.neighbours else []
-    text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"]
-    shown = table.drop(columns="notes").assign(notes=table.notes)[:20 if len(table) > 20 else None]
-    text.append(markdown(list(shown), [[number(c, form=".3f") if isinstance(c, float) else c
-                                        for c in row] for row in shown.itertuples(index=False)]))
+    text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"
+            + "; the first 20:" * (len(table) > 20),
+            markdown(list(table), [[number(c) if isinstance(c, float) else c for c in row]
+                                   for row in table[:20].itertuples(index=False)])]
     text += [f"Nearest training records to {name}:\n{markdown(list(t), t.to_numpy())}"
              for name, t in zip(table.name[used][:20], near)]
-    thresholds = ", ".join(f"{name} {at:.2f}" for name, at in zip(
-        CLASSES, encoder.probe["thresholds"])) if encoder.probe else ""
-    text.append(f"Probabilities: each class for itself; its F1 on fold 9 was best at {thresholds}. "
-                "For research: this is no medical device." if encoder.probe else
-                f"No probabilities, for want of a probe: make eval RUN={args.run}")
+    if encoder.probe:
+        thresholds = ", ".join(f"{name} {at:.2f}" for name, at in zip(
+            CLASSES, encoder.probe["thresholds"]))
+        text.append("Probabilities: each class for itself; its F1 on fold 9 was best at "
+                    f"{thresholds}. For research: this is no medical device.")
+    else:
+        text.append(f"No probabilities, for want of a probe: make eval RUN={args.run}")
+    files = f"-> {out}.csv, {out}.npz"
     if len(table) == 1:
-        draw_recording(encoder, items[0], p[0] if encoder.probe else None,
-                       near[0].iloc[0] if near else None, Path(f"{out}.{args.format}"), args.run)
-    print("\n\n".join(text) + f"\n\n-> {out}.csv, .npz" + f", .{args.format}" * (len(table) == 1))
+        path = Path(f"{out}-ecg.{args.format}")
+        draw_recording(encoder, items[0], None if p is None else p[0],
+                       near[0].iloc[0] if near else None, path, args.run)
+        files += f", {path}"
+    print("\n\n".join([*text, files]))
 
 
 def lead_attention(encoder, x, keep):
@@ -1602,6 +1609,7 @@ def lead_attention(encoder, x, keep):
     x: (1, T, C) a window; keep: (1, C). None for encoders whose channel tokens are no leads.
     """
     model, views = encoder.model, encoder.views
+    x, keep = x.to(encoder.device), keep.to(encoder.device)
     if model.config.arch != "dualview" or model.config.mix_leads:
         return None
     maps, seconds = [], views.timing()[0] * SECONDS
@@ -2207,8 +2215,8 @@ def get_args(argv=None):
     p.add_argument("--leads", nargs="+", help="names of the columns, where the file has none")
     p.add_argument("--neighbours", type=bounded(int, 0), default=0, help="name so many of the "
                    "training records that are nearest")
-    p.add_argument("--out", help="OUT.csv, OUT.npz, and OUT.png of a single recording; by default "
-                   "RUN/embed")
+    p.add_argument("--out", help="OUT.csv, OUT.npz, and OUT-ecg.png of a single recording; by "
+                   "default RUN/embed")
     p.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
                    help="processes that read recordings ahead of the encoder")
     add_shared(p, "device", "format")

@@ -27,8 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (CLASSES, FLAT_UV, LEADS, SECONDS, InputError, Recording, add_flags, from_args,
-                  normalize, prepare, run_script, setting, write_atomic)
+from data import (CLASSES, LEADS, NORMALISATION, SECONDS, InputError, Recording, add_flags,
+                  from_args, normalize, prepare, run_script, setting, write_atomic)
 from views import ViewConfig
 
 C = len(LEADS)
@@ -701,11 +701,14 @@ class Encoder:
                                   self.rate, self.shortest)
         return normalize(torch.from_numpy(x)), torch.from_numpy(there).expand(len(x), -1)
 
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
     def __call__(self, x, keep=None):
         """Representations of windows: x (W, T, C), keep (W, C) or None -> (W, d) float32."""
-        device = next(self.model.parameters()).device
-        x, keep = x.to(device), None if keep is None or keep.all() else keep.to(device)
+        x, keep = x.to(self.device), None if keep is None else keep.to(self.device)
         if x.shape[1] == SECONDS * self.rate:
             return embed(self.model, x, self.views, keep, self.n_views).mean(1)
         seconds, samples = self.views.timing()  # the windows are single views
@@ -750,8 +753,10 @@ def load_export(folder, device="cpu"):
     try:
         about = json.loads((folder / "encoder.json").read_text())
         tensors = load_file(folder / "encoder.safetensors")
-        if about["leads"] != list(LEADS) or about["classes"] != list(CLASSES):
-            raise ValueError("other leads or classes than this code's")
+        for key, ours in (("leads", list(LEADS)), ("classes", list(CLASSES)),
+                          ("normalisation", NORMALISATION)):
+            if about[key] != ours:
+                raise ValueError(f"{key}: {about[key]} there, {ours} here")
         model = Contrastive(Config(**about["config"]))
         model.readout = about["readout"]
         probe = {k: tensors.pop(f"probe.{k}") for k in PROBE if f"probe.{k}" in tensors}
@@ -776,8 +781,7 @@ def export(encoder, folder, card):
     about = encoder.about | dict(
         config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
         readout=model.readout, n_views=encoder.n_views, leads=LEADS, classes=CLASSES,
-        seconds=SECONDS, normalisation="each lead of each window: mean 0, standard deviation 1; "
-        f"zeros where the deviation is under {FLAT_UV:g} microvolt")
+        normalisation=NORMALISATION)
     write_atomic(folder / "encoder.safetensors", lambda tmp: save_file(
         {k: v.contiguous().cpu() for k, v in tensors.items()}, tmp))
     write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))

@@ -2511,7 +2511,7 @@ class TestStudy:
         """As the README says it; it appears in make, tables and figures of the whole chain."""
         for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
             shutil.copy(path, tmp_path)
-        function, entry = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
+        function, entry, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
                                      re.S)
         text = (tmp_path / "views.py").read_text()
         text = text.replace("\nVIEWS = {\n", f"\n{function}\n\nVIEWS = {{\n{entry}")
@@ -3021,6 +3021,14 @@ class TestEmbed:
         with pytest.raises(InputError, match="7.5 s long; at least 10 s"):
             cut(x[:750])
 
+    def test_the_lines_of_the_readme_embed_a_signal(self, evaluated):
+        (lines,) = (block for block in re.findall(
+            r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S) if "encoder" in block)
+        here = dict(signal=np.random.default_rng(0).normal(0, 1, (5100, 3)))
+        exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
+        assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
+        assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
+
     def test_one_view_is_enough_where_views_are_short(self):
         encoder = model.Encoder(tiny().eval(), views.ViewConfig(view="contig"), dict(rate=100))
         x = np.random.default_rng(0).normal(0, 1, (620, 12))
@@ -3037,15 +3045,15 @@ class TestEmbed:
         np.save(tmp_path / "n.npy", x)
         pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
         (tmp_path / "t.txt").write_text("x")
-        for flags, words in ((dict(rate=100), "unit and leads; give such as --unit mV --leads I"),
-                             (dict(unit="mV", leads=LEADS), "rate; give such as --rate 500"),
+        for flags, words in ((dict(rate=100), "not tell all; give such as --unit mV --leads I"),
+                             (dict(unit="mV", leads=LEADS), "give such as --rate 500$"),
                              (dict(rate=100, unit="mV", leads=LEADS[:3]), "12.* and 3 leads")):
             for name in ("n.npy", "c.csv"):
                 with pytest.raises(InputError, match=words):
                     data.read_recording(tmp_path / name, **flags)
         for changes, words in ((dict(unit=["furlong"]), "unit furlong; needs mV, uV or V"),
-                               (dict(leads=["I"] * 12), "I twice"), (dict(rate=0), "rate of 0"),
-                               (dict(leads=["EEG"] * 12), "none of I II"),
+                               (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
+                               (dict(leads=["EEG"] * 12), "needs some of I II"),
                                (dict(signal=x * 0), "no lead to look at"),
                                (dict(signal=x * np.nan), "no lead to look at"),
                                (dict(signal=x[:900]), "9 s long")):
@@ -3070,7 +3078,8 @@ class TestEmbed:
                 for c, lead in enumerate(LEADS)) + "# Age: 56\n# Dx: 164873001,426783006\n")
             recording = data.read_recording(tmp_path / "E1.hea")
             np.testing.assert_allclose(recording.signal * 1000, x, atol=1e-6)
-            assert recording.comments == ["Age: 56", "Dx: 164873001,426783006"]
+            assert data.header_facts(tmp_path / "E1.hea") == dict(
+                age=56, sex=pytest.approx(math.nan, nan_ok=True), NORM=0, MI=0, STTC=0, CD=0, HYP=1)
             assert data.prepare(recording, 100)[0].shape == (1, 1000, 12)
         assert data.list_recordings([tmp_path / "E1.mat"]) == [(tmp_path / "E1.hea", None)]
 
@@ -3080,7 +3089,7 @@ class TestEmbed:
         (tmp_path / "some" / "bad.hea").write_text("bad 12 100 1000\n")
         table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some",
                                         "--neighbours", 2)
-        assert "100 of 101 recordings" in words and not (tmp_path / "out.png").exists()
+        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
         assert table.leads["bad"] == 0 and "unreadable" in table.notes["bad"]
         assert list(arrays["name"]) == [name for name in table.index if name != "bad"]
         near = re.findall(r"training records to 0*(\d+)_lr:\n.*\n.*\n\| (\d+) *\| (\S+)", words)
@@ -3090,8 +3099,8 @@ class TestEmbed:
         with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
             embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
         table, _, words = embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
-        assert (tmp_path / "out.png").stat().st_size > 20_000
-        with np.load(tmp_path / "out.npz") as drawn:
+        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000
+        with np.load(tmp_path / "out-ecg.npz") as drawn:
             assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
 
     def test_an_export_gives_the_same_numbers_without_pandas_wfdb_or_unpickling(self, evaluated,
