@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CLASSES, LEADS, NORMALISATION, SECONDS, InputError, Recording, add_flags,
                   from_args, normalize, prepare, run_script, setting, write_atomic)
-from views import ViewConfig
 
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
@@ -725,6 +724,8 @@ class Encoder:
 
 def load_encoder(folder, device="cpu"):
     """The Encoder of a finished run, or of a folder of `make export`. Raises InputError."""
+    from views import ViewConfig  # here: load_run() needs no ecgmentations
+
     folder = Path(folder)
     if (folder / "encoder.json").exists():
         return load_export(folder, device)
@@ -748,6 +749,7 @@ def load_encoder(folder, device="cpu"):
 
 def load_export(folder, device="cpu"):
     """The Encoder in a folder that export() wrote; nothing in it is unpickled."""
+    from views import ViewConfig
     from safetensors.torch import load_file
 
     try:

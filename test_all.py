@@ -888,7 +888,7 @@ class TestHostileData:
                 assert not data.limb_leads_agree(swapped), (i, j)
         write_record(small / RECORD, signal=swapped)
         assert cached(small).meta["records"] == 20  # it is used all the same
-        assert "warning: in 1 records limb leads do not .* ecg_id 3\n" in re.sub(
+        assert "warning: in 1 records limb leads do not .* 00003_lr\n" in re.sub(
             "follow.*one[?]", ".*", capsys.readouterr().out)
 
     @real
