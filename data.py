@@ -521,31 +521,29 @@ def read_wfdb(path):
     import wfdb
     from wfdb.io.convert.edf import read_edf
 
-    def read(path):
-        if path.suffix.lower() == ".edf":
-            return read_edf(str(path))
-        header, stem = wfdb.rdheader(str(path.with_suffix(""))), str(path.with_suffix(""))
-        size = sum((path.parent / name).stat().st_size for name in set(header.file_name or ()))
-        if (header.n_sig or 0) * (header.sig_len or 0) > size:  # a byte a sample is the least
-            raise ValueError(f"{header.n_sig} leads of {header.sig_len} samples in {size} bytes")
-        return wfdb.rdrecord(stem)
-
-    try:
-        record = read(path)
-    except Exception:  # wfdb raises whatever its parser meets in a broken file
-        lines = path.read_text(errors="replace").splitlines() if path.suffix == ".hea" else []
-        first = next((i for i, line in enumerate(lines) if not line.startswith("#")), None)
-        if first is None or len(lines[first].split()) < 5:
-            raise
-        # Once more without what follows the number of samples: a date that wfdb refuses, as in
-        # the Challenges' records from Georgia.
-        lines[first] = " ".join(lines[first].split()[:4])
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
-            for part in path.parent.glob(f"{path.stem}.*"):
-                if part.name != path.name:
-                    (Path(folder) / part.name).symlink_to(part.resolve())
-            record = read(Path(folder) / path.name)
+    if path.suffix.lower() == ".edf":
+        record = read_edf(str(path))
+    else:
+        lines = [line for line in path.read_text(errors="replace").splitlines()
+                 if line.strip() and not line.startswith("#")]
+        _, leads, *rest = lines[0].split()
+        size = sum((path.parent / name).stat().st_size for name in {
+            line.split()[0] for line in lines[1:]})
+        if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
+            raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
+        try:
+            record = wfdb.rdrecord(str(path.with_suffix("")))
+        except Exception:
+            if not rest[2:]:
+                raise
+            # Once more without a date, which wfdb may refuse, as in the Challenges' records.
+            lines[0] = " ".join(lines[0].split()[:4])
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
+                for part in path.parent.glob(f"{path.stem}.*"):
+                    if part.name != path.name:
+                        (Path(folder) / part.name).symlink_to(part.resolve())
+                record = wfdb.rdrecord(str(Path(folder) / path.stem))
     return dict(signal=record.p_signal, rate=[record.fs], leads=record.sig_name,
                 unit=[unit or "?" for unit in record.units])
 

@@ -85,6 +85,14 @@ def script(*argv, ok=True, cwd=HERE):
     return out
 
 
+def started(*argv, **more):
+    """A script of the project, in a process group of its own, that hears Ctrl-C wherever we run."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=HERE, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        **dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) | more)
+
+
 def said(function, *args):
     """What function(*args) prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -680,12 +688,6 @@ class TestDownload:
 class TestHostileData:
     no_waiting, faulty = TestDownload.no_waiting, TestDownload.faulty
 
-    def start(self, *argv):
-        """A script in a session of its own, as in a terminal, with its output to read."""
-        return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                start_new_session=True)
-
     def until(self, done, process):
         while not done():
             assert process.poll() is None, process.communicate()
@@ -760,8 +762,8 @@ class TestHostileData:
     def test_ctrl_c_ends_a_download_in_one_line_even_while_it_waits(self, synth, tmp_path):
         names = list(data.read_sums(synth / "SHA256SUMS.txt"))
         server, begun = Server(synth, {name: ["busy"] for name in names[60:]}), time.time()
-        process = self.start("data.py", "download", "--data", tmp_path / "d", "--rate", "100",
-                             "--url", server.url, "--workers", "4")
+        process = started("data.py", "download", "--data", tmp_path / "d", "--rate", "100",
+                          "--url", server.url, "--workers", "4")
         self.until(lambda: len(set(server.asked) & set(names[60:])) >= 4, process)
         time.sleep(.3)
         os.killpg(process.pid, signal.SIGINT)
@@ -960,8 +962,8 @@ class TestHostileData:
         folder = Path(shutil.copytree(synth, tmp_path / "d"))
         old = cached(folder).meta
         os.utime(folder / f"{RECORD}.dat", (1, 1))
-        process = self.start("data.py", "cache", "--data", folder, "--rate", "100", "--out",
-                             tmp_path / "cache", "--workers", "1")
+        process = started("data.py", "cache", "--data", folder, "--rate", "100", "--out",
+                          tmp_path / "cache", "--workers", "1")
         self.until(lambda: list(tmp_path.glob("cache.tmp-*/signals.int16")), process)
         os.killpg(process.pid, kill)
         out = process.communicate(timeout=60)[0]
@@ -973,8 +975,8 @@ class TestHostileData:
 
     @slow
     def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
-        both = [self.start("data.py", "cache", "--data", synth, "--rate", "100", "--out",
-                           tmp_path / "c", "--workers", "1") for _ in range(2)]
+        both = [started("data.py", "cache", "--data", synth, "--rate", "100", "--out",
+                        tmp_path / "c", "--workers", "1") for _ in range(2)]
         assert ["100 records" in process.communicate()[0] for process in both] == [True, True]
         assert data.open_cache(tmp_path / "c", check=True).meta == data.open_cache(cache).meta
         assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -3149,12 +3151,6 @@ def stop_in(process, folder, number):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def started(*argv, **more):
-    """A script of the project, in a process group of its own."""
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, start_new_session=True,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
 
 
 def stopped_at(step):
