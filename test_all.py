@@ -56,7 +56,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL = os.environ.get("PTBXL")
+PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 CPU = torch.device("cpu")
@@ -3241,6 +3241,51 @@ class TestSurvives:
         done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
                               text=True)
         assert done.stdout == "told\n" and "KeyboardInterrupt" in done.stderr
+
+    @pytest.mark.skipif(not KILLS, reason="KILLS, how often to kill each of four kinds, is not set")
+    @pytest.mark.parametrize("kind", ["download", "cache", "train", "evaluate"])
+    def test_kills_at_random_moments_change_nothing(self, synth, cache, finished, tmp_path, kind):
+        """What is finished before it is killed is compared, and begun again."""
+        server, rng, left = Server(synth), np.random.default_rng(), KILLS
+
+        def command(folder):
+            if kind == "evaluate" and not folder.exists():
+                shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns(
+                    "eval", "figures", "report.md", "metrics.csv"))
+            return {"download": ["data.py", "download", "--data", folder, "--rate", "100", "--url",
+                                 server.url],
+                    "cache": ["data.py", "cache", "--data", synth, "--rate", 100, "--out", folder],
+                    "train": ["train.py", *argv_of(cache, folder, "--view", "contig", "--epochs", 3,
+                                                   "--save-minutes", 0)],
+                    "evaluate": ["evaluate.py", *quick(folder)]}[kind]
+
+        def found(folder):
+            if kind == "download":
+                return {str(path.relative_to(folder)): path.read_bytes()
+                        for path in folder.rglob("*") if path.is_file()}
+            if kind == "cache":
+                return data.open_cache(folder, check=True).meta
+            if kind == "train":
+                return repeatable(folder), data.sha256(folder / "model.pt")
+            table = metrics_of(folder).drop("training")
+            return table[~table.index.get_level_values("metric").isin(
+                ("seconds", "pretraining_seconds"))].to_csv()
+
+        began = time.monotonic()
+        script(*command(tmp_path / "whole"))
+        whole, cut = time.monotonic() - began, tmp_path / "cut"
+        while left:
+            process = started(*command(cut))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, whole))
+            left -= process.poll() is None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.wait() == 0:
+                assert found(cut) == found(tmp_path / "whole")
+                shutil.rmtree(cut)
+        script(*command(cut))
+        assert found(cut) == found(tmp_path / "whole")
 
     @slow
     def test_two_processes_stop_at_the_same_step_when_one_is_told(self, cache, tmp_path):
