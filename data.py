@@ -851,18 +851,11 @@ def new_folder(out):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
-    """Read every record of one or several sources once into the cache folder `out`, unless it is
-    there already; what has the same samples as one before is left out.
-
-    paths: as open_source() takes them; reading: as try_record() does. Raises InputError when
-    records are missing or unusable; with skip_bad those are left out.
-    """
+def join_sources(paths, rate, reading):
+    """Sources as one: their items, table, columns of index.csv, digest and what meta.json says."""
     import pandas as pd
 
-    out, reading = Path(out), dict(reading)
-    sources = [open_source(path, rate) for path in ([paths] if isinstance(paths, (str, Path))
-                                                    else paths)]
+    sources = [open_source(path, rate) for path in paths]
     items = [item for source in sources for item in source.items]
     table = pd.concat([source.table.assign(source=source.name) for source in sources],
                       ignore_index=True)
@@ -873,8 +866,39 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
         told = json.dumps([*reading.items(), *(source.digest for source in sources)])
         digest = hashlib.sha256(told.encode()).hexdigest()
+    meta = dict(rate=rate, format=FORMAT, source=digest,
+                data=" + ".join(str(source.path.resolve()) for source in sources),
+                synthetic=any(source.synthetic for source in sources))
+    return items, table, columns, meta
+
+
+def new_signals(results, names, left_out):
+    """Yield (row, signal (T, C)) of what try_record() gave, each once; note what is left out."""
+    seen = {}
+    for i, (name, (signals, problem)) in enumerate(zip(names, results)):
+        if problem:
+            left_out["bad"].append(problem)
+        for signal in () if problem else signals:
+            digest = hashlib.sha256(signal).digest()
+            if digest in seen:
+                left_out["twice"].append(f"{name}: the same samples as {seen[digest]}")
+            else:
+                seen[digest] = name
+                yield i, signal
+
+
+def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
+    """Read every record of one or several sources once into the cache folder `out`, unless it is
+    there already; what has the same samples as one before is left out.
+
+    paths: as open_source() takes them; reading: as try_record() does. Raises InputError when
+    records are missing or unusable; with skip_bad those are left out.
+    """
+    out, reading = Path(out), dict(reading)
+    items, table, columns, meta = join_sources(
+        [paths] if isinstance(paths, (str, Path)) else paths, rate, reading)
     if (out / "meta.json").exists():
-        if f'"{digest}"'.encode() in (out / "meta.json").read_bytes():
+        if f'"{meta["source"]}"'.encode() in (out / "meta.json").read_bytes():
             meta = open_cache(out, check=True).meta
             print(f"{out}: up to date, {meta['records']} records at {rate} Hz, "
                   f"{len(meta['left_out'])} left out")
@@ -885,30 +909,25 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
     out.parent.mkdir(parents=True, exist_ok=True)
     check_room(out.parent, cache_bytes(len(items), rate))
 
-    bad, twice, kept, flat, disagree, sizes = [], [], [], 0, [], []
-    seen, samples = {}, hashlib.sha256()
+    left_out, kept, flat, disagree, sizes = dict(bad=[], twice=[]), [], 0, [], []
+    names = [item.name if isinstance(item, Path) else record
+             for item, record in zip(items, table.record)]
+    digest = hashlib.sha256()
     with new_folder(out.resolve()) as tmp:  # out may be a link to another disk
         # Ctrl-C is for this process alone, which then cancels what has not begun.
         with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
               closing(pool.map(partial(try_record, rate=rate, reading=reading), items,
                                chunksize=32)) as results,
               open(tmp / "signals.int16", "wb") as file):
-            for i, (signals, problem) in enumerate(
-                    tqdm(results, "cache", len(items), unit="record", disable=None)):
-                name = items[i].name if isinstance(items[i], Path) else table.record[i]
-                bad += [problem] if problem else []
-                for signal in () if problem else signals:
-                    of = hashlib.sha256(signal).digest()
-                    if of in seen:
-                        twice.append(f"{name}: the same samples as {seen[of]}")
-                        continue
-                    seen[of] = name
-                    flat += bool((signal == signal[:1]).all(0).any())
-                    disagree += [] if limb_leads_agree(signal) else [name]
-                    sizes.append(np.median(np.ptp(signal, axis=0)) / 1000)
-                    kept.append(i)
-                    samples.update(signal)
-                    file.write(signal)
+            bar = tqdm(results, "cache", len(items), unit="record", disable=None)
+            for i, signal in new_signals(bar, names, left_out):
+                flat += bool((signal == signal[:1]).all(0).any())
+                disagree += [] if limb_leads_agree(signal) else [names[i]]
+                sizes.append(np.median(np.ptp(signal, axis=0)) / 1000)
+                kept.append(i)
+                digest.update(signal)
+                file.write(signal)
+        bad = left_out["bad"]
         if bad and not (skip_bad and kept):
             raise InputError(f"{len(bad)} of {len(items)} records cannot be used; mend them, "
                              "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
@@ -916,21 +935,20 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
         if "record" in columns:
             index = index.assign(ecg_id=np.arange(1, len(kept) + 1))
         index[columns].to_csv(tmp / "index.csv", index=False)
-        samples.update((tmp / "index.csv").read_bytes())
-        meta = dict(rate=rate, records=len(kept), format=FORMAT, source=digest,
-                    data=" + ".join(str(source.path.resolve()) for source in sources),
-                    synthetic=any(source.synthetic for source in sources),
-                    records_with_a_flat_lead=flat, left_out=bad + twice,
-                    fingerprint=samples.hexdigest(), index=sha256(tmp / "index.csv"))
+        digest.update((tmp / "index.csv").read_bytes())
+        meta |= dict(records=len(kept), records_with_a_flat_lead=flat,
+                     left_out=bad + left_out["twice"], fingerprint=digest.hexdigest(),
+                     index=sha256(tmp / "index.csv"))
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
     print(f"{out}: {len(kept)} records at {rate} Hz, {flat} with a flat lead, "
-          f"{len(bad) + len(twice)} left out")
-    for problem in bad + twice:
+          f"{len(meta['left_out'])} left out")
+    for problem in meta["left_out"]:
         print(f"  left out: {problem}")
     if disagree:
         print(f"  warning: in {len(disagree)} records limb leads do not follow from I and II: were "
               f"leads exchanged, or scaled one by one? {' '.join(disagree[:10])}")
-    for name, size in pd.Series(sizes).groupby(index.source.to_numpy()).median().items():
+    sizes = index[["source"]].assign(size=sizes).groupby("source")["size"].median()
+    for name, size in sizes.items():
         if not USUAL_MV[0] < size < USUAL_MV[1]:
             print(f"  warning: leads of {name} range over {size:.2g} mV (median), an ECG's over "
                   f"{USUAL_MV[0]} to {USUAL_MV[1]:g}: are its unit and gains right?")
