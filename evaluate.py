@@ -24,7 +24,6 @@ import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from argparse import Namespace
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from copy import deepcopy
@@ -59,7 +58,7 @@ from tqdm import tqdm
 
 from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
                   bounded, from_args, list_recordings, load_tables, normalize, open_cache, prepare,
-                  read_recording, run_script, sha256, write_atomic)
+                  read_arrays, read_recording, run_script, sha256, write_atomic)
 from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, embed, export,
                    load_encoder, load_run, n_parameters, read_args, read_log, watch_attention)
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, extract, pick_device,
@@ -553,10 +552,10 @@ class Run:
         key = json.dumps(depends | dict(weights=self.weights.get(row)), sort_keys=True)
         if path.exists():
             try:
-                with np.load(path) as old:
-                    if old["key"] == key:
-                        return dict(old)
-            except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+                old = read_arrays(path)
+                if old["key"] == key:
+                    return old
+            except Exception as error:  # whatever a damaged file leads the libraries to
                 raise InputError(f"{path} is damaged ({error}); remove it") from error
         print(f"  {name}", flush=True)
         arrays = {k: np.asarray(v) for k, v in make().items()} | dict(key=np.array(key))
@@ -1535,11 +1534,13 @@ def nearest_records(run, z, n):
     Distance: 1 - cosine of representations standardised over folds 1-8, 0..2.
     """
     path = Path(run) / "eval" / "embeddings-pretrained.npz"
-    if not path.exists():
-        raise InputError(f"--neighbours needs {path}: give a run folder, after make eval")
-    with np.load(path) as saved:
+    try:
+        saved = read_arrays(path)
         train = np.isin(saved["strat_fold"], TRAIN_FOLDS)
         known, labels, ids = saved["z"].mean(1)[train], saved["labels"][train], saved["ecg_id"]
+    except Exception as error:  # whatever a damaged file leads the libraries to
+        raise InputError(f"--neighbours needs {path} ({str(error)[:80]}): give a run folder, after "
+                         "make eval; if it has that file, remove it and evaluate again") from error
     scaler, words = StandardScaler().fit(known), np.array(CLASSES)
     distance = 1 - unit(scaler.transform(z)) @ unit(scaler.transform(known)).T
     return [pd.DataFrame(dict(
@@ -1708,17 +1709,17 @@ def read_evaluated(folders):
             table = pd.read_csv(folder / "metrics.csv")
             if list(table) != [*KEYS, "value", "low", "high"]:
                 raise ValueError("metrics.csv has other columns")
-            table["value"] = pd.to_numeric(table.value)
+            for column in ("value", "low", "high"):
+                table[column] = pd.to_numeric(table[column])
             if not set(MEASURES) <= set(table[(table.row == "pretrained") & (table.seed == 0) & (
                     table.protocol == "official") & (table.labels == "100%")].metric):
                 raise ValueError("metrics.csv is not whole")
             about = json.loads((folder / "eval" / "about.json").read_text())
-            with np.load(folder / "eval" / "draws.npz") as draws:
-                runs.append(dict(folder=folder, table=table, about=about, draws=dict(draws),
-                                 saved=read_args(folder)))
-            about["view"], about["seed"], about["data"], about["tested"], about["settings"]
-            runs[-1]["draws"]["official-pretrained"]  # a KeyError when one lacks
-        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+            runs.append(dict(folder=folder, table=table, about=about, saved=read_args(folder),
+                             draws=read_arrays(folder / "eval" / "draws.npz")))
+            VIEWS[about["view"]], about["settings"]["readout"], about["data"]["index"]
+            overview({"": runs[-1:]}), runs[-1]["draws"]["official-pretrained"][0]  # as compare()
+        except Exception as error:  # whatever a damaged file leads the libraries to
             raise InputError(f"{folder} is damaged ({error}); evaluate it again: make eval "
                              f"RUN={folder}") from error
     if not runs:

@@ -27,8 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (CLASSES, LEADS, NORMALISATION, SECONDS, InputError, Recording, add_flags,
-                  from_args, normalize, prepare, run_script, setting, write_atomic)
+from data import (CLASSES, LEADS, NORMALISATION, RATES, SECONDS, InputError, Recording, add_flags,
+                  from_args, normalize, prepare, read_arrays, run_script, setting, sha256,
+                  write_atomic)
 
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
@@ -592,6 +593,8 @@ def read_args(folder):
             for key, kind in kinds.items():
                 if not isinstance(saved[part][key], kind):
                     raise ValueError(f"{key} of {part} is {saved[part][key]!r}")
+        if saved["data"]["rate"] not in RATES:
+            raise ValueError(f"rate {saved['data']['rate']}; {[*RATES]} are read")
         Config(**saved["config"])
         return saved
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -633,6 +636,17 @@ def read_tensors(path, keys, device="cpu"):
     return state
 
 
+def assemble(config, tensors):
+    """The Contrastive of a dict of settings with these weights; an error if they do not fit."""
+    config = Config(**config)
+    if config.depth > len(tensors):
+        raise ValueError(f"depth {config.depth}, but {len(tensors)} tensors")
+    with torch.device("meta"):  # whatever sizes it asks for, no memory is taken for them
+        model = Contrastive(config)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
 def load_run(folder, device="cpu"):
     """A finished run: (Contrastive in eval mode, its args.json as a dict).
 
@@ -648,12 +662,7 @@ def load_run(folder, device="cpu"):
     saved = read_args(folder)
     try:
         weights = read_tensors(folder / "model.pt", {"model", "config"}, device)
-        config = Config(**weights["config"])
-        if config.depth > len(weights["model"]):
-            raise ValueError(f"depth {config.depth}, but {len(weights['model'])} tensors")
-        with torch.device("meta"):  # whatever sizes it asks for, no memory is taken for them
-            model = Contrastive(config)
-        model.load_state_dict(weights["model"], assign=True)
+        model = assemble(weights["config"], weights["model"])
     except Exception as error:  # whatever a damaged file leads torch to
         raise InputError(f"{folder / 'model.pt'} is damaged, or of other code "
                          f"({str(error)[:80]!r}); remove it and run the command that made it: "
@@ -738,10 +747,9 @@ def load_encoder(folder, device="cpu"):
     path, probe, n_views = folder / "eval" / "probe.npz", None, None
     if path.exists():
         try:
-            with np.load(path) as arrays:
-                probe = dict(arrays)
+            probe = read_arrays(path)
             model.readout, n_views = str(probe.pop("readout")), int(probe.pop("n_views")) or None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever a damaged file leads the libraries to
             raise InputError(f"{path} is damaged ({error}); make it again: make eval RUN={folder}"
                              ) from error
     return Encoder(model, views, about, probe, n_views)
@@ -752,17 +760,20 @@ def load_export(folder, device="cpu"):
     from views import ViewConfig
     from safetensors.torch import load_file
 
+    path = folder / "encoder.safetensors"
     try:
         about = json.loads((folder / "encoder.json").read_text())
-        tensors = load_file(folder / "encoder.safetensors")
-        for key, ours in (("leads", list(LEADS)), ("classes", list(CLASSES)),
-                          ("normalisation", NORMALISATION)):
-            if about[key] != ours:
-                raise ValueError(f"{key}: {about[key]} there, {ours} here")
-        model = Contrastive(Config(**about["config"]))
-        model.readout = about["readout"]
+        for key, valid in (("leads", [list(LEADS)]), ("classes", [list(CLASSES)]), (
+                "normalisation", [NORMALISATION]), ("rate", [*RATES]), ("readout", READOUTS), (
+                "n_views", (None, 1)), ("equal", (False, True))):
+            if about[key] not in valid:
+                raise ValueError(f"{key}: {about[key]} there, {valid} here")
+        if sha256(path) != about["sha256"]:
+            raise ValueError(f"{path.name} is not the one that was written")
+        tensors = load_file(path)
         probe = {k: tensors.pop(f"probe.{k}") for k in PROBE if f"probe.{k}" in tensors}
-        model.load_state_dict(tensors)
+        model = assemble(about["config"], tensors)
+        model.readout = about["readout"]
         views = ViewConfig(view=about["view"], equal=about["equal"])
         return Encoder(model.to(device).eval(), views, about, probe or None, about["n_views"])
     except Exception as error:  # whatever a damaged file leads the libraries to
@@ -780,12 +791,12 @@ def export(encoder, folder, card):
     model, folder = encoder.model, Path(folder)
     tensors = model.state_dict() | {f"probe.{k}": torch.as_tensor(v)
                                     for k, v in (encoder.probe or {}).items()}
+    write_atomic(folder / "encoder.safetensors", lambda tmp: save_file(
+        {k: v.contiguous().cpu() for k, v in tensors.items()}, tmp))
     about = encoder.about | dict(
         config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
         readout=model.readout, n_views=encoder.n_views, leads=LEADS, classes=CLASSES,
-        normalisation=NORMALISATION)
-    write_atomic(folder / "encoder.safetensors", lambda tmp: save_file(
-        {k: v.contiguous().cpu() for k, v in tensors.items()}, tmp))
+        normalisation=NORMALISATION, sha256=sha256(folder / "encoder.safetensors"))
     write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))
     write_atomic(folder / "encoder.json", lambda tmp: tmp.write_text(json.dumps(about, indent=1)))
 

@@ -3,6 +3,22 @@
     make test                       # everything, some five minutes on two cores
     make test FAST=1                # without the slow ones, about a minute
     make test PTBXL=../shared/ptbxl500     # with real records, in PTB-XL's layout
+
+Faults, what is promised then, and the tests of it:
+
+    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
+    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
+    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
+    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
+    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
+    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
+    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
+    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
+    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_stopped_*
+    torchrun killed, one is told  all stop, at the same step               *_processes_*
+    out of memory                 one line: what to halve                  *_out_of_memory_*
+    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
+    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
 """
 import os
 
@@ -797,6 +813,7 @@ class TestHostileData:
         ("strat_fold", {4: 0}, "ecg_id 5;"), ("strat_fold", {4: 2.5}, "'2.5' .* ecg_id 5;"),
         ("strat_fold", {i: "x" for i in range(9)}, "in 9 rows, ecg_id 1, 2, 3, 4, 5; needs"),
         ("ecg_id", {4: 4}, "ecg_id is '4', '4' in 2 rows.*needs each once"),
+        ("age", {4: "x"}, "age is 'x' .*ecg_id 5; needs a number"), ("sex", {4: "M"}, "sex is 'M'"),
         ("ecg_id", {4: "x"}, "ecg_id is 'x' in 1 rows"), ("ecg_id", {4: 1.5}, "ecg_id is '1.5'"),
         ("patient_id", {4: "abc"}, "patient_id is 'abc'.*ecg_id 5; needs an integer"),
         ("patient_id", {4: 1e30}, "'1e.30'"), ("patient_id", {4: "inf"}, "'inf'"),
@@ -3058,6 +3075,7 @@ class TestEmbed:
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
                                (dict(signal=x * 0), "no lead to look at"),
                                (dict(signal=x * np.nan), "no lead to look at"),
+                               (dict(signal=x * 1e30), "V6 not finite"),
                                (dict(signal=x[:900]), "9 s long")):
             fields = dict(name="r", signal=x, rate=100, unit=["mV"], leads=list(LEADS))
             with pytest.raises(InputError, match=words):
@@ -3408,6 +3426,172 @@ class TestSurvives:
         monkeypatch.setattr(train, "backward", lambda *args: torch.ones(2) @ torch.ones(3))
         with pytest.raises(RuntimeError, match="size"):
             train.main()
+
+
+# Fuzzing
+
+NUMBER, FIELD = rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", rb"[^\s,;:\"'{}\[\]]+"
+EXTREMES = b"0", b"-1", b"1e300", b"nan", b"99999999999", b""
+OTHERS = None, True, -1, 1e300, "x", [], {}  # JSON of every type
+
+
+def mutate(raw, rng):
+    """Bytes with a fault of a disk, of a net or of a hand."""
+    def one_of(things):
+        return things[rng.integers(len(things))]
+
+    how, n = rng.integers(11), len(raw)
+    at = rng.integers(n) if rng.random() < .5 else rng.integers(-400, 400) % n  # heads and tails
+    to, junk = min(n, at + 1 + int(rng.exponential(40))), rng.bytes(1 + int(rng.exponential(20)))
+    if how == 0 and raw[:1] == b"{":  # a value of another type, at any depth; of a log the first
+        held = root = json.loads(raw if raw[1:2] == b"\n" else raw.splitlines()[0])
+        while True:
+            key = one_of(list(held) if isinstance(held, dict) else range(len(held)))
+            if rng.random() < .3 or not held[key] or not isinstance(held[key], (dict, list)):
+                held[key] = one_of(OTHERS)
+                return json.dumps(root).encode()
+            held = held[key]
+    if how in (1, 2) and (found := [m.span() for m in re.finditer((NUMBER, FIELD)[how - 1], raw)]):
+        (a, b), (c, d) = sorted([one_of(found), one_of(found)])
+        extreme = raw[:a] + one_of(EXTREMES) + raw[b:]
+        return extreme if how == 1 else raw if a == c else (
+            raw[:a] + raw[c:d] + raw[b:c] + raw[a:b] + raw[d:])
+    flipped = raw[:at] + bytes([raw[at] ^ 1 << rng.integers(8)]) + raw[at + 1:]
+    return {3: raw[:at] + junk + raw[at + len(junk):], 4: raw[:at] + bytes(to - at) + raw[to:],
+            5: raw[:at], 6: raw[:at] + raw[to:], 7: raw[:to] + raw[at:], 8: b"",
+            9: raw[:at] + junk + raw[at:]}.get(how, flipped)
+
+
+def plain(held):
+    """What a reader gave, as values that are equal when every bit of it is."""
+    if isinstance(held, dict):
+        return {key: plain(value) for key, value in held.items()}
+    if isinstance(held, (list, tuple)):
+        return [plain(value) for value in held]
+    if isinstance(held, (np.ndarray, torch.Tensor)):
+        return str(held.dtype), held.shape, np.asarray(held).tobytes()
+    return held.to_csv() if isinstance(held, pd.DataFrame) else repr(held)
+
+
+class TestFuzz:
+    """FUZZ=10000 for so many damaged files; FUZZ=4711:4712 for one case, by its number."""
+
+    CANNOT_TELL = {kind: why for kinds, why in {  # of which not all damage can be told
+        "ptbxl_database.csv scp_statements.csv own/table.csv":
+            "who a patient is, what a record shows and what a code means stand there alone",
+        "SHA256SUMS.txt": "a name, or a digit of a digest: the download of that file then fails",
+        "PTB-XL.hea": "a gain, a zero or two names of leads: its checksums are of the samples",
+        "PTB-XL.dat": "time points that have changed places: their sums are the same",
+        "own/w.hea own/w.dat": "checksums are not looked at: those of the Challenges are often 0",
+        "own/e.edf own/c.csv own/t.csv own/n.npy own/h.h5": "their form has no checksum",
+        "log.jsonl metrics.csv": "a number that may be",
+        "args.json meta.json encoder.json eval/about.json":
+            "words, and settings of the right kind: a hand may mend them",
+    }.items() for kind in kinds.split()}
+
+    @pytest.fixture
+    def kinds(self, twenty, cache, evaluated, contig, tmp_path):
+        """{kind: (the file to damage, what is read then, its reader)}."""
+        def use(folder):
+            e = model.load_encoder(folder)
+            z = e(*e.prepare(x, 250, "mV", LEADS)).mean(0)
+            return e.about, e.model.state_dict(), z, e.probabilities(z), [
+                f"{at:.2f}" for at in e.probe["thresholds"]]
+
+        def arguments(folder):
+            saved = model.read_args(folder)
+            given = train.with_defaults(saved["args"])
+            return saved, data.from_args(views.ViewConfig, given), use(folder)
+
+        def opened(folder):
+            c = data.open_cache(folder, check=True)
+            return np.array(c.signals), c.index, c.meta, evaluate.describe_data(c.meta)
+
+        def restored(folder):
+            run, m = train.RunFolder(folder, record), tiny()
+            optimizer = torch.optim.AdamW(m.parameters())
+            with contextlib.closing(run.lock), mock.patch("torch.utils.tensorboard.SummaryWriter"):
+                return run.restore(m, optimizer), run.log, m.state_dict(), optimizer.state_dict()
+
+        def compared(folder):
+            runs = evaluate.read_evaluated([folder])
+            return runs, evaluate.overview(evaluate.group_runs(runs))
+
+        def kept(path):
+            run = types.SimpleNamespace(out=path.parents[1], depends={}, weights={})
+            return evaluate.Run.piece(run, path.stem, "pretrained", lambda: dict(z=x))
+
+        def source(path):
+            found = data.open_source(path, 100)
+            return found.table, found.items
+
+        x, record = np.random.default_rng(0).normal(0, .3, (2500, 12)), model.read_args(contig[1])
+        homes = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in dict(
+            small=twenty, cache=cache, run=evaluated[0], cut=contig[1]).items()}
+        run_evaluate("export", "--run", evaluated[0], "--out", tmp_path / "export")
+        (homes["cut"] / "previous.pt").unlink()  # else it is taken
+        kept(homes["run"] / "eval/piece.npz")
+        kinds = {name: (tmp_path / home / name, tmp_path / home, read) for home, read, names in (
+            ("small", data.load_tables, data.TABLES), ("cut", restored, ["last.pt"]),
+            ("cache", opened, ("meta.json", "index.csv", "signals.int16")),
+            ("run", arguments, ["args.json"]), ("run", model.read_log, ["log.jsonl"]),
+            ("run", use, ("model.pt", "eval/probe.npz")),
+            ("run", compared, ("metrics.csv", "eval/about.json", "eval/draws.npz")),
+            ("run", lambda run: evaluate.nearest_records(run, np.ones((1, 16)), 3),
+             ["eval/embeddings-pretrained.npz"]),
+            ("export", use, ("encoder.json", "encoder.safetensors"))) for name in names}
+        for end in (".hea", ".dat"):
+            kinds[f"PTB-XL{end}"] = (homes["small"] / (RECORD + end), homes["small"] / RECORD,
+                                     lambda path: data.read_record(path, 100))
+        for path, flags in write_forms(tmp_path / "own", x[:1250], 125).items():
+            kinds[f"own/{path.name}"] = path, path, lambda path, flags=flags: [
+                (r.name, *data.prepare(r, 100)) for r in (data.read_recording(
+                    *item, **flags) for item in data.list_recordings([path]))]
+        kinds["own/w.dat"] = tmp_path / "own/w.dat", *kinds["own/w.hea"][1:]
+        pd.DataFrame(dict(path=["w", "n.npy"], age=[50, None], MI=[0, 1])).to_csv(
+            tmp_path / "own/table.csv")
+        for path, read in (("small/SHA256SUMS.txt", data.read_sums), ("own/table.csv", source),
+                           ("run/eval/piece.npz", kept)):
+            kinds[path.removeprefix("small/")] = *[tmp_path / path] * 2, read
+        return kinds
+
+    @slow
+    @pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")
+    def test_what_is_damaged_is_read_right_or_refused(self, kinds, tmp_path):
+        def hang(*_):
+            raise Killed("it hangs")
+
+        first, _, last = os.environ.get("FUZZ", "1000").rpartition(":")
+        whole = {kind: plain(read(given)) for kind, (_, given, read) in kinds.items()}
+        table, faults = {kind: dict(right=0, refused=0, wrong=0, other=0) for kind in kinds}, []
+        files, peak, before = {*tmp_path.rglob("*")}, train.peak_mib(CPU), signal.signal(
+            signal.SIGALRM, hang)
+        for case in range(int(first or 0), int(last)):
+            kind = [*kinds][case % len(kinds)]
+            path, given, read = kinds[kind]
+            raw = path.read_bytes()
+            path.unlink()  # what has it open still keeps what it has
+            path.write_bytes(mutate(raw, np.random.default_rng(case)))
+            signal.alarm(20)
+            try:
+                outcome = "right" if plain(read(given)) == whole[kind] else "wrong"
+            except InputError:
+                outcome = "refused"
+            except (Exception, SystemExit, Killed) as error:
+                outcome = "other"
+                faults.append(f"{case} {kind}: {error!r}"[:300])
+            signal.alarm(0)
+            data.open_arrays.cache_clear()
+            table[kind][outcome] += 1
+            if outcome == "wrong" and kind not in self.CANNOT_TELL:
+                faults.append(f"{case} {kind}: taken for another content")
+            path.unlink()
+            path.write_bytes(raw)
+        signal.signal(signal.SIGALRM, before)
+        print(pd.DataFrame(table).T.to_string())
+        assert not faults, "\n".join(faults)
+        assert {*tmp_path.rglob("*")} == files  # nothing is written, in the folder or out of it
+        assert train.peak_mib(CPU) < peak + 100
 
 
 class TestMake:

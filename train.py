@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic,
                   writing)
-from model import (Config, Contrastive, add_model_flags, barlow_twins, compile_blocks, count_flops,
-                   embed, n_parameters, nt_xent, parse, read_args, read_tensors)
+from model import (PRESETS, Config, Contrastive, add_model_flags, barlow_twins, compile_blocks,
+                   count_flops, embed, n_parameters, nt_xent, parse, read_args, read_tensors)
 from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
                    pool, shift)
 
@@ -967,7 +967,10 @@ def with_defaults(saved):
         pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
         idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
         saved = {key: value for key, value in saved.items() if key not in idle}
-    usual = vars(get_args(["--preset", str(saved.get("preset", "paper"))]))
+    preset = saved.get("preset", "paper")
+    if preset not in [*PRESETS]:
+        raise InputError(f"args.json is damaged (preset: {preset!r}); mend it, or train again")
+    usual = vars(get_args(["--preset", preset]))
     kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
     for key, value in saved.items():
         if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):
