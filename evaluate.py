@@ -1656,10 +1656,8 @@ def draw_recording(encoder, item, p, near, path, run):
                     f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
     if p is not None:
         bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
-        bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black",
-                     label="threshold")
-        bars.legend(fontsize=8)
-    bars.set(ylim=(0, 1), title="probabilities" if p is not None else "no probe yet")
+        bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black")
+    bars.set(ylim=(0, 1), title="no probe yet" if p is None else "probabilities\nand thresholds")
     bars.tick_params(axis="x", labelsize=7)
     save_figure(figure, path, dict(x=x[0], there=there, attention=seen[0] if seen else []))
 
