@@ -118,7 +118,7 @@ data/synth/SHA256SUMS.txt: | .venv/.done
 
 # FORCE: the scripts know better than time stamps whether there is something to do.
 $(CACHES)-%/meta.json: $(SOURCE) FORCE | .venv/.done
-	$(PY) data.py cache --data $(DATA) --rate $* --out $(CACHES)-$* $(READ)
+	$(PY) data.py cache $(READ) --data $(DATA) --rate $* --out $(CACHES)-$*
 
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
 	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

@@ -438,6 +438,8 @@ def limb_leads_agree(signal):
 
     They do not where leads were exchanged, or scaled one by one.
     """
+    if not signal[:, :6].any(0).all():  # some are not there
+        return True
     I, II, III, aVR, aVL, aVF = signal.T[:6] * 1.0
     off = np.abs([III - (II - I), aVR + (I + II) / 2, aVL - (I - II / 2), aVF - (II - I / 2)])
     return (off.max(0) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
@@ -473,18 +475,28 @@ def list_recordings(paths):
     for path in map(Path, paths):
         if not path.exists() and path.with_name(path.name + ".hea").exists():
             path = path.with_name(path.name + ".hea")  # as WFDB names a record
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDS) if path.is_dir() \
-            else [path.with_suffix(".hea") if path.suffix in (".dat", ".mat") else path]
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDS and not is_about(f)
+                       ) if path.is_dir() else [
+            path.with_suffix(".hea") if path.suffix in (".dat", ".mat") else path]
         if not files or not files[0].exists() or files[0].suffix.lower() not in ENDS:
             raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
-                             f" in {' '.join(ENDS)}")
+                             f" in {' '.join(ENDS)} (a .mat file needs its .hea)")
         for file in files:
-            n = None
+            shape = ()
             if file.suffix.lower() in ENDS[2:4] + ENDS[5:]:
-                shape = open_arrays(file)["signal"].shape
-                n = shape[0] if len(shape) == 3 else None
-            found += [(file, None)] if n is None else [(file, i) for i in range(n)]
+                with suppress(InputError):  # it is said when the file is read
+                    shape = open_arrays(file)["signal"].shape
+            found += [(file, i) for i in range(shape[0])] if len(shape) == 3 else [(file, None)]
     return found
+
+
+def is_about(path):
+    """Whether a CSV file is about recordings, and none itself: words at its head, but no lead."""
+    if path.suffix.lower() != ".csv":
+        return False
+    with open(path, errors="replace") as file:
+        head = [cell.strip(' "') for cell in file.readline().strip().split(",")]
+    return any(re.search("[A-Za-z]{3}", cell) for cell in head) and not any(map(lead_name, head))
 
 
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
@@ -510,7 +522,8 @@ def open_arrays(path):
             key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
             if name in arrays}
     except Exception as error:  # whatever a damaged file leads the libraries to
-        raise InputError(f"{path.name}: unreadable: {str(error)[:200]}") from error
+        problem = "it holds no plain arrays" if "pickle" in str(error) else str(error)[:200]
+        raise InputError(f"{path.name}: unreadable: {problem}") from error
 
 
 def read_table(path):
@@ -574,8 +587,10 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
             signal, name = signal[row], str(ids[row]) if len(ids) == len(signal) else name
         if unit and not {str(u).lower() for u in told.get("unit", ())} & set(UNITS):
             told["unit"] = [unit]  # those that are there are none
+        if leads and not any(lead_name(str(t)) for t in told.get("leads", ())):
+            told["leads"] = leads
         told = dict(rate=[rate], unit=[unit], leads=leads or [None]) | told
-        asked = [flag for key, flag in (("rate", "--rate 500"), ("unit", "--unit mV"), (
+        asked = [flag for key, flag in (("rate", "--source-rate 500"), ("unit", "--unit mV"), (
             "leads", "--leads I II")) if told[key][0] is None]
         if asked:
             raise InputError(f"{path.name} does not tell all; give such as {' '.join(asked)}")
@@ -588,15 +603,12 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
         raise InputError(f"{path.name}: unreadable: {str(error)[:200]}") from error
     if signal.ndim == 2 and signal.shape[1] != len(leads) == signal.shape[0]:
         signal = signal.T
-    if signal.ndim != 2 or signal.shape[1] != len(leads) or signal.dtype.kind not in "iuf":
-        raise InputError(f"{path.name}: an array {signal.shape} of {signal.dtype}, and "
-                         f"{len(leads)} leads; needs numbers (time, leads)")
     return Recording(name, signal, rate, unit, leads)
 
 
 def lead_name(text):
     """The lead of LEADS that a file calls "avr", "ECG V1", "Lead II" or the like; or None."""
-    bare = re.sub(r"^(MDC_ECG_LEAD|ECG|EKG|LEAD)[ _:-]*", "", text.strip().upper())
+    bare = re.sub(r"^(MDC_ECG_LEAD|ECG|EKG|LEAD)[ _:-]*|\s*[\[(].*$", "", text.strip().upper())
     return next((lead for lead in LEADS if lead.upper() == bare), None)
 
 
@@ -606,6 +618,9 @@ def in_leads(recording):
     ->  that, (C,) bool: the leads that are there, and notes for the user. Raises InputError.
     """
     r, names, notes = recording, [lead_name(str(text)) for text in recording.leads], []
+    if r.signal.ndim != 2 or r.signal.shape[1] != len(names) or r.signal.dtype.kind not in "iuf":
+        raise InputError(f"{r.name}: an array {r.signal.shape} of {r.signal.dtype}, and "
+                         f"{len(names)} leads; needs numbers (time, leads), in CSV between commas")
     here = {name: i for i, name in enumerate(names) if name}
     if len(here) < len(names) - names.count(None) or not here:
         raise InputError(f"{r.name}: leads {' '.join(r.leads)[:200]}; needs some of "
@@ -617,12 +632,12 @@ def in_leads(recording):
     x = np.zeros((len(r.signal), len(LEADS)))
     for name, i in here.items():
         x[:, LEADS.index(name)] = r.signal[:, i] * UNITS[units[i].lower()]
-    finite = (np.abs(x) < 1e15).all(0)  # squares of more leave float32
-    x[:, ~finite] = 0
-    seen = np.flatnonzero(x.any(1))
+    seen = np.flatnonzero(np.nan_to_num(x).any(1))
     if len(seen) and (cut := len(x) - (seen[-1] + 1 - seen[0])) > 0.1 * r.rate:
         x = x[seen[0]:seen[-1] + 1]
-        notes.append(f"{cut / r.rate:.1f} s of zeros at its ends are cut off")
+        notes.append(f"{cut / r.rate:.1f} s of zeros or NaN at its ends are cut off")
+    finite = (np.abs(x) < 1e15).all(0)  # squares of more leave float32
+    x[:, ~finite] = 0
     named = np.array([lead in here for lead in LEADS])
     there = named & finite & (x.std(0) >= FLAT_UV)
     for why, at in (("not there", ~named), ("not finite", named & ~finite),
@@ -630,7 +645,8 @@ def in_leads(recording):
         if at.any():
             notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
     if not there.any():
-        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}")
+        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}; is the unit "
+                         "right?")
     size = np.median(np.ptp(x[:, there], axis=0)) / 1000
     if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
         notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
@@ -642,7 +658,7 @@ def prepare(recording, rate, shortest=SECONDS):
     """A Recording as encoders see it, at their rate and with their leads, before normalize().
 
     Leads are found by name; those that lack, that hold a NaN, or that are flat become zeros, as
-    masked ones are in training. Zeros of all leads at both ends are padding and are cut off.
+    masked ones are in training. Zeros or NaN of all leads at both ends are cut off, as padding.
     Another rate is reached by polyphase filtering. Cut into windows of 10 s side by side, of which
     the last ends with the recording; into windows of `shortest` s when it has no 10 s.
     ->  (W, T, C) float32 microvolt, (C,) bool: the leads that are there, notes for the user
@@ -661,7 +677,11 @@ def prepare(recording, rate, shortest=SECONDS):
         raise InputError(f"{name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
     if starts[-1] + length < len(x):
         starts.append(len(x) - length)
-    return np.stack([x[i:i + length] for i in starts]).astype(np.float32), there, notes
+    cut = [x[i:i + length] for i in starts]
+    live = [part for part in cut if (part.std(0) >= FLAT_UV).any()]
+    if len(live) < len(cut):
+        notes.append(f"{len(cut) - len(live)} of {len(cut)} windows without a signal left out")
+    return np.stack(live).astype(np.float32), there, notes
 
 
 # Collections: PTB-XL's own layout, or recordings from anywhere with what is told about them
@@ -706,7 +726,7 @@ def header_facts(path):
     """
     text = path.read_text(errors="replace") if path.suffix == ".hea" else ""
     told = {key.lower(): value.strip() for key, value in
-            re.findall(r"^# *(Age|Sex|Dx):(.*)$", text, re.M | re.I)}
+            re.findall(r"^# *<?(Age|Sex|Dx)>?:(.*)$", text, re.M | re.I)}
     codes = set(re.findall(r"\d+", told.get("dx", "")))
     age = told.get("age", "")
     return dict(age=float(age) if age.isdecimal() else math.nan,
@@ -747,6 +767,12 @@ def open_source(path, rate):
     else:
         items = list_recordings([path])
         table = pd.DataFrame([header_facts(file) for file, _ in items])
+    unused = set(table) - {"path", "patient_id", "strat_fold", "age", "sex", *CLASSES}
+    if unused and path.suffix.lower() == ".csv":
+        print(f"note: {path}: columns that are not used: {', '.join(sorted(map(str, unused)))}")
+    if "patient_id" not in table:
+        print(f"note: {path}: no patients are told, so each recording counts as one; if some are "
+              "of one patient, give a table (CSV with path and patient_id)")
     home = path if path.is_dir() else path.parent
     names = [os.path.relpath(file, home) + (f"#{row}" if row is not None else "")
              for file, row in items]
@@ -937,7 +963,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
             for i, signal in new_signals(bar, names, left_out):
                 flat += bool((signal == signal[:1]).all(0).any())
                 disagree += [] if limb_leads_agree(signal) else [names[i]]
-                sizes.append(np.median(np.ptp(signal, axis=0)) / 1000)
+                sizes.append(np.median(np.ptp(signal[:, signal.any(0)], axis=0)) / 1000)
                 kept.append(i)
                 digest.update(signal)
                 file.write(signal)

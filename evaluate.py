@@ -1555,7 +1555,7 @@ def embed_recordings(args):
     A recording that cannot be used is named, and the others go on; raises InputError when none can.
     """
     encoder, found = load_encoder(args.run, pick_device(args.device)), list_recordings(args.ecg)
-    given = dict(rate=args.rate, unit=args.unit, leads=args.leads)
+    given = dict(rate=args.source_rate, unit=args.unit, leads=args.leads)
     loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list,
                         num_workers=args.workers if len(found) > 32 else 0)
     rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
@@ -1567,7 +1567,7 @@ def embed_recordings(args):
                 {} if x is None else dict(leads=int(there.sum()), windows=len(x)))
                 | dict(notes="; ".join(notes)) for name, x, there, notes in items]
             bar.update(len(items))
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).assign(file=[str(path) for path, _ in found])
     used = table.windows > 0
     if not z:
         raise InputError(f"none of {len(table)} recordings can be used:\n  "
@@ -1577,15 +1577,16 @@ def embed_recordings(args):
         p = encoder.probabilities(z).numpy()
         for name, of in zip(CLASSES, p.T):
             table.loc[used, name] = of
-    table["notes"] = table.pop("notes")  # last
+    for last in ("notes", "file"):
+        table[last] = table.pop(last)
     write_atomic(f"{out}.csv", lambda tmp: table.to_csv(tmp, index=False, float_format="%.6g"))
     save_arrays(Path(f"{out}.npz"), dict(z=z.numpy(), name=table.name[used].to_numpy(str)) | (
         {} if p is None else dict(probabilities=p)))
     near = nearest_records(args.run, z.numpy(), args.neighbours) if args.neighbours else []
     text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"
             + "; the first 20:" * (len(table) > 20),
-            markdown(list(table), [[number(c) if isinstance(c, float) else c for c in row]
-                                   for row in table[:20].itertuples(index=False)])]
+            markdown(list(table)[:-1], [[number(c) if isinstance(c, float) else c for c in row[:-1]]
+                                        for row in table[:20].itertuples(index=False)])]
     text += [f"Nearest training records to {name}:\n{markdown(list(t), t.to_numpy())}"
              for name, t in zip(table.name[used][:20], near)]
     if encoder.probe:
@@ -1675,8 +1676,8 @@ def export_run(args):
                   ["protocol", "row"], ["macro_auroc"])
     card = "\n\n".join([
         f"# {folder.name}: an encoder of 12-lead ECGs", textwrap.fill(
-            f"Pretrained without labels on {about['data']}, {about['records']} records at "
-            f"{about['rate']} Hz (folds 1-8), view {encoder.views.describe()}. "
+            f"Pretrained without labels on folds 1-8 of {about['data']}, {about['records']} "
+            f"records in all, at {about['rate']} Hz, view {encoder.views.describe()}. "
             f"{n_parameters(encoder.model):,} parameters, {encoder.model.width} features. With a "
             f"linear probe of {', '.join(CLASSES)} from the labels of the same folds.", 99),
         f"    encoder = load_encoder({str(out)!r})  # of model.py, of the code that trained it\n"
@@ -2209,7 +2210,8 @@ def get_args(argv=None):
                             **style)
     p.add_argument("ecg", nargs="+", help="files (WFDB, EDF, npy, npz, CSV, HDF5) or folders")
     p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run, or an export")
-    p.add_argument("--rate", type=bounded(float, 1), help="Hz, where the file does not tell it")
+    p.add_argument("--source-rate", type=bounded(float, 1), help="Hz, where the file does not tell "
+                   "it")
     p.add_argument("--unit", help="mV, uV or V, where the file does not tell it")
     p.add_argument("--leads", nargs="+", help="names of the columns, where the file has none")
     p.add_argument("--neighbours", type=bounded(int, 0), default=0, help="name so many of the "

@@ -705,8 +705,9 @@ class Encoder:
         case, others are ignored. W windows of 10 s, or of one view when it is shorter, z-scored as
         in training; leads that lack are masked. Raises InputError for what cannot be used.
         """
-        x, there, notes = prepare(Recording("signal", np.asarray(signal), rate, [unit], leads),
-                                  self.rate, self.shortest)
+        leads = [leads] if isinstance(leads, str) else list(leads)
+        x, there, _ = prepare(Recording("signal", np.asarray(signal), float(rate), [str(unit)],
+                                        leads), self.rate, self.shortest)
         return normalize(torch.from_numpy(x)), torch.from_numpy(there).expand(len(x), -1)
 
     @property
@@ -786,13 +787,13 @@ def export(encoder, folder, card):
 
     card: the text of its README.md. Not in it: the optimizer, the log, the data.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     model, folder = encoder.model, Path(folder)
     tensors = model.state_dict() | {f"probe.{k}": torch.as_tensor(v)
                                     for k, v in (encoder.probe or {}).items()}
-    write_atomic(folder / "encoder.safetensors", lambda tmp: save_file(
-        {k: v.contiguous().cpu() for k, v in tensors.items()}, tmp))
+    write_atomic(folder / "encoder.safetensors", lambda tmp: tmp.write_bytes(
+        save({k: v.contiguous().cpu() for k, v in tensors.items()})))
     about = encoder.about | dict(
         config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
         readout=model.readout, n_views=encoder.n_views, leads=LEADS, classes=CLASSES,

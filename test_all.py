@@ -2913,6 +2913,21 @@ class TestCollections:
         data.main(data.get_args(["info", "--data", str(challenge)]))
         assert re.search(r"all +6 +1 +1 +1 +1 +1 +3 +2", capsys.readouterr().out)
 
+    def test_a_table_beside_recordings_is_no_recording_and_what_is_not_told_is_said(
+            self, challenge, tmp_path, capsys):
+        """As MIMIC-IV-ECG's record_list.csv; ages as LUDB has them."""
+        names = [f"g1/E{i}" for i in range(6)]
+        pd.DataFrame(dict(subject_id=[7, 7, 8, 8, 9, 9], file_name="x", path=names)).to_csv(
+            challenge / "record_list.csv", index=False)
+        header = challenge / "g1" / "E0.hea"
+        header.write_text(header.read_text().replace("#Age: 50", "# <age>: 50"))
+        source = data.open_source(challenge, 100)
+        assert len(source.items) == 6 and source.table.age[0] == 50
+        assert "each recording counts as one" in capsys.readouterr().out
+        table = data.open_source(challenge / "record_list.csv", 100).table
+        assert list(table.patient_id) == [7, 7, 8, 8, 9, 9]
+        assert "not used: file_name" in capsys.readouterr().out
+
     def test_folds_follow_patients_and_tables_say_what_they_know(self, challenge, tmp_path):
         table = pd.DataFrame(dict(path=[f"g1/E{i}" for i in range(6)], subject_id=list("aabbcd"),
                                   NORM=[0, 0, 1, 1, 0, 0]))
@@ -3035,7 +3050,14 @@ class TestEmbed:
         padded = np.concatenate([np.zeros((300, 12)), x[:1000], np.zeros((200, 12))])
         got, _, notes = cut(padded)
         np.testing.assert_allclose(got[0], x[:1000], rtol=1e-5)
-        assert got.shape[0] == 1 and notes == ["5.0 s of zeros at its ends are cut off"]
+        assert got.shape[0] == 1 and notes == ["5.0 s of zeros or NaN at its ends are cut off"]
+        for gap in (0, np.nan, 7.5):  # nothing, or the same value, for 30 s; NaN at the end
+            still = np.full((3000, 12), gap)
+            got, there, notes = cut(np.concatenate([x[:1000], still] + [x[:1000]] * (gap == 0)))
+            np.testing.assert_allclose(got, [x[:1000]] * (1 + (gap == 0)), rtol=1e-5)
+            assert there.all() and notes == ["30.0 s of zeros or NaN at its ends are cut off" if
+                                             gap != gap else f"3 of {5 if gap == 0 else 4} windows "
+                                             "without a signal left out"]
         assert cut(x[:750], 5)[0].shape == (2, 500, 12)
         with pytest.raises(InputError, match="7.5 s long; at least 10 s"):
             cut(x[:750])
@@ -3065,21 +3087,29 @@ class TestEmbed:
         pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
         (tmp_path / "t.txt").write_text("x")
         for flags, words in ((dict(rate=100), "not tell all; give such as --unit mV --leads I"),
-                             (dict(unit="mV", leads=LEADS), "give such as --rate 500$"),
+                             (dict(unit="mV", leads=LEADS), "give such as --source-rate 500$"),
                              (dict(rate=100, unit="mV", leads=LEADS[:3]), "12.* and 3 leads")):
             for name in ("n.npy", "c.csv"):
                 with pytest.raises(InputError, match=words):
-                    data.read_recording(tmp_path / name, **flags)
+                    data.prepare(data.read_recording(tmp_path / name, **flags), 100)
         for changes, words in ((dict(unit=["furlong"]), "unit furlong; needs mV, uV or V"),
                                (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
                                (dict(signal=x * 0), "no lead to look at"),
                                (dict(signal=x * np.nan), "no lead to look at"),
                                (dict(signal=x * 1e30), "V6 not finite"),
-                               (dict(signal=x[:900]), "9 s long")):
+                               (dict(signal=x[:900]), "9 s long"),
+                               (dict(signal=x[:, :2]), "and 12 leads; needs numbers")):
             fields = dict(name="r", signal=x, rate=100, unit=["mV"], leads=list(LEADS))
             with pytest.raises(InputError, match=words):
                 data.prepare(data.Recording(**fields | changes), 100)
+        assert data.read_recording(tmp_path / "n.npy", None, 100, "mV", LEADS).unit == ["mV"]
+        np.savez(tmp_path / "z.npz", ecg=x, fs=100, unit="mV", leads=[f"ch{i}" for i in range(12)])
+        assert data.read_recording(tmp_path / "z.npz", leads=LEADS).leads == list(LEADS)
+        np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
+        assert data.list_recordings([tmp_path / "o.npy"]) == [(tmp_path / "o.npy", None)]
+        with pytest.raises(InputError, match="no plain arrays"):
+            data.read_recording(tmp_path / "o.npy", None, 100, "mV", LEADS)
         for factor in (5, 1000, .01):  # an old header's gain; microvolt as millivolt, and reverse
             notes = data.prepare(data.Recording("r", x * factor, 100, ["mV"], LEADS), 100)[2]
             assert "is the unit or the gain right?" in notes[0]

@@ -827,7 +827,8 @@ def check_data(cache, config, size):
     empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
     if empty:
         raise InputError(f"{cache.folder} has no records in fold {', '.join(map(str, empty))}; "
-                         "folds 1-8 train and 9 validates: see python data.py info")
+                         "folds 1-8 train and 9 validates: take more records, or give a table "
+                         "with strat_fold (see the README)")
     if config.augment_p:
         pool(config, cache.meta["rate"])  # checks the band against the rate
     samples = round(config.window * config.timing()[1] * cache.signals.shape[1])
