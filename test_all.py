@@ -3106,7 +3106,7 @@ class TestEmbed:
         assert data.read_recording(tmp_path / "n.npy", None, 100, "mV", LEADS).unit == ["mV"]
         np.savez(tmp_path / "z.npz", ecg=x, fs=100, unit="mV", leads=[f"ch{i}" for i in range(12)])
         assert data.read_recording(tmp_path / "z.npz", leads=LEADS).leads == list(LEADS)
-        np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
+        (tmp_path / "o.npy").write_bytes(b"junk" * 50)
         assert data.list_recordings([tmp_path / "o.npy"]) == [(tmp_path / "o.npy", None)]
         with pytest.raises(InputError, match="no plain arrays"):
             data.read_recording(tmp_path / "o.npy", None, 100, "mV", LEADS)
