@@ -506,10 +506,16 @@ def describe_data(meta):
     return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{names}"
 
 
+def count_records(meta):
+    """The records of a cache in words, with what was left out of it."""
+    left_out = len(meta["left_out"])
+    return f"{meta['records']} records" + f", {left_out} left out," * (left_out > 0)
+
+
 def describe(saved, meta):
     """A run and its data in one line, for titles; meta: of the cache."""
     return (f"View {saved['args']['view']}, seed {saved['args']['seed']}, "
-            f"{saved['config']['arch']}; {describe_data(meta)}, {meta['records']} records at "
+            f"{saved['config']['arch']}; {describe_data(meta)}, {count_records(meta)} at "
             f"{meta['rate']} Hz")
 
 
@@ -1446,6 +1452,7 @@ def evaluate(args):
     if run.out != run.folder:
         notes.append(f"pretrained on {run.saved['data']['data']}, evaluated on other data: "
                      f"{run.cache.meta['data']}")
+    notes += [f"left out of the data: {problem}" for problem in run.cache.meta["left_out"][:20]]
     arch = run.saved["config"]["arch"]
     rows = [row for row in ROWS if not (args.fast and row in SLOW)
             and not (arch == "resnet18" and row.startswith("resnet18"))]
@@ -2001,7 +2008,7 @@ def write_study(args, members):
     meta, plan = saved[done[0].folder]["data"], saved[done[0].folder]["in_effect"]
     rows = {row: [m for m in done if m.row == row] for row in study.rows}
     text = [f"# Study: {args.study}", f"**Question.** {study.question}",
-            f"**Set-up.** {describe_data(meta)}, {meta['records']} records; preset {args.preset} "
+            f"**Set-up.** {describe_data(meta)}, {count_records(meta)}; preset {args.preset} "
             f"{args.train}; {plan['total']} steps of {plan['batch']} records"
             + f"; evaluated with `{args.eval}`" * study.evaluated
             + ". Rows differ in these flags alone:",

@@ -2964,6 +2964,7 @@ class TestCollections:
             "code15.h5#0: the same samples as 00001_lr",
             "code15.h5#2: the same samples as code15.h5#1"] and "left out: code15" in said_
         assert re.search("leads of code15 range over 18 mV .*unit and gains right", said_)
+        assert evaluate.count_records(c.meta) == "101 records, 2 left out,"
         assert "leads of synth" not in said_ and c.index.groupby("source").size().code15 == 1
         table = data.load_tables(synth)
         np.testing.assert_array_equal(c.index.strat_fold[:100], table.strat_fold)

@@ -793,7 +793,8 @@ def announce(record, n_train, n_val, notes):
     for what, text in (
             ("view", from_args(ViewConfig, args).describe()),
             ("data", f"{synthetic}{meta['data']} at {meta['rate']} Hz: {n_train} training records "
-             f"(folds 1-8), {n_val} validation (fold 9, the loss on {validated} of them)"),
+             f"(folds 1-8), {n_val} validation (fold 9, the loss on {validated} of them)"
+             + f"; {len(meta['left_out'])} left out" * bool(meta["left_out"])),
             ("model", "{arch}, {n_parameters:,} parameters, {samples} samples a view, on {device} "
              "in {precision}".format(arch=args["arch"], **record)
              + (", compiled" if args["compile"] else "")),
