@@ -175,9 +175,12 @@ def read_arrays(path):
         return dict(arrays)
 
 
-def leaving(folder, names):
-    """Those of names that lead out of folder: absolute, by .. or a backslash, or through a link."""
-    home, real = os.path.realpath(folder), lru_cache(os.path.realpath)  # records share few folders
+def leaving(folder, names, links=True):
+    """Those of names that lead out of folder: absolute, by .. or a backslash, or through a link.
+
+    links: False where a user may have put a link, such as to records500/ on another disk.
+    """
+    home, real = os.path.realpath(folder), lru_cache(os.path.realpath if links else os.path.abspath)
 
     def stays(name):
         return not {"\\", "\0", ".."} & {*name, *name.split("/")} and os.path.commonpath(
@@ -363,8 +366,8 @@ def load_tables(folder):
                "a number, or nothing where it is not known")
     for column in RATES.values():
         table[column] = table[column].fillna("").astype(str)
-        refuse(table[column].isin(leaving(folder, table[column])), column,
-               f"a path within {folder}, links followed")
+        refuse(table[column].isin(leaving(folder, table[column], links=False)), column,
+               f"a path within {folder}")
         # else the patient check below could be passed by while test records are trained on
         refuse(table[column].map(os.path.normpath).duplicated(keep=False), column,
                "another record in each row")
