@@ -2514,7 +2514,7 @@ class TestStudy:
         monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
         command = ["study", "--study", "collapse", "--caches", cache, "--preset", "small", "--out",
                    tmp_path, "--seeds", 1, *SHORT_STUDY]
-        with pytest.raises(InputError, match="1 of 2 runs failed.*\n  mix-s0: train.py.*a file"):
+        with pytest.raises(InputError, match="(?s)1 of 2 runs failed.*  mix-s0: train.py.*a file"):
             run_evaluate(*command)
         text = (tmp_path / "report.md").read_text()
         assert "**Not here**, for want of a finished run: mix-s0." in text and "**failed**" in text
