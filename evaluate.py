@@ -8,6 +8,7 @@ Out: in that folder metrics.csv, every number, a line each: protocol, row, label
 
     python evaluate.py run --run runs/noncontig-s0
     python evaluate.py run --run runs/demo-noncontig-s0 --fast
+    python evaluate.py embed one.edf a/folder --run runs/noncontig-s0
     python evaluate.py compare runs/noncontig-s0 runs/contig-s0 --out runs/compare
     python evaluate.py study --caches cache/ptbxl-100 --preset small --seeds 1
 """

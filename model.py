@@ -3,7 +3,8 @@
 In:  a view x (B, T, C) float32, z-scored; optionally keep (B, C) bool, the leads that it keeps.
 Out: Output(z, time, channel): z (B, rep_dim), and what the two streams hand on, (B, D) or wider;
      Contrastive adds projections (B, proj_dim) for the loss, and represent() what is used
-     downstream: z, unless --readout says otherwise. load_run(folder) gives a trained one.
+     downstream: z, unless --readout says otherwise. load_run(folder) gives a trained one,
+     load_encoder(folder) one that takes recordings from anywhere.
 
 Glossary: B batch, T time samples, C leads (12), D model width, H heads, N tokens, K classes (5),
 tau temperature. Signals are (B, T, C); only a Conv1d sees (B, C, T).
