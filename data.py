@@ -1,8 +1,10 @@
-"""PTB-XL in, one int16 array out: download, check, cache, describe or synthesise 12-lead ECGs.
+"""12-lead ECGs in, one int16 array out: download, check, read, cache, describe, synthesise.
 
-In:  a folder in PTB-XL's layout (ptbxl_database.csv, scp_statements.csv, records100/, records500/).
+In:  a folder in PTB-XL's layout (ptbxl_database.csv, scp_statements.csv, records100/, records500/),
+     or other collections: see open_source(); single recordings in any form: see read_recording().
 Out: a cache folder: signals.int16 (records, T, C) microvolt, raw little-endian; index.csv, a row a
-     record (ecg_id, patient_id, strat_fold, age, sex, NORM MI STTC CD HYP); meta.json.
+     record (ecg_id, patient_id, strat_fold, age, sex, NORM MI STTC CD HYP; of other collections
+     source and record too); meta.json.
 
     python data.py download --data data/ptbxl --rate 500
     python data.py cache --data data/ptbxl --rate 500 --out cache/ptbxl-500
