@@ -70,7 +70,6 @@ def run_script(main):
 # Flags: those of a dataclass, whose fields hold default and help, and those that scripts share.
 
 SHARED = dict(
-    data=dict(default="data/ptbxl", help="folder in PTB-XL's layout"),
     rate=dict(type=int, choices=RATES, default=500, help="Hz"),
     cache=dict(help="folder of: python data.py cache; by default the run's own"),
     device=dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
@@ -555,8 +554,8 @@ def read_wfdb(path):
         lines = [line for line in path.read_text(errors="replace").splitlines()
                  if line.strip() and not line.startswith("#")]
         _, leads, *rest = lines[0].split()
-        size = sum((path.parent / name).stat().st_size for name in {
-            line.split()[0] for line in lines[1:]})
+        parts = [path.parent / name for name in {line.split()[0] for line in lines[1:]}]
+        size = sum(part.stat().st_size for part in parts)
         if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
             raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
         try:
@@ -568,9 +567,8 @@ def read_wfdb(path):
             lines[0] = " ".join(lines[0].split()[:4])
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
-                for part in path.parent.glob(f"{path.stem}.*"):
-                    if part.name != path.name:
-                        (Path(folder) / part.name).symlink_to(part.resolve())
+                for part in parts:
+                    (Path(folder) / part.name).symlink_to(part.resolve())
                 record = wfdb.rdrecord(str(Path(folder) / path.stem))
     return dict(signal=record.p_signal, rate=[record.fs], leads=record.sig_name,
                 unit=[unit or "?" for unit in record.units])
@@ -797,9 +795,11 @@ def open_source(path, rate):
                              "rows; needs folds from 1 to 10, a patient in one fold alone, ages "
                              f"that are numbers, 0 or 1 for each of {', '.join(CLASSES)}")
     digest = hashlib.sha256(f"format {FORMAT} {table.to_csv()}".encode())
-    for file in sorted({file for file, _ in items}):
-        for part in file.parent.glob(f"{file.stem}.*"):  # a header's samples too
-            digest.update(f"{part} {part.stat().st_size} {part.stat().st_mtime_ns}".encode())
+    stems = {(file.parent, file.stem) for file, _ in items}
+    for folder in sorted({folder for folder, _ in stems}):
+        for file in sorted(folder.iterdir()):
+            if (folder, file.stem) in stems:  # a header's samples too
+                digest.update(stamp(file))
     return Source(path.stem, path, table, items, digest.hexdigest())
 
 
@@ -854,6 +854,12 @@ def cache_bytes(records, rate):
     return 2 * records * SECONDS * rate * len(LEADS)
 
 
+def stamp(file):
+    """A file's name, size and time, which change when it does."""
+    stat = file.stat()
+    return f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()
+
+
 def source_digest(folder, table, rate):
     """Digest of the tables' text and of each record file's size and time: changes when they do.
 
@@ -870,8 +876,7 @@ def source_digest(folder, table, rate):
     for name in TABLES:
         digest.update((folder / name).read_bytes())
     for file in files:
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        digest.update(stamp(file))
     return digest.hexdigest()
 
 
@@ -894,6 +899,11 @@ def new_folder(out):
     finally:
         for folder in (tmp, replaced):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def source_names(meta):
+    """The names of the sources of a cache, from its meta.json."""
+    return " + ".join(Path(path).name for path in meta["data"].split(" + "))
 
 
 def join_sources(paths, rate, reading):
@@ -1237,7 +1247,8 @@ def get_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = commands.add_parser("download", help="PTB-XL 1.0.3 from PhysioNet (CC BY 4.0)", **style)
-    add_shared(p, "data", "rate")
+    p.add_argument("--data", default="data/ptbxl", help="folder to fill")
+    add_shared(p, "rate")
     p.add_argument("--url", default=URL, help="a mirror in the same layout, "
                    "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
     p.add_argument("--workers", type=int, default=8, help="files at a time")

@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
                   bounded, from_args, list_recordings, load_tables, normalize, open_cache, prepare,
-                  read_arrays, read_recording, run_script, sha256, write_atomic)
+                  read_arrays, read_recording, run_script, sha256, source_names, write_atomic)
 from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, embed, export,
                    load_encoder, load_run, n_parameters, read_args, read_log, watch_attention)
 from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, extract, pick_device,
@@ -503,8 +503,7 @@ def untrained(config, seed, device):
 
 def describe_data(meta):
     """The data of a cache in a few words, for titles."""
-    names = " + ".join(Path(path).name for path in meta["data"].split(" + "))
-    return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{names}"
+    return f"{'SYNTHETIC data ' if meta['synthetic'] else ''}{source_names(meta)}"
 
 
 def count_records(meta):
@@ -1752,9 +1751,9 @@ def group_runs(runs):
 
     groups = {}
     for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
-        name = re.sub(r"-s\d+$", "", run["folder"].name)
+        name, b = re.sub(r"-s\d+$", "", run["folder"].name), settings(run)
         for other in groups.setdefault(name, []):
-            a, b = settings(other), settings(run)
+            a = settings(other)
             differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
             if differ or other["about"]["seed"] == run["about"]["seed"]:
                 raise InputError(f"{other['folder']} and {run['folder']} are of one name, but "

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (CLASSES, LEADS, NORMALISATION, RATES, SECONDS, InputError, Recording, add_flags,
                   from_args, normalize, prepare, read_arrays, run_script, setting, sha256,
-                  write_atomic)
+                  source_names, write_atomic)
 
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
@@ -744,8 +744,7 @@ def load_encoder(folder, device="cpu"):
     views = ViewConfig(view=saved["args"]["view"], equal=saved["args"].get("equal", False))
     data = saved["data"]
     about = dict(rate=data["rate"], records=data["records"], fingerprint=data["fingerprint"],
-                 data="synthetic records" if data["synthetic"] else " + ".join(
-                     Path(path).name for path in data["data"].split(" + ")))
+                 data="synthetic records" if data["synthetic"] else source_names(data))
     path, probe, n_views = folder / "eval" / "probe.npz", None, None
     if path.exists():
         try:
