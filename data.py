@@ -28,7 +28,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from signal import SIG_IGN, SIGINT
 from signal import signal as on_signal
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from scipy.signal import butter, resample_poly, sosfilt
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -177,31 +178,19 @@ def read_arrays(path):
         return dict(arrays)
 
 
-def leaving(folder, names, links=True):
-    """Those of names that lead out of folder: absolute, by .. or a backslash, or through a link.
-
-    links: False where a user may have put a link, such as to records500/ on another disk.
-    """
-    home, real = os.path.realpath(folder), lru_cache(os.path.realpath if links else os.path.abspath)
-
-    def stays(name):
-        return not {"\\", "\0", ".."} & {*name, *name.split("/")} and os.path.commonpath(
-            [home, real(os.path.dirname(os.path.join(home, name)))]) == home
-
-    return [name for name in names if os.path.normpath(name) == "." or not stays(name)]
-
-
-def amount(size):
-    """Bytes in words: GB, or MB below one."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
+def goes_down(name):
+    """Whether a path leads down from where it starts, as it is written: not absolute, without .."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and not (
+        {"..", "\\", "\0"} & {*path.parts, *name})
 
 
 def check_room(folder, size):
     """Raise InputError when the disk of folder has no room for so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(f"{folder} has no room for {amount(size)}: {amount(free)} are free; make "
-                         "room, or give another folder")
+        raise InputError(f"{folder} has no room for {size / 1e6:,.1f} MB: {free / 1e6:,.1f} MB are "
+                         "free; make room, or give another folder")
 
 
 # Download
@@ -245,61 +234,53 @@ def read_sums(path):
 
     A file outside the folder of SHA256SUMS.txt is refused: a server must not choose where to write.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text ({error}); is the address right?") from error
-    sums = {}
-    for line in lines:
+    home, sums = Path(path).parent.resolve(), {}
+    at_home = lru_cache(lambda folder: (home / folder).resolve().is_relative_to(home))
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
-        if not re.fullmatch("[0-9a-f]{64}", digest) or not name:
-            raise InputError(f"{path}: {line[:80]!r} is not 'digest file'; is the address right?")
+        if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)
+                and at_home(os.path.dirname(name))):
+            raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
+                             "folder, links followed; is the address right, or a folder a link?")
         sums[name] = digest
-    for name in leaving(Path(path).parent, sums):
-        raise InputError(f"{path}: {name[:80]!r} is not 'digest file' of a file within its folder, "
-                         "links followed; is the address right, or a folder there a link?")
     return sums
 
 
 def download(folder, rate, url=URL, workers=8):
     """Fetch what `rate` needs of PTB-XL into folder; files that are there and whole are kept.
 
-    Raises InputError when the server cannot be reached, files stay wrong or the disk is full; run
-    again to go on.
+    Raises InputError when the server cannot be reached or files stay wrong, OSError when the disk
+    is full; run again to go on.
     """
     import requests
 
-    folder, url = Path(folder), url.rstrip("/") + "/"
-    sums_path, local = folder / "SHA256SUMS.txt", threading.local()
-    fetch_file(requests.Session(), url + sums_path.name, sums_path)
-    sums = read_sums(sums_path)
-    missing = [name for name in TABLES if name not in sums]
-    if missing:
-        raise InputError(f"{url} does not list {', '.join(missing)}: not a PTB-XL folder")
+    folder, url, session = Path(folder), url.rstrip("/") + "/", requests.Session()
+    fetch_file(session, url + "SHA256SUMS.txt", folder / "SHA256SUMS.txt")
+    sums = read_sums(folder / "SHA256SUMS.txt")
+    if not set(TABLES) <= set(sums):
+        raise InputError(f"{url} does not list {' and '.join(TABLES)}: not a PTB-XL folder")
     wanted = [name for name in sums
               if name in (*TABLES, "LICENSE.txt", SYNTHETIC) or name.startswith(f"records{rate}/")]
     new = [name for name in wanted if not (folder / name).exists()]
     # SHA256SUMS.txt has no sizes: a data file is known from the rate, a header takes a disk block
     size = sum(cache_bytes(1, rate) if name.endswith(".dat") else 4096 for name in new)
-    print(f"{url}: {len(wanted)} files at {rate} Hz, {len(new)} to come, about {amount(size)}",
-          flush=True)
+    print(f"{url}: {len(wanted)} files at {rate} Hz, {len(new)} to come, about "
+          f"{size / 1e6:,.1f} MB", flush=True)
     check_room(folder, size)
 
     def ensure(name):
         if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
-            local.session = getattr(local, "session", None) or requests.Session()  # keeps alive
-            fetch_file(local.session, url + name, folder / name, sums[name], stop.wait)
+            fetch_file(session, url + name, folder / name, sums[name], stop.wait)
 
     pool, failed, stop = ThreadPoolExecutor(workers), [], threading.Event()
     try:
         jobs = [pool.submit(ensure, name) for name in wanted]
         for job in tqdm(as_completed(jobs), "download", len(jobs), unit="file", disable=None):
-            if isinstance(job.exception(), OSError):  # of the disk; the net's are InputError
-                raise InputError(f"{folder}: {job.exception()}; what came is kept: make room "
-                                 "and run the same command again to go on") from job.exception()
-            if job.exception():
-                failed.append(str(job.exception()))
+            try:
+                job.result()
+            except InputError as error:  # another error is of the disk, and ends it
+                failed.append(str(error))
             if len(failed) >= 20:
                 break  # the server is gone, or is the wrong one
     finally:
@@ -326,68 +307,72 @@ def load_tables(folder):
     """The record table of a PTB-XL folder, with one 0/1 column for each superclass.
 
     A record has a superclass when any of its SCP codes has it (Table 1 of the paper counts so).
-    Raises InputError for a missing table or column, for cells that cannot be, for a record named
-    twice and for a patient in two folds.
+    Raises InputError for a missing table or column and for cells that cannot be.
     """
     import pandas as pd
 
     folder = Path(folder)
-    for name in TABLES:
-        if not (folder / name).exists():
-            raise InputError(f"no {name} in {folder}: give a folder in PTB-XL's layout with --data,"
-                             f" or get it: python data.py download --data {folder} --rate 100|500")
     try:
         table = pd.read_csv(folder / TABLES[0])
         statements = pd.read_csv(folder / TABLES[1], index_col=0)
+    except OSError as error:
+        raise InputError(f"no {' and '.join(TABLES)} in {folder} ({error.strerror}): give a folder "
+                         "in PTB-XL's layout with --data, or get it: python data.py download "
+                         f"--data {folder} --rate 100|500") from error
     except ValueError as error:
         raise InputError(f"the tables in {folder} are damaged ({error}); get them again") from error
-    columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", "scp_codes", *RATES.values()]
-    lacking = [c for c in columns if c not in table] + [
-        c for c in ("diagnostic", "diagnostic_class") if c not in statements]
+    lacking = {"ecg_id", "patient_id", "strat_fold", "age", "sex", "scp_codes",
+               *RATES.values()} - set(table) | {"diagnostic", "diagnostic_class"} - set(statements)
     if lacking or table.empty:
-        raise InputError(f"{folder}: the tables lack {', '.join(lacking) or 'any record'}; "
+        raise InputError(f"{folder}: the tables lack {', '.join(sorted(lacking)) or 'any record'}; "
                          "download them again")
-    twice = list(statements.index[statements.index.duplicated()])
-    if twice:
-        raise InputError(f"{folder / TABLES[1]} is damaged (it has codes {twice[:5]} twice; "
-                         "needs each once); mend it, or get it again")
 
-    def refuse(bad, column, valid):
-        if bad.any():
-            cells = ", ".join(map(repr, table[column][bad].astype(str).str[:40][:5]))
-            raise InputError(f"{folder / TABLES[0]} is damaged ({column} is {cells} in {bad.sum()} "
-                             f"rows, ecg_id {', '.join(map(str, table.ecg_id[bad][:5]))}; needs "
-                             f"{valid}); mend it, or get it again")
-
-    for column, low, high in (("ecg_id", -1e15, 1e15), ("patient_id", -1e15, 1e15),  # exact floats
-                              ("strat_fold", 1, 10)):
+    refuse = partial(refuse_cells, folder / TABLES[0])
+    for column in ("ecg_id", "patient_id"):
         number = pd.to_numeric(table[column], errors="coerce").astype(float)
-        refuse(~(number.between(low, high) & (number % 1 == 0)), column,
-               f"an integer from {low:g} to {high:g}")
+        refuse(table[column], ~((number.abs() < 1e15) & (number % 1 == 0)), "an integer")
         table[column] = number.astype(int)
-    refuse(table.ecg_id.duplicated(keep=False), "ecg_id", "each once")
-    for column in ("age", "sex"):
-        refuse(pd.to_numeric(table[column], errors="coerce").isna() & table[column].notna(), column,
-               "a number, or nothing where it is not known")
+    refuse(table.ecg_id, table.ecg_id.duplicated(keep=False), "each once")
     for column in RATES.values():
-        table[column] = table[column].fillna("").astype(str)
-        refuse(table[column].isin(leaving(folder, table[column], links=False)), column,
-               f"a path within {folder}")
-        # else the patient check below could be passed by while test records are trained on
-        refuse(table[column].map(os.path.normpath).duplicated(keep=False), column,
+        names = table[column] = table[column].fillna("").astype(str)
+        refuse(names, ~names.map(goes_down), f"a path within {folder}")
+        # else the check of patients could be passed by while test records are trained on
+        refuse(names, names.map(os.path.normpath).duplicated(keep=False),
                "another record in each row")
     codes = table.scp_codes.map(parse_codes)
-    refuse(codes.isna(), "scp_codes", "a dict such as {'NORM': 100.0}")
+    refuse(table.scp_codes, codes.isna(), "a dict such as {'NORM': 100.0}")
+    check_people(folder / TABLES[0], table)
+    explained = statements.index.to_series()
+    refuse_cells(folder / TABLES[1], explained, explained.duplicated(keep=False), "each once")
     # coerced: one cell that is no number would make text of all, and lose every label
     is_diagnostic = pd.to_numeric(statements.diagnostic, errors="coerce") == 1
-    superclass = statements[is_diagnostic].diagnostic_class
+    superclass = statements[is_diagnostic].diagnostic_class.to_dict()
     for name in CLASSES:
         table[name] = codes.map(lambda c: int(any(superclass.get(code) == name for code in c)))
-    folds = table.groupby("patient_id").strat_fold.nunique()
-    if (folds > 1).any():
-        raise InputError(f"{folder}: patients {list(folds.index[folds > 1][:5])} are in more than "
-                         "one fold, so that test records would be seen in training; mend the table")
     return table
+
+
+def refuse_cells(path, column, bad, valid):
+    """Raise InputError where cells of a table's column are bad: the first, and their lines."""
+    if bad.any():
+        cells = ", ".join(map(repr, column[bad].astype(str).str[:40][:5]))
+        lines = ", ".join(str(i + 2) for i in np.flatnonzero(bad)[:5])
+        raise InputError(f"{path} is damaged ({column.name} is {cells} in {bad.sum()} rows, lines "
+                         f"{lines}; needs {valid}); mend it, or get it again")
+
+
+def check_people(path, table):
+    """Raise InputError for folds, patients, ages or sexes that cannot be; make folds integers."""
+    import pandas as pd
+
+    fold, patient = pd.to_numeric(table.strat_fold, errors="coerce"), table.patient_id.astype(str)
+    refuse_cells(path, table.strat_fold, ~fold.isin(range(1, 11)), "an integer from 1 to 10")
+    table["strat_fold"] = fold.astype(int)
+    refuse_cells(path, table.patient_id, table.groupby(patient).strat_fold.transform("nunique") > 1,
+                 "a patient in one fold alone: test records would be seen in training")
+    for column, valid in (table.age, "a number"), (table.sex, "0 for male, 1 for female"):
+        unclear = pd.to_numeric(column, errors="coerce").isna() & column.notna()
+        refuse_cells(path, column, unclear, f"{valid}, or nothing where it is not known")
 
 
 @lru_cache
@@ -405,41 +390,66 @@ def quick_wfdb():
     return wfdb
 
 
+def open_wfdb(path):
+    """The wfdb.Record of a header, with d_signal; raises whatever wfdb meets in a broken file.
+
+    A header that tells of more samples than its files can hold would cost memory, and is refused.
+    """
+    wfdb = quick_wfdb()
+    lines = [line for line in path.read_text(errors="replace").splitlines()
+             if line.strip() and not line.startswith("#")]
+    _, leads, *rest = lines[0].split()
+    parts = [path.parent / name for name in {line.split()[0] for line in lines[1:]}]
+    size = sum(part.stat().st_size for part in parts)
+    if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
+        raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
+    try:
+        return wfdb.rdrecord(str(path.with_suffix("")), physical=False)
+    except Exception:
+        if not rest[2:]:
+            raise
+    # Once more without a date, which wfdb may refuse, as in the Challenges' records.
+    lines[0] = " ".join(lines[0].split()[:4])
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
+        for part in parts:
+            (Path(folder) / part.name).symlink_to(part.resolve())
+        return wfdb.rdrecord(str(Path(folder) / path.stem), physical=False)
+
+
 def read_record(path, rate):
     """One WFDB record as (T, C) int16 microvolt, leads in the order of LEADS, found by name.
 
     Raises InputError for what makes it unusable; a flat lead is usable (see normalize).
     """
-    wfdb, path = quick_wfdb(), Path(path)
-    data_file = path.with_suffix(".dat")
-    T, C = SECONDS * rate, len(LEADS)
+    path = Path(path)
+    header, T, C = path.with_suffix(".hea"), SECONDS * rate, len(LEADS)
 
     def need(good, problem):
         if not good:
             raise InputError(f"{path.name}: {problem}")
 
     try:
-        record = wfdb.rdheader(str(path))  # first: samples are read only if there is room for them
-        names = [(name or "?").strip().upper() for name in getattr(record, "sig_name", 0) or ()]
-        need(sorted(names) == sorted(lead.upper() for lead in LEADS) and record.n_sig == C,
-             f"{record.n_sig} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
+        record = open_wfdb(header)
+        names = [(name or "?").strip().upper() for name in record.sig_name]
+        need(sorted(names) == sorted(lead.upper() for lead in LEADS),
+             f"{len(names)} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
         need(record.fs == rate and record.sig_len == T,
              f"{record.sig_len} samples at {record.fs:g} Hz; needs {T} at {rate} Hz")
         need(set(record.units) == {"mV"},
              f"units {' '.join(sorted(set(record.units)))}; needs mV")
         # wfdb reads a gain of 0 (unknown) as 200: hence the text
         zero = re.search(r"^[^#\s]\S*\s+\S+\s+[-+]?[0.]+([(/e\s]|$)",
-                         path.with_suffix(".hea").read_text(errors="replace"), re.M)
+                         header.read_text(errors="replace"), re.M)
         need(all(1 <= gain <= 1e6 for gain in record.adc_gain) and not zero,
              f"gains {'0' if zero else sorted(set(record.adc_gain))}; needs 1 to 1e6 per mV")
-        need(set(record.file_name) == {data_file.name},
-             f"samples in {' '.join(sorted(set(record.file_name)))[:200]}; needs {data_file.name}")
-        size = data_file.stat().st_size
-        need(set(record.fmt) != {"16"} or size == 2 * T * C,
-             f"the header tells of {2 * T * C} bytes, the file has {size}")
-        record = wfdb.rdrecord(str(path), physical=False)
+        file = header.with_suffix(".dat")
+        need(set(record.file_name) == {file.name},
+             f"samples in {' '.join(sorted(set(record.file_name)))[:200]}; needs {file.name}")
+        need(set(record.fmt) != {"16"} or file.stat().st_size == 2 * T * C,
+             f"the header tells of {2 * T * C} bytes, the file has {file.stat().st_size}")
         sums, said = record.d_signal.sum(0), record.checksum
-        need(not said or None in said or not ((sums - said) % 65536).any(),
+        need(None in said or not ((sums - said) % 65536).any(),
              "the samples do not add up to the header's checksum")
         signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
         need((np.abs(signal) <= np.iinfo(np.int16).max).all(),
@@ -454,16 +464,22 @@ def read_record(path, rate):
     return np.rint(signal[:, order]).astype("<i2", order="C")
 
 
+def all_leads(x):
+    """I, II and V1 to V6 (..., 8) -> LEADS (..., 12), by Einthoven's and Goldberger's equations."""
+    I, II = x[..., 0] * 1.0, x[..., 1] * 1.0
+    limb = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2], axis=-1)
+    return np.concatenate([limb, x[..., 2:]], axis=-1)
+
+
 def limb_leads_agree(signal):
-    """Whether III, aVR, aVL and aVF follow from I and II (Einthoven, Goldberger) most of the time.
+    """Whether III, aVR, aVL and aVF follow from I and II most of the time.
 
     They do not where leads were exchanged, or scaled one by one.
     """
     if not signal[:, :6].any(0).all():  # some are not there
         return True
-    I, II, III, aVR, aVL, aVF = signal.T[:6] * 1.0
-    off = np.abs([III - (II - I), aVR + (I + II) / 2, aVL - (I - II / 2), aVF - (II - I / 2)])
-    return (off.max(0) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
+    off = np.abs(signal - all_leads(np.delete(signal, range(2, 6), axis=1)))[:, 2:6]
+    return (off.max(1) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
 
 
 # Recordings from anywhere
@@ -562,32 +578,15 @@ def read_table(path):
 
 def read_wfdb(path):
     """A record of a WFDB header or an EDF file, through wfdb: a dict like open_arrays()."""
-    wfdb = quick_wfdb()
     from wfdb.io.convert.edf import read_edf
 
     if path.suffix.lower() == ".edf":
         record = read_edf(str(path))
+        signal = record.p_signal
     else:
-        lines = [line for line in path.read_text(errors="replace").splitlines()
-                 if line.strip() and not line.startswith("#")]
-        _, leads, *rest = lines[0].split()
-        parts = [path.parent / name for name in {line.split()[0] for line in lines[1:]}]
-        size = sum(part.stat().st_size for part in parts)
-        if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
-            raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
-        try:
-            record = wfdb.rdrecord(str(path.with_suffix("")))
-        except Exception:
-            if not rest[2:]:
-                raise
-            # Once more without a date, which wfdb may refuse, as in the Challenges' records.
-            lines[0] = " ".join(lines[0].split()[:4])
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / path.name).write_text("\n".join(lines) + "\n")
-                for part in parts:
-                    (Path(folder) / part.name).symlink_to(part.resolve())
-                record = wfdb.rdrecord(str(Path(folder) / path.stem))
-    return dict(signal=record.p_signal, rate=[record.fs], leads=record.sig_name,
+        record = open_wfdb(path)
+        signal = record.dac()
+    return dict(signal=signal, rate=[record.fs], leads=record.sig_name,
                 unit=[unit or "?" for unit in record.units])
 
 
@@ -734,10 +733,6 @@ class Source:
     items: list
     digest: str
 
-    @property
-    def synthetic(self):
-        return (self.path / SYNTHETIC).exists()
-
 
 def header_facts(path):
     """Age, sex and superclasses that comments of a WFDB header tell, as the Challenges write them.
@@ -767,19 +762,18 @@ def open_source(path, rate):
 
     path = Path(path)
     if not path.exists() or (path / TABLES[0]).exists():
-        table = load_tables(path)
-        table["record"] = table[RATES[rate]]
-        return Source(path.name, path, table, [path / name for name in table.record],
-                      source_digest(path, table, rate))
+        return open_ptbxl(path, rate)
     if path.suffix.lower() == ".csv":
         try:
             table = pd.read_csv(path).rename(columns=dict(subject_id="patient_id"))
         except ValueError as error:
             raise InputError(f"{path} is no table ({error}); mend it") from error
+        known = ["patient_id", "strat_fold", "age", "sex", *CLASSES]
         if "path" not in table:
             raise InputError(f"{path}: a table of recordings needs a column path, beside such as "
-                             f"patient_id, strat_fold, age, sex, {', '.join(CLASSES)}; it has "
-                             f"{', '.join(table)[:200]}")
+                             f"{', '.join(known)}; it has {', '.join(table)[:200]}")
+        if unused := ", ".join(sorted(set(table) - {"path", *known})):
+            print(f"note: {path}: columns that are not used: {unused}")
         items = list_recordings(path.parent / str(name) for name in table.path)
         if len(items) != len(table):
             raise InputError(f"{path}: some of its {len(table)} paths hold several recordings; "
@@ -787,9 +781,6 @@ def open_source(path, rate):
     else:
         items = list_recordings([path])
         table = pd.DataFrame([header_facts(file) for file, _ in items])
-    unused = set(table) - {"path", "patient_id", "strat_fold", "age", "sex", *CLASSES}
-    if unused and path.suffix.lower() == ".csv":
-        print(f"note: {path}: columns that are not used: {', '.join(sorted(map(str, unused)))}")
     if "patient_id" not in table:
         print(f"note: {path}: no patients are told, so each recording counts as one; if some are "
               "of one patient, give a table (CSV with path and patient_id)")
@@ -798,26 +789,41 @@ def open_source(path, rate):
              for file, row in items]
     table = pd.DataFrame(dict(record=names, patient_id=names, age=math.nan, sex=math.nan)
                          | dict.fromkeys(CLASSES, 0) | dict(table))
-    patients = table.patient_id.astype(str)
     if "strat_fold" not in table:  # the same for a patient wherever else it turns up
-        table["strat_fold"] = [1 + int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10
-                               for p in patients]
-    wrong = {"strat_fold": ~table.strat_fold.isin(range(1, 11)),
-             "patient_id": patients.map(table.groupby(patients).strat_fold.nunique()) > 1,
-             "age": pd.to_numeric(table.age, errors="coerce").isna() & table.age.notna(),
-             } | {name: ~table[name].isin((0, 1)) for name in CLASSES}
-    for column, bad in wrong.items():
-        if bad.any():
-            raise InputError(f"{path}: {column} is {table[column][bad].iloc[0]} in {bad.sum()} "
-                             "rows; needs folds from 1 to 10, a patient in one fold alone, ages "
-                             f"that are numbers, 0 or 1 for each of {', '.join(CLASSES)}")
-    digest = hashlib.sha256(f"format {FORMAT} {table.to_csv()}".encode())
-    stems = {(file.parent, file.stem) for file, _ in items}
-    for folder in sorted({folder for folder, _ in stems}):
-        for file in sorted(folder.iterdir()):
-            if (folder, file.stem) in stems:  # a header's samples too
-                digest.update(stamp(file))
-    return Source(path.stem, path, table, items, digest.hexdigest())
+        table["strat_fold"] = [1 + int(hashlib.sha256(str(patient).encode()).hexdigest(), 16) % 10
+                               for patient in table.patient_id]
+    check_people(path, table)
+    for name in CLASSES:
+        refuse_cells(path, table[name], ~table[name].isin((0, 1)), "0 or 1")
+    stems = {file.with_suffix("") for file, _ in items}
+    files = [file for folder in sorted({stem.parent for stem in stems})
+             for file in sorted(folder.iterdir()) if file.with_suffix("") in stems]  # .dat too
+    return Source(path.stem, path, table, items, digest_of(f" {table.to_csv()}".encode(), files))
+
+
+def open_ptbxl(folder, rate):
+    """The Source in a folder in PTB-XL's layout; raises InputError when records are missing."""
+    table = load_tables(folder)
+    table["record"] = table[RATES[rate]]
+    items = [folder / name for name in table.record]
+    files = [item.with_suffix(end) for item in items for end in (".hea", ".dat")]
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        remedy = "make it again: python data.py synth" if (folder / SYNTHETIC).exists() else (
+            f"complete it: python data.py download --data {folder} --rate {rate}")
+        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
+                         f"(first: {missing[0].name}); {remedy}")
+    tables = b"".join((folder / name).read_bytes() for name in TABLES)
+    return Source(folder.name, folder, table, items, digest_of(tables, files))
+
+
+def digest_of(told, files):
+    """Digest of bytes and of each file's name, size and time: another when they change."""
+    digest = hashlib.sha256(f"format {FORMAT}".encode() + told)
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def try_record(item, rate, reading):
@@ -860,50 +866,18 @@ class Cache:
         return np.flatnonzero(self.index.strat_fold.isin(folds))
 
 
-def record_files(folder, table, rate):
-    """The header and data file of each record, in the table's order."""
-    return [(folder / name).with_suffix(end) for name in table[RATES[rate]]
-            for end in (".hea", ".dat")]
-
-
 def cache_bytes(records, rate):
     """Size of the array."""
     return 2 * records * SECONDS * rate * len(LEADS)
-
-
-def stamp(file):
-    """A file's name, size and time, which change when it does."""
-    stat = file.stat()
-    return f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()
-
-
-def source_digest(folder, table, rate):
-    """Digest of the tables' text and of each record file's size and time: changes when they do.
-
-    Raises InputError when record files are missing.
-    """
-    files = record_files(folder, table, rate)
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        remedy = "make it again: python data.py synth" if (folder / SYNTHETIC).exists() else (
-            f"complete it: python data.py download --data {folder} --rate {rate}")
-        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
-                         f"(first: {missing[0].name}); {remedy}")
-    digest = hashlib.sha256(f"format {FORMAT}".encode())
-    for name in TABLES:
-        digest.update((folder / name).read_bytes())
-    for file in files:
-        digest.update(stamp(file))
-    return digest.hexdigest()
 
 
 @contextmanager
 def new_folder(out):
     """A temporary folder that takes the place of `out` when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a process that was killed
-        with suppress(OSError):  # the folder's own time is that of its last new file
-            if time.time() - max(f.stat().st_mtime for f in (old, *old.iterdir())) > 3600:
+    for old in out.parent.glob(f"{out.name}.tmp-*"):  # of a process that was killed days ago
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 48 * 3600:
                 shutil.rmtree(old)
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     replaced = out.with_name(f"{tmp.name}-replaced")
@@ -924,7 +898,7 @@ def source_names(meta):
 
 
 def join_sources(paths, rate, reading):
-    """Sources as one: their items, table, columns of index.csv, digest and what meta.json says."""
+    """Sources as one: their items, table, columns of index.csv, and what meta.json says of them."""
     import pandas as pd
 
     sources = [open_source(path, rate) for path in paths]
@@ -938,25 +912,36 @@ def join_sources(paths, rate, reading):
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
         told = json.dumps([*reading.items(), *(source.digest for source in sources)])
         digest = hashlib.sha256(told.encode()).hexdigest()
-    meta = dict(rate=rate, format=FORMAT, source=digest,
-                data=" + ".join(str(source.path.resolve()) for source in sources),
-                synthetic=any(source.synthetic for source in sources))
-    return items, table, columns, meta
+    return items, table, columns, dict(
+        rate=rate, format=FORMAT, source=digest,
+        data=" + ".join(str(source.path.resolve()) for source in sources),
+        synthetic=any((source.path / SYNTHETIC).exists() for source in sources))
 
 
-def new_signals(results, names, left_out):
-    """Yield (row, signal (T, C)) of what try_record() gave, each once; note what is left out."""
-    seen = {}
-    for i, (name, (signals, problem)) in enumerate(zip(names, results)):
+def write_signals(results, names, file):
+    """Write what try_record() gave of each recording, but no samples twice.
+
+    ->  a table with a row a signal: number of its recording, has_flat_lead, limbs_agree, size (mV);
+    what was unusable; what was there already
+    """
+    import pandas as pd
+
+    rows, bad, twice, seen = [], [], [], {}
+    for i, (windows, problem) in enumerate(results):
         if problem:
-            left_out["bad"].append(problem)
-        for signal in () if problem else signals:
+            bad.append(problem)
+            continue
+        for signal in windows:
             digest = hashlib.sha256(signal).digest()
             if digest in seen:
-                left_out["twice"].append(f"{name}: the same samples as {seen[digest]}")
-            else:
-                seen[digest] = name
-                yield i, signal
+                twice.append(f"{names[i]}: the same samples as {seen[digest]}")
+                continue
+            seen[digest] = names[i]
+            file.write(signal)
+            rows.append(dict(number=i, has_flat_lead=(signal == signal[:1]).all(0).any(),
+                             limbs_agree=limb_leads_agree(signal),
+                             size=np.median(np.ptp(signal[:, signal.any(0)], axis=0)) / 1000))
+    return pd.DataFrame(rows), bad, twice
 
 
 def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
@@ -981,10 +966,6 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
     out.parent.mkdir(parents=True, exist_ok=True)
     check_room(out.parent, cache_bytes(len(items), rate))
 
-    left_out, kept, flat, disagree, sizes = dict(bad=[], twice=[]), [], 0, [], []
-    names = [item.name if isinstance(item, Path) else record
-             for item, record in zip(items, table.record)]
-    digest = hashlib.sha256()
     with new_folder(out.resolve()) as tmp:  # out may be a link to another disk
         # Ctrl-C is for this process alone, which then cancels what has not begun.
         with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
@@ -992,35 +973,27 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
                                chunksize=32)) as results,
               open(tmp / "signals.int16", "wb") as file):
             bar = tqdm(results, "cache", len(items), unit="record", disable=None)
-            for i, signal in new_signals(bar, names, left_out):
-                flat += bool((signal == signal[:1]).all(0).any())
-                disagree += [] if limb_leads_agree(signal) else [names[i]]
-                sizes.append(np.median(np.ptp(signal[:, signal.any(0)], axis=0)) / 1000)
-                kept.append(i)
-                digest.update(signal)
-                file.write(signal)
-        bad = left_out["bad"]
-        if bad and not (skip_bad and kept):
+            found, bad, twice = write_signals(bar, table.record, file)
+        if bad and (not skip_bad or found.empty):
             raise InputError(f"{len(bad)} of {len(items)} records cannot be used; mend them, "
                              "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
-        index = table.iloc[kept]
+        index = table.iloc[found.number]
         if "record" in columns:
-            index = index.assign(ecg_id=np.arange(1, len(kept) + 1))
+            index = index.assign(ecg_id=np.arange(1, len(found) + 1))
         index[columns].to_csv(tmp / "index.csv", index=False)
-        digest.update((tmp / "index.csv").read_bytes())
-        meta |= dict(records=len(kept), records_with_a_flat_lead=flat,
-                     left_out=bad + left_out["twice"], fingerprint=digest.hexdigest(),
-                     index=sha256(tmp / "index.csv"))
+        meta |= dict(records=len(found), records_with_a_flat_lead=int(found.has_flat_lead.sum()),
+                     left_out=bad + twice, index=sha256(tmp / "index.csv"),
+                     fingerprint=sha256(tmp / "signals.int16", tmp / "index.csv"))
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(f"{out}: {len(kept)} records at {rate} Hz, {flat} with a flat lead, "
-          f"{len(meta['left_out'])} left out")
+    print(f"{out}: {len(found)} records at {rate} Hz, {meta['records_with_a_flat_lead']} with a "
+          f"flat lead, {len(meta['left_out'])} left out")
     for problem in meta["left_out"]:
         print(f"  left out: {problem}")
+    disagree = list(index.record[~found.limbs_agree.to_numpy()])
     if disagree:
         print(f"  warning: in {len(disagree)} records limb leads do not follow from I and II: were "
               f"leads exchanged, or scaled one by one? {' '.join(disagree[:10])}")
-    sizes = index[["source"]].assign(size=sizes).groupby("source")["size"].median()
-    for name, size in sizes.items():
+    for name, size in found["size"].groupby(index.source.to_numpy()).median().items():
         if not USUAL_MV[0] < size < USUAL_MV[1]:
             print(f"  warning: leads of {name} range over {size:.2g} mV (median), an ECG's over "
                   f"{USUAL_MV[0]} to {USUAL_MV[1]:g}: are its unit and gains right?")
@@ -1069,9 +1042,10 @@ def open_cache(folder, check=False):
 # McSharry et al. 2003, doi 10.1109/TBME.2003.808805), projected on the leads by Dower's matrix
 # (Dower, Machado, Osborne 1980, Clin. Cardiol. 3:87); limb leads follow from I and II.
 
-DOWER = {"I": (.632, -.235, .059), "II": (.235, 1.066, -.132), "V1": (-.515, .157, -.917),
-         "V2": (.044, .164, -1.387), "V3": (.882, .098, -1.277), "V4": (1.213, .127, -.601),
-         "V5": (1.125, .127, -.086), "V6": (.831, .076, .230)}
+DOWER = np.array([  # dipole to I, II and V1 to V6
+    [.632, .235, -.515, .044, .882, 1.213, 1.125, .831],
+    [-.235, 1.066, .157, .164, .098, .127, .127, .076],
+    [.059, -.132, -.917, -1.387, -1.277, -.601, -.086, .230]])
 # wave: time from R (s), width (s), dipole (mV)
 WAVES = {"P": (-.16, .022, (.05, .11, -.02)), "Q": (-.022, .009, (-.13, -.05, -.25)),
          "R": (.0, .012, (1., .7, .25)), "S": (.028, .010, (-.15, -.1, .40)),
@@ -1079,59 +1053,54 @@ WAVES = {"P": (-.16, .022, (.05, .11, -.02)), "Q": (-.022, .009, (-.13, -.05, -.
 TERRITORIES = {"AMI": (.25, .0, -1.), "IMI": (-.1, 1., .1), "LMI": (1., -.2, .0)}  # infarct faces
 SCP_CLASS = {"NORM": "NORM", "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISC_": "STTC", "NDT": "STTC",
              "CRBBB": "CD", "CLBBB": "CD", "LVH": "HYP"}
-# (share, SCP codes) of what a record may hold
-DIAGNOSES = ((.40, "NORM"), (.04, "AMI"), (.05, "IMI"), (.02, "LMI"), (.08, "ISC_"), (.05, "NDT"),
-             (.07, "CRBBB"), (.05, "CLBBB"), (.04, "LVH"), (.03, "AMI ISC_"), (.02, "IMI NDT"),
-             (.03, "IMI CRBBB"), (.02, "AMI CRBBB"), (.04, "LVH ISC_"), (.02, "LVH CLBBB"),
-             (.02, "CRBBB NDT"), (.02, ""))
+# SCP codes of a record: share of the patients
+DIAGNOSES = {"NORM": .40, "AMI": .04, "IMI": .05, "LMI": .02, "ISC_": .08, "NDT": .05,
+             "CRBBB": .07, "CLBBB": .05, "LVH": .04, "AMI ISC_": .03, "IMI NDT": .02,
+             "IMI CRBBB": .03, "AMI CRBBB": .02, "LVH ISC_": .04, "LVH CLBBB": .02,
+             "CRBBB NDT": .02, "": .02}
 
 
-def lead_matrix():
-    """(3, C): dipole (x, y, z) to LEADS; Einthoven's and Goldberger's equations hold exactly."""
-    rows = {lead: np.array(weights) for lead, weights in DOWER.items()}
-    I, II = rows["I"], rows["II"]
-    rows |= {"III": II - I, "aVR": -(I + II) / 2, "aVL": I - II / 2, "aVF": II - I / 2}
-    return np.stack([rows[lead] for lead in LEADS], axis=1)
-
-
-def diseased(waves, codes, rng):
+def diseased(codes, rng):
     """The waves {name: [time, width, dipole]} of a beat, changed as each SCP code changes them."""
-    w = {name: [t, s, np.array(d)] for name, (t, s, d) in waves.items()}
+    w = {name: [time, width, np.array(dipole)] for name, (time, width, dipole) in WAVES.items()}
     if "CRBBB" in codes:  # late activation of the right ventricle: rSR' in V1, wide S in I and V6
         w["R'"] = [.062, .018, rng.uniform(.7, 1.1) * np.array([-.55, .1, -.75])]
-        w["T"][2] = w["T"][2] + (.1, .0, .12)
+        w["T"][2] += .1, .0, .12
     if "CLBBB" in codes:  # no septal Q, broad notched R to the left, T against it
-        w["Q"][2] = w["Q"][2] * 0
         w["R"] = [-.005, .022, w["R"][2] * (.9, .6, 1.6)]
         w["R'"] = [.048, .024, rng.uniform(.8, 1.1) * np.array([1., .2, .7])]
-        w["S"][2] = w["S"][2] * 0
-        w["ST"][2] = w["ST"][2] + (-.12, -.03, -.12)
-        w["T"][2] = w["T"][2] * (-1., -.3, 2.)
+        w["Q"][2] *= 0
+        w["S"][2] *= 0
+        w["ST"][2] += -.12, -.03, -.12
+        w["T"][2] *= -1., -.3, 2.
     if "LVH" in codes:  # high voltage to the left and back, with strain
         gain = rng.uniform(1.7, 2.3)
-        w["R"][2], w["S"][2] = w["R"][2] * gain * (1.1, .8, 1.6), w["S"][2] * gain
-        w["ST"][2] = w["ST"][2] + (-.10, -.04, .05)
-        w["T"][2] = w["T"][2] * (-.6, .2, -.4)
+        w["R"][2] *= gain * np.array([1.1, .8, 1.6])
+        w["S"][2] *= gain
+        w["ST"][2] += -.10, -.04, .05
+        w["T"][2] *= -.6, .2, -.4
     for code in set(codes) & set(TERRITORIES):  # lost muscle: the dipole points away at first
-        d, size = np.array(TERRITORIES[code]), rng.uniform(.7, 1.2)
-        w["Q"] = [-.020, .013, w["Q"][2] - .55 * size * d]
-        w["R"][2] = w["R"][2] - .45 * size * d * (d @ w["R"][2]) / (d @ d)
+        face, size = np.array(TERRITORIES[code]), rng.uniform(.7, 1.2)
+        w["Q"] = [-.020, .013, w["Q"][2] - .55 * size * face]
+        w["R"][2] -= .45 * size * face * (face @ w["R"][2]) / (face @ face)
         acute = rng.uniform(.2, 1.)  # ST elevation over the territory, less of it when old
-        w["ST"][2] = w["ST"][2] + .25 * size * acute * d
-        w["T"][2] = w["T"][2] - .35 * size * (1.2 - acute) * d
+        w["ST"][2] += .25 * size * acute * face
+        w["T"][2] -= .35 * size * (1.2 - acute) * face
     if "ISC_" in codes:  # subendocardial ischaemia: ST depression in the lateral leads
-        w["ST"][2] = w["ST"][2] - rng.uniform(.12, .25) * np.array([1., .6, -.4])
-        w["T"][2] = w["T"][2] * rng.uniform(-.5, .3)
+        w["ST"][2] -= rng.uniform(.12, .25) * np.array([1., .6, -.4])
+        w["T"][2] *= rng.uniform(-.5, .3)
     if "NDT" in codes:  # flat or inverted T without much ST change
-        w["T"][2] = w["T"][2] * rng.uniform(-.8, .15)
+        w["T"][2] *= rng.uniform(-.8, .15)
     return w
 
 
 def mild(waves, severity):
     """[(time, width, dipole)] between the normal beat (severity 0) and the diseased one (1)."""
-    normal = {"R'": (*waves.get("R'", (0, 1))[:2], 0)} | WAVES  # a wave that only disease has
-    return [[n + severity * (np.array(d) - n) for n, d in zip(map(np.array, normal[name]), wave)]
-            for name, wave in waves.items()]
+    beat = []
+    for name, wave in waves.items():
+        normal = WAVES.get(name, (*wave[:2], (0, 0, 0)))  # of a wave that only disease has
+        beat.append([n + severity * np.subtract(d, n) for n, d in zip(normal, wave)])
+    return beat
 
 
 def synth_record(codes, heart, rng):
@@ -1139,44 +1108,37 @@ def synth_record(codes, heart, rng):
 
     heart: the patient's own anatomy, a dict of rotation (3, 3), voltage, width and rate (1/s).
     """
-    T, fs = SECONDS * 500, 500
-    t = np.arange(T) / fs
-    n = int(SECONDS * 3) + 4
+    rate = 500
+    t = np.arange(SECONDS * rate) / rate
+    n = SECONDS * 3 + 4
     breath, phase = rng.uniform(.2, .35), rng.uniform(0, 2 * np.pi)
     mean_rr = 1 / (heart["rate"] * rng.uniform(.92, 1.08))
     rr = mean_rr * (1 + .03 * np.sin(2 * np.pi * breath * mean_rr * np.arange(n) + phase)
                     + .015 * rng.standard_normal(n))  # respiratory and random variability
     beats = np.cumsum(rr) - rng.uniform(1, 2) * mean_rr  # some before 0, some after the end
-    dipole = np.zeros((T, 3))
-    for start, width, vector in mild(diseased(WAVES, codes, rng), rng.uniform(.25, 1)):
+    dipole = np.zeros((len(t), 3))
+    for start, width, vector in mild(diseased(codes, rng), rng.uniform(.25, 1)):
         late = start > .08  # ST and T follow the rate (Bazett), the QRS does not
         at = beats + start * (np.sqrt(rr) if late else heart["width"])
         width = width * (np.sqrt(mean_rr) if late else heart["width"])
         z = (t[:, None] - at) / width  # (T, beats)
-        beat_gain = 1 + .03 * rng.standard_normal(n)
-        dipole += (np.exp(-z * z / 2) @ beat_gain)[:, None] * (heart["rotation"] @ vector)
-    x = heart["voltage"] * dipole @ lead_matrix()
+        gain = 1 + .03 * rng.standard_normal(n)
+        dipole += (np.exp(-z * z / 2) @ gain)[:, None] * (heart["rotation"] @ vector)
 
-    # Noise is made on the eight independent leads (I, II, V1-V6), so that it obeys Einthoven too.
-    free = rng.standard_normal((T, 8)) * rng.lognormal(np.log(.012), .5)  # muscle
-    free = sosfilt(butter(2, 20, "high", fs=fs, output="sos"), free, axis=0)
-    free += rng.lognormal(np.log(.004), .8) * np.sin(2 * np.pi * 50 * t + phase)[:, None] \
-        * rng.uniform(.3, 1, 8)  # mains
+    noise = rng.standard_normal((len(t), 8)) * rng.lognormal(np.log(.012), .5)  # muscle
+    noise = sosfilt(butter(2, 20, "high", fs=rate, output="sos"), noise, axis=0)
+    mains = rng.lognormal(np.log(.004), .8) * np.sin(2 * np.pi * 50 * t + phase)
+    noise += np.outer(mains, rng.uniform(.3, 1, 8))
     for f in (breath, rng.uniform(.03, .12)):  # baseline wander
-        free += rng.lognormal(np.log(.04), .6) * rng.standard_normal(8) \
-            * np.sin(2 * np.pi * f * t + rng.uniform(0, 2 * np.pi))[:, None]
-    I, II = free[:, 0], free[:, 1]
-    limb = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2], axis=1)
-    return x + np.concatenate([limb, free[:, 2:]], axis=1)
+        size = rng.lognormal(np.log(.04), .6) * rng.standard_normal(8)
+        noise += np.outer(np.sin(2 * np.pi * f * t + rng.uniform(0, 2 * np.pi)), size)
+    return all_leads(heart["voltage"] * dipole @ DOWER + noise)
 
 
 def random_heart(rng):
     """A patient's anatomy: the heart's turn in the chest, voltage, conduction width, heart rate."""
-    a, b, c = rng.normal(0, (.45, .3, .35))
-    rotation = (np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-                @ np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
-                @ np.array([[1, 0, 0], [0, np.cos(c), -np.sin(c)], [0, np.sin(c), np.cos(c)]]))
-    return dict(rotation=rotation, voltage=rng.lognormal(0, .3), width=rng.normal(1, .06),
+    return dict(rotation=Rotation.from_euler("ZYX", rng.normal(0, (.45, .3, .35))).as_matrix(),
+                voltage=rng.lognormal(0, .3), width=rng.normal(1, .06),
                 rate=np.clip(rng.normal(72, 12), 48, 115) / 60)
 
 
@@ -1188,8 +1150,8 @@ def write_synthetic(out, names, codes, heart, seed):
     for rate, column in RATES.items():
         path = out / names[column]
         path.parent.mkdir(parents=True, exist_ok=True)
-        x = signal if rate == 500 else resample_poly(signal, rate, 500, axis=0)
-        wfdb.wrsamp(path.name, fs=rate, units=["mV"] * 12, sig_name=[n.upper() for n in LEADS],
+        x = resample_poly(signal, rate, 500, axis=0)
+        wfdb.wrsamp(path.name, rate, ["mV"] * 12, [lead.upper() for lead in LEADS],
                     d_signal=np.rint(x * 1000).clip(-32000, 32000).astype(np.int64),
                     fmt=["16"] * 12, adc_gain=[1000.0] * 12, baseline=[0] * 12,
                     write_dir=str(path.parent))
@@ -1212,12 +1174,12 @@ def synthesize(out, records, seed=0):
     out.mkdir(parents=True)
     (out / SYNTHETIC).write_text(f"Synthetic records, seed {seed}: a model, not patients. "
                                  "Made by: python data.py synth\n")
-    share = np.array([p for p, _ in DIAGNOSES])
+    share = np.array([*DIAGNOSES.values()])
     rows, jobs, patient, heart = [], [], 0, None
     for ecg_id in range(1, records + 1):
         if heart is None or rng.random() > 1 / 6:
             patient, heart = patient + 1, random_heart(rng)
-            codes = DIAGNOSES[rng.choice(len(share), p=share / share.sum())][1].split()
+            codes = [*DIAGNOSES][rng.choice(len(share), p=share / share.sum())].split()
             who = dict(patient_id=patient, age=int(np.clip(rng.normal(60, 16), 18, 89)),
                        sex=int(rng.integers(2)), strat_fold=1 + (patient - 1) % 10)
         names = {RATES[rate]: f"records{rate}/{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}_{end}"
@@ -1232,31 +1194,25 @@ def synthesize(out, records, seed=0):
     statements = [dict(code=code, diagnostic=1.0, diagnostic_class=name)
                   for code, name in SCP_CLASS.items()] + [dict(code="SR", rhythm=1.0)]
     pd.DataFrame(statements).set_index("code").to_csv(out / TABLES[1], index_label="")
-    files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != "SHA256SUMS.txt")
+    files = sorted(f for f in out.rglob("*") if f.is_file())
     sums = "".join(f"{sha256(f)} {f.relative_to(out)}\n" for f in files)
     write_atomic(out / "SHA256SUMS.txt", lambda tmp: tmp.write_text(sums))
     print(f"{out}: {records} synthetic records of {patient} patients, both rates")
 
 
 def info(path):
-    """Print Table 1 of the paper for a source: superclasses by fold, patients, sizes on disk."""
-    source = open_source(path, min(RATES))
-    table, folder = source.table, source.path
-    single = table[list(CLASSES)].sum(axis=1)
-    table = table.assign(records=1, none=(single == 0).astype(int), one=(single == 1).astype(int))
-    columns = ["records", *CLASSES, "one", "none"]
-    folds = table.groupby("strat_fold")[columns].sum()
+    """Print Table 1 of the paper for a source: superclasses by fold, patients, size of a cache."""
+    path = Path(path)
+    table = load_tables(path) if (path / TABLES[0]).exists() else open_source(path, 100).table
+    count = table[list(CLASSES)].sum(axis=1)
+    table = table.assign(records=1, one=count == 1, none=count == 0)
+    folds = table.groupby("strat_fold")[["records", *CLASSES, "one", "none"]].sum()
     folds.loc["all"] = folds.sum()
-    print(f"{folder}{' (synthetic)' * source.synthetic}\n{folds}")
+    print(f"{path}{' (synthetic)' * (path / SYNTHETIC).exists()}\n{folds}")
     print("a record may hold several superclasses; one: exactly one, none: no diagnostic one")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
     for rate in RATES:
-        size = f"as a cache {cache_bytes(len(table), rate) / 1e6:.1f} MB"
-        if isinstance(source.items[0], Path):
-            files = record_files(folder, table, rate)
-            there = [file.stat().st_size for file in files if file.exists()]
-            size = f"{len(there)} of {len(files)} files, {sum(there) / 1e6:.1f} MB; {size}"
-        print(f"{rate} Hz: {size}")
+        print(f"as a cache at {rate} Hz: {cache_bytes(len(table), rate) / 1e6:,.1f} MB")
 
 
 def get_args(argv=None):
@@ -1268,7 +1224,6 @@ def get_args(argv=None):
     add_shared(p, "rate")
     p.add_argument("--url", default=URL, help="a mirror in the same layout, "
                    "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
-    p.add_argument("--workers", type=int, default=8, help="files at a time")
     p = commands.add_parser("cache", help="all records of one or more sources in one array",
                             **style)
     p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="folders in PTB-XL's layout, "
@@ -1294,7 +1249,7 @@ def get_args(argv=None):
 
 def main(args):
     if args.command == "download":
-        download(args.data, args.rate, args.url, args.workers)
+        download(args.data, args.rate, args.url)
     elif args.command == "cache":
         reading = dict(rate=args.source_rate, unit=args.unit, leads=args.leads,
                        all_windows=args.all_windows)
