@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import signal as signals
 import sys
 import tempfile
 import threading
@@ -29,8 +30,6 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from signal import SIG_IGN, SIGINT
-from signal import signal as on_signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -250,8 +249,7 @@ def read_sums(path):
 def download(folder, rate, url=URL, workers=8):
     """Fetch what `rate` needs of PTB-XL into folder; files that are there and whole are kept.
 
-    Raises InputError when the server cannot be reached or files stay wrong, OSError when the disk
-    is full; run again to go on.
+    Raises InputError when files cannot be had, OSError of a full disk; run again to go on.
     """
     import requests
 
@@ -265,8 +263,7 @@ def download(folder, rate, url=URL, workers=8):
     new = [name for name in wanted if not (folder / name).exists()]
     # SHA256SUMS.txt has no sizes: a data file is known from the rate, a header takes a disk block
     size = sum(cache_bytes(1, rate) if name.endswith(".dat") else 4096 for name in new)
-    print(f"{url}: {len(wanted)} files at {rate} Hz, {len(new)} to come, about "
-          f"{size / 1e6:,.1f} MB", flush=True)
+    print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB", flush=True)
     check_room(folder, size)
 
     def ensure(name):
@@ -315,17 +312,14 @@ def load_tables(folder):
     try:
         table = pd.read_csv(folder / TABLES[0])
         statements = pd.read_csv(folder / TABLES[1], index_col=0)
-    except OSError as error:
-        raise InputError(f"no {' and '.join(TABLES)} in {folder} ({error.strerror}): give a folder "
-                         "in PTB-XL's layout with --data, or get it: python data.py download "
-                         f"--data {folder} --rate 100|500") from error
-    except ValueError as error:
-        raise InputError(f"the tables in {folder} are damaged ({error}); get them again") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tables of PTB-XL in {folder} ({error}): give a folder in its layout "
+                         f"with --data, or get it: python data.py download --data {folder} "
+                         "--rate 100|500") from error
     lacking = {"ecg_id", "patient_id", "strat_fold", "age", "sex", "scp_codes",
                *RATES.values()} - set(table) | {"diagnostic", "diagnostic_class"} - set(statements)
     if lacking or table.empty:
-        raise InputError(f"{folder}: the tables lack {', '.join(sorted(lacking)) or 'any record'}; "
-                         "download them again")
+        raise InputError(f"the tables in {folder} lack {', '.join(sorted(lacking)) or 'records'}")
 
     refuse = partial(refuse_cells, folder / TABLES[0])
     for column in ("ecg_id", "patient_id"):
@@ -512,10 +506,13 @@ def list_recordings(paths):
     for path in map(Path, paths):
         if not path.exists() and path.with_name(path.name + ".hea").exists():
             path = path.with_name(path.name + ".hea")  # as WFDB names a record
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDS and not is_about(f)
-                       ) if path.is_dir() else [
-            path.with_suffix(".hea") if path.suffix in (".dat", ".mat") else path]
-        if not files or not files[0].exists() or files[0].suffix.lower() not in ENDS:
+        if path.suffix in (".dat", ".mat"):
+            path = path.with_suffix(".hea")
+        files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+                 if file.suffix.lower() in ENDS and file.exists()]
+        if path.is_dir():
+            files = [file for file in files if not is_about(file)]
+        if not files:
             raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
                              f" in {' '.join(ENDS)} (a .mat file needs its .hea)")
         for file in files:
@@ -646,8 +643,7 @@ def in_leads(recording):
                          f"{' '.join(LEADS)}, each once")
     units = r.unit if len(r.unit) == len(names) else r.unit * len(names)
     if wrong := {units[i] for i in here.values() if units[i].lower() not in UNITS}:
-        raise InputError(f"{r.name}: unit {' '.join(sorted(wrong))}; needs mV, uV or V, in the "
-                         "file or by --unit")
+        raise InputError(f"{r.name}: unit {' '.join(sorted(wrong))}; needs mV, uV or V (--unit)")
     x = np.zeros((len(r.signal), len(LEADS)))
     for name, i in here.items():
         x[:, LEADS.index(name)] = r.signal[:, i] * UNITS[units[i].lower()]
@@ -664,8 +660,7 @@ def in_leads(recording):
         if at.any():
             notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
     if not there.any():
-        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}; is the unit "
-                         "right?")
+        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}; is the unit right?")
     size = np.median(np.ptp(x[:, there], axis=0)) / 1000
     if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
         notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
@@ -770,8 +765,8 @@ def open_source(path, rate):
             raise InputError(f"{path} is no table ({error}); mend it") from error
         known = ["patient_id", "strat_fold", "age", "sex", *CLASSES]
         if "path" not in table:
-            raise InputError(f"{path}: a table of recordings needs a column path, beside such as "
-                             f"{', '.join(known)}; it has {', '.join(table)[:200]}")
+            raise InputError(f"{path}: a table of recordings needs a column path (and, if known, "
+                             f"{', '.join(known)}); it has {', '.join(table)[:200]}")
         if unused := ", ".join(sorted(set(table) - {"path", *known})):
             print(f"note: {path}: columns that are not used: {unused}")
         items = list_recordings(path.parent / str(name) for name in table.path)
@@ -961,14 +956,14 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
                   f"{len(meta['left_out'])} left out")
             return
     elif out.exists():
-        raise InputError(f"{out} exists and is no cache; remove it (rm -r {out}) or give another "
-                         "folder with --out")
+        raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     check_room(out.parent, cache_bytes(len(items), rate))
 
     with new_folder(out.resolve()) as tmp:  # out may be a link to another disk
         # Ctrl-C is for this process alone, which then cancels what has not begun.
-        with (ProcessPoolExecutor(workers, None, on_signal, (SIGINT, SIG_IGN)) as pool,
+        with (ProcessPoolExecutor(workers, None, signals.signal,
+                                  (signals.SIGINT, signals.SIG_IGN)) as pool,
               closing(pool.map(partial(try_record, rate=rate, reading=reading), items,
                                chunksize=32)) as results,
               open(tmp / "signals.int16", "wb") as file):
@@ -1002,9 +997,8 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
 def open_cache(folder, check=False):
     """The Cache in a folder; raise InputError when missing, truncated or of another format.
 
-    check: the samples too, against the fingerprint. At 0.7 GB/s PTB-XL at 500 Hz takes 4 s, so not
-    at each open, in each process, but where the cache is made or found up to date, which make does
-    before it trains.
+    check: the samples too, against the fingerprint; of PTB-XL at 500 Hz that takes 4 s, so only
+    where the cache is found up to date, which make does before it trains.
     """
     import pandas as pd
 
@@ -1017,13 +1011,14 @@ def open_cache(folder, check=False):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
-        records, rate, *_ = (meta[key] for key in ("records", "rate", "fingerprint", "left_out"))
-        for key, kind in (("data", str), ("synthetic", bool), ("left_out", list)):
-            if not isinstance(meta[key], kind):
-                raise ValueError(f"{key} is {meta[key]!r}"[:80])
-        shape = (records, SECONDS * rate, len(LEADS))
+        for key, kind in (("records", int), ("rate", int), ("data", str), ("synthetic", bool),
+                          ("left_out", list), ("fingerprint", str)):
+            if type(meta[key]) is not kind:
+                raise ValueError(f"{key} is {str(meta[key])[:80]}")
+        records = meta["records"]
+        shape = (records, SECONDS * meta["rate"], len(LEADS))
         size = (folder / "signals.int16").stat().st_size
-        if size != cache_bytes(records, rate):
+        if size != cache_bytes(records, meta["rate"]):
             raise ValueError(f"{size} bytes for {shape} samples"[:80])
         if sha256(folder / "index.csv") != meta["index"]:
             raise ValueError("index.csv is not the one that was written")
@@ -1201,7 +1196,7 @@ def synthesize(out, records, seed=0):
 
 
 def info(path):
-    """Print Table 1 of the paper for a source: superclasses by fold, patients, size of a cache."""
+    """Print Table 1 of the paper for a source: superclasses by fold, and patients."""
     path = Path(path)
     table = load_tables(path) if (path / TABLES[0]).exists() else open_source(path, 100).table
     count = table[list(CLASSES)].sum(axis=1)
@@ -1211,8 +1206,6 @@ def info(path):
     print(f"{path}{' (synthetic)' * (path / SYNTHETIC).exists()}\n{folds}")
     print("a record may hold several superclasses; one: exactly one, none: no diagnostic one")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
-    for rate in RATES:
-        print(f"as a cache at {rate} Hz: {cache_bytes(len(table), rate) / 1e6:,.1f} MB")
 
 
 def get_args(argv=None):
@@ -1242,7 +1235,7 @@ def get_args(argv=None):
     p.add_argument("--out", default="data/synth", help="folder to write")
     p.add_argument("--records", type=int, default=400, help="how many")
     p.add_argument("--seed", type=int, default=0, help="same seed, same records")
-    p = commands.add_parser("info", help="counts by fold and superclass, sizes", **style)
+    p = commands.add_parser("info", help="counts by fold and superclass", **style)
     p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="sources, as of cache")
     return parser.parse_args(argv)
 

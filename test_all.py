@@ -573,7 +573,7 @@ class TestData:
         assert cached(small).meta["format"] == 99
 
     def test_missing_and_half_downloaded_folders(self, small, tmp_path):
-        with pytest.raises(InputError, match="no ptbxl_database.csv .* in .*nowhere.*py download"):
+        with pytest.raises(InputError, match="no tables of PTB-XL in .*nowhere.*data.py download"):
             data.build_cache(tmp_path / "nowhere", 100, tmp_path / "c")
         for path in list((small / "records100").rglob("*.dat"))[:5]:
             path.unlink()
@@ -761,7 +761,7 @@ class TestDownload:
         with pytest.raises(InputError, match="d has no room for 0.6 MB: 0.1 MB are free; make roo"):
             data.download(tmp_path / "d", 100, server.url)
         assert server.asked == ["SHA256SUMS.txt"]
-        assert "43 files at 100 Hz, 43 to come, about 0.6 MB" in capsys.readouterr().out
+        assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
 
     def test_a_full_disk_ends_a_download_in_one_line_and_it_goes_on(self, twenty, tmp_path,
                                                                     monkeypatch):
