@@ -233,13 +233,13 @@ def read_sums(path):
 
     A file outside the folder of SHA256SUMS.txt is refused: a server must not choose where to write.
     """
-    home, sums = Path(path).parent.resolve(), {}
-    at_home = lru_cache(lambda folder: (home / folder).resolve().is_relative_to(home))
+    home, sums = os.path.realpath(Path(path).parent), {}
+    real = lru_cache(lambda folder: Path(os.path.realpath(os.path.join(home, folder))))
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
         if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)
-                and at_home(os.path.dirname(name))):
+                and real(os.path.dirname(name)).is_relative_to(home)):
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
                              "folder, links followed; is the address right, or a folder a link?")
         sums[name] = digest
@@ -460,7 +460,8 @@ def read_record(path, rate):
 
 def all_leads(x):
     """I, II and V1 to V6 (..., 8) -> LEADS (..., 12), by Einthoven's and Goldberger's equations."""
-    I, II = x[..., 0] * 1.0, x[..., 1] * 1.0
+    x = np.asarray(x, float)
+    I, II = x[..., 0], x[..., 1]
     limb = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2], axis=-1)
     return np.concatenate([limb, x[..., 2:]], axis=-1)
 
@@ -764,9 +765,10 @@ def open_source(path, rate):
         except ValueError as error:
             raise InputError(f"{path} is no table ({error}); mend it") from error
         known = ["patient_id", "strat_fold", "age", "sex", *CLASSES]
-        if "path" not in table:
+        if "path" not in table or table.empty:
             raise InputError(f"{path}: a table of recordings needs a column path (and, if known, "
-                             f"{', '.join(known)}); it has {', '.join(table)[:200]}")
+                             f"{', '.join(known)}); it has {len(table)} rows of "
+                             f"{', '.join(table)[:200]}")
         if unused := ", ".join(sorted(set(table) - {"path", *known})):
             print(f"note: {path}: columns that are not used: {unused}")
         items = list_recordings(path.parent / str(name) for name in table.path)

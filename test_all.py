@@ -717,10 +717,10 @@ class TestDownload:
         assert (folder / ".complete-100").exists() and not list(folder.rglob("*.tmp*"))
 
     @pytest.mark.parametrize("sums, says", [
-        ("<html>Sign in</html>", "not 'digest file'"), ("0" * 64 + " README", "not a PTB-XL folder")
-    ])
+        (b"<html>Sign in</html>", "not 'digest file'"), (b"\xff\xfe\x00", "not 'digest file'"),
+        (b"0" * 64 + b" README", "not a PTB-XL folder")])
     def test_another_site_is_refused_before_records_come(self, tmp_path, sums, says):
-        (tmp_path / "SHA256SUMS.txt").write_text(sums)
+        (tmp_path / "SHA256SUMS.txt").write_bytes(sums)
         with pytest.raises(InputError, match=says):
             data.download(tmp_path / "d", 100, Server(tmp_path).url)
 
@@ -800,12 +800,12 @@ class TestDownload:
 
 class TestHostileData:
     @pytest.mark.parametrize("name", ["../x", "records100/../../x", "/etc/x", "records100\\..\\x",
-                                      "records100/link/x", "..", "./", "a\0/x", "\udcff\udcfe"])
+                                      "records100/link/x", "..", "./", "a\0/x"])
     def test_a_list_cannot_name_files_outside_its_folder(self, tmp_path, name):
         (tmp_path / "d/records100").mkdir(parents=True)
         (tmp_path / "d/records100/link").symlink_to(tmp_path)
-        path, line = tmp_path / "d/SHA256SUMS.txt", "0" * 64 + f" {name}\n"
-        path.write_bytes(line.encode(errors="surrogateescape")[64 * (name[0] == "\udcff"):])
+        path = tmp_path / "d/SHA256SUMS.txt"
+        path.write_text("0" * 64 + f" {name}\n")
         with pytest.raises(InputError, match="SHA256SUMS.txt: .* of a file within its folder"):
             data.read_sums(path)
         path.write_text("0" * 64 + " records100/x\n")
@@ -2905,9 +2905,10 @@ class TestCollections:
             table.assign(**changes).to_csv(challenge / "t.csv", index=False)
             with pytest.raises(InputError, match=words):
                 data.open_source(challenge / "t.csv", 100)
-        table.drop(columns="path").to_csv(challenge / "t.csv", index=False)
-        with pytest.raises(InputError, match="needs a column path"):
-            data.open_source(challenge / "t.csv", 100)
+        for lacking in (table.drop(columns="path"), table[:0]):
+            lacking.to_csv(challenge / "t.csv", index=False)
+            with pytest.raises(InputError, match="needs a column path.* it has [06] rows of"):
+                data.open_source(challenge / "t.csv", 100)
 
     def test_several_sources_make_one_cache_without_what_is_there_twice(self, synth, tmp_path,
                                                                        capsys):
