@@ -494,7 +494,8 @@ class TestData:
             lines += path.read_text().splitlines()[1:]
         parse, header = wfdb.io._header._parse_signal_lines, data.quick_wfdb().io._header
         quick = parse(lines)
-        monkeypatch.setattr(header, "SIGNAL_SPECS", header.SIGNAL_SPECS.copy())
+        monkeypatch.setattr(header, "SIGNAL_SPECS", header.FIELD_SPECS.loc[
+            header.SIGNAL_SPECS.index])
         assert isinstance(header.SIGNAL_SPECS, pd.DataFrame) and parse(lines) == quick
 
     def test_leads_are_found_by_name_in_any_case_and_order(self, tmp_path):
