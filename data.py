@@ -508,12 +508,12 @@ def list_recordings(paths):
     for path in map(Path, paths):
         if not path.exists() and path.with_name(path.name + ".hea").exists():
             path = path.with_name(path.name + ".hea")  # as WFDB names a record
-        if path.suffix in (".dat", ".mat"):
-            path = path.with_suffix(".hea")
-        files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-                 if file.suffix.lower() in ENDS and file.exists()]
         if path.is_dir():
-            files = [file for file in files if not is_about(file)]
+            files = sorted(file for file in path.rglob("*")
+                           if file.suffix.lower() in ENDS and not is_about(file))
+        else:
+            file = path.with_suffix(".hea") if path.suffix in (".dat", ".mat") else path
+            files = [file] if file.suffix.lower() in ENDS and file.exists() else []
         if not files:
             raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
                              f" in {' '.join(ENDS)} (a .mat file needs its .hea)")
