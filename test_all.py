@@ -492,7 +492,7 @@ class TestData:
                  *(twenty / f"{RECORD}.hea").read_text().splitlines()[1:]]
         for path in Path(PTBXL).rglob("*0_lr.hea") if PTBXL else ():
             lines += path.read_text().splitlines()[1:]
-        parse, header = wfdb.io._header._parse_signal_lines, data.quick_wfdb().io._header
+        parse, header = wfdb.io._header._parse_signal_lines, data.our_wfdb().io._header
         quick = parse(lines)
         monkeypatch.setattr(header, "SIGNAL_SPECS", header.FIELD_SPECS.loc[
             header.SIGNAL_SPECS.index])
