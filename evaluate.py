@@ -29,7 +29,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations, product
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -51,6 +51,7 @@ from sklearn.metrics import (ConfusionMatrixDisplay, RocCurveDisplay, accuracy_s
                              confusion_matrix, f1_score, precision_recall_curve, r2_score,
                              roc_auc_score)
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -685,9 +686,10 @@ def majority(task):
                 leads=[test] * len(LEAD_SETS))
 
 
-def probe_row(run, row, task, rows):
+def probe_row(run, row, task, budget, seed):
     """Scores (n, K) of a probe on `choose`, on `test`, and on `test` with fewer leads."""
     began, z = time.monotonic(), run.beside(run.features[row]["z"], slice(None))
+    rows = draw_labels(task, budget, seed)
     probe, strength = choose_probe(z, task, rows)
     scores = {part: probe(task.samples(z, getattr(task, part))[0]) for part in ("choose", "test")}
     scores |= dict(strength=strength,
@@ -708,20 +710,19 @@ def folds_of(run):
         yield replace(cv, train=train, choose=choose, test=test)
 
 
-def cross_validate(run, row, budget="100%", seed=0):
-    """Scores, predictions (n, K) of all labelled records, each by a probe of other folds.
+def cross_validate(run, row, task, budget, seed):
+    """Scores, predictions (n, K) of the records of `cv`, each by a probe of other folds.
 
-    Of the training labels a probe sees the budget. strength: what each fold's probe chose.
+    Of the training labels a probe sees the budget. strengths: what each fold's probe chose.
     """
-    began, rows = time.monotonic(), run.tasks["cv"].test
-    z = run.beside(run.features[row]["z"], slice(None))
+    began, z = time.monotonic(), run.beside(run.features[row]["z"], slice(None))
     p, predicted, strengths = *np.zeros((2, len(z), K)), []
-    for task in folds_of(run):
-        probe, strength = choose_probe(z, task, draw_labels(task, budget, seed))
-        scores = {name: probe(z[getattr(task, name)].mean(1)) for name in ("choose", "test")}
-        p[task.test], predicted[task.test] = scores["test"], decide(task, scores)
+    for fold in folds_of(run):
+        probe, strength = choose_probe(z, fold, draw_labels(fold, budget, seed))
+        scores = {name: probe(z[getattr(fold, name)].mean(1)) for name in ("choose", "test")}
+        p[fold.test], predicted[fold.test] = scores["test"], decide(fold, scores)
         strengths.append(strength)
-    return dict(test=p[rows], predicted=predicted[rows].astype(int), strengths=strengths,
+    return dict(test=p[task.test], predicted=predicted[task.test].astype(int), strengths=strengths,
                 strength=np.median(strengths),
                 seconds=run.features[row]["seconds"] + time.monotonic() - began)
 
@@ -749,9 +750,10 @@ def cross_validate_leads(run, row, strengths):
     return scores
 
 
-def network_row(run, row, task, rows, seed):
-    """The same of a network that is trained on the labels of some rows."""
+def network_row(run, row, task, budget, seed):
+    """What probe_row() gives, of a network that is trained on the labels."""
     lr, began = run.settings.label_lr or run.trained["max_lr"], time.monotonic()
+    rows = draw_labels(task, budget, seed)
     seed += 1000 * run.trained["seed"]  # other runs, other weights; the labels drawn are the same
     torch.manual_seed(seed)
     config = run.saved["config"]
@@ -778,22 +780,18 @@ def score_row(run, row, task, budget="100%", seed=0):
     """
     if row == "majority":
         return majority(task)
-    name = f"{task.name}-{row}-{budget}-{seed}"
-    if task.name == "cv":
-        return run.piece(name, row, lambda: cross_validate(run, row, budget, seed),
-                         amplitude=run.settings.amplitude)
-    if row not in NETWORKS:
-        rows = draw_labels(task, budget, seed)
-        return run.piece(name, row, lambda: probe_row(run, row, task, rows),
-                         amplitude=run.settings.amplitude)
-    if task.single and budget == "100%":
+    if row in NETWORKS and task.single and budget == "100%":
         official = run.tasks["official"]
         scores = score_row(run, row, official, budget, seed)
         return scores | {part: scores[part][np.isin(getattr(official, part), getattr(task, part))]
                          for part in ("choose", "test")}
-    rows = draw_labels(task, budget, seed)
-    return run.piece(name, row, lambda: network_row(run, row, task, rows, seed),
-                     lr=run.settings.label_lr)
+    make, depends = probe_row, dict(amplitude=run.settings.amplitude)
+    if row in NETWORKS:
+        make, depends = network_row, dict(lr=run.settings.label_lr)
+    elif task.name == "cv":
+        make = cross_validate
+    return run.piece(f"{task.name}-{row}-{budget}-{seed}", row,
+                     lambda: make(run, row, task, budget, seed), **depends)
 
 
 def score_all(run, rows):
@@ -809,29 +807,6 @@ def score_all(run, rows):
         for seed in range(1 if budget == "100%" else args.seeds):
             scores[name, row, budget, seed] = score_row(run, row, run.tasks[name], budget, seed)
     return scores
-
-
-def few_scores(run, scores):
-    """Scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
-
-    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
-    fewer leads, cross-validated, each if --cv names it.
-    """
-    found, args = {}, run.settings
-    for (protocol, row, budget, seed), s in scores.items():
-        if protocol in ("official", "paper") and budget in args.labels:
-            name = "labels" if protocol == "official" else "labels-paper"
-            found.setdefault(name, {}).setdefault(row, {}).setdefault(budget, []).append(s["test"])
-    for row in run.features if "labels" in (args.cv or ()) else ():
-        found.setdefault("labels-cv", {})[row] = {budget: [
-            score_row(run, row, run.tasks["cv"], budget, seed)["test"]
-            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
-    for row in run.features if "leads" in (args.cv or ()) else ():
-        strengths = score_row(run, row, run.tasks["cv"])["strengths"]
-        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
-            run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
-        found.setdefault("leads-cv", {})[row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
-    return found
 
 
 # Every number, a line each
@@ -872,19 +847,38 @@ def score_lines(run, scores, draws):
     return out
 
 
-def few_lines(run, found, draws):
-    """Lines of few_scores(), means over the draws of labels; `draws` as in score_lines."""
-    out, tasks = [], {"labels": "official", "labels-paper": "paper"}
-    for protocol, rows in found.items():
-        task = run.tasks[tasks.get(protocol, "cv")]
+def few_lines(run, scores, draws):
+    """Lines of scores with less, means over the draws of labels; `draws` as in score_lines.
+
+    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
+    fewer leads, cross-validated, each if --cv names it.
+    """
+    args, cv, names = run.settings, run.tasks.get("cv"), dict(official="labels",
+                                                              paper="labels-paper")
+    tasks = {name: run.tasks[protocol] for protocol, name in names.items()}
+    found, out = {}, []  # (protocol, row): {variant: [scores (n, K) of each draw]}
+    for (protocol, row, budget, seed), s in scores.items():
+        if protocol in names and budget in args.labels:
+            of_row = found.setdefault((names[protocol], row), {})
+            of_row.setdefault(budget, []).append(s["test"])
+    for row in run.features if "labels" in (args.cv or ()) else ():
+        found["labels-cv", row] = {budget: [
+            score_row(run, row, cv, budget, seed)["test"]
+            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
+    for row in run.features if "leads" in (args.cv or ()) else ():
+        strengths = score_row(run, row, cv)["strengths"]
+        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
+            run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
+        found["leads-cv", row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
+    for (protocol, row), variants in found.items():
+        task = tasks.get(protocol, cv)
         y, patients = task.y[task.test], task.patients[task.test]
-        for row, variants in rows.items():
-            sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
-                                for p in some], axis=0) for some in variants.values()]
-            draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
-            values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
-                      for name, some in variants.items()}
-            out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
+        sampled = [np.mean([bootstrap(y, p, p > .5, patients, args.bootstrap)[:, 0]
+                            for p in some], axis=0) for some in variants.values()]
+        draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
+        values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
+                  for name, some in variants.items()}
+        out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
     return out
 
 
@@ -1487,7 +1481,7 @@ def evaluate(args):
     run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
     table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
-    table += few_lines(run, few_scores(run, scores), draws)
+    table += few_lines(run, scores, draws)
     table += shortcut_lines(run) + training_lines(run.folder)
     probe = keep_probe(run, scores)
     if arch != "resnet18":
@@ -1567,11 +1561,12 @@ def nearest_records(run, z, n):
         raise InputError(f"--neighbours needs {path} ({str(error)[:80]}): give a run folder, after "
                          "make eval; if it has that file, remove it and evaluate again") from error
     scaler, words = StandardScaler().fit(known), np.array(CLASSES)
-    distance = 1 - unit(scaler.transform(z)) @ unit(scaler.transform(known)).T
+    search = NearestNeighbors(n_neighbors=min(n, len(known)), metric="cosine")
+    found = search.fit(scaler.transform(known)).kneighbors(scaler.transform(z))
     return [pd.DataFrame(dict(
-        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in of[nearest]],
+        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in distance],
         superclasses=[" ".join(words[labels[j] > 0]) or "none" for j in nearest]))
-        for of, nearest in zip(distance, distance.argsort(1)[:, :n])]
+        for distance, nearest in zip(*found)]
 
 
 def tell_apart(names, found):
@@ -1993,14 +1988,11 @@ def run_study(args):
     Raises InputError before work starts for flags that no run could have, and at the end when
     runs have failed.
     """
-    def stop(*_):
-        raise KeyboardInterrupt
-
     members, out, children = plan_study(args), Path(args.out), set()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     print(f"{args.study}: {len(members)} runs, {args.jobs} at a time, in {out}; what each of them "
           f"says is in {out / 'logs'}", flush=True)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children too
     with ThreadPoolExecutor(args.jobs) as workers:
         work = [workers.submit(work_on, member, args, children) for member in members]
         try:
@@ -2214,9 +2206,11 @@ def draw_study(args, groups):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p = commands.add_parser("run", help="evaluate one run", **style)
+    command = partial(parser.add_subparsers(dest="command", required=True).add_parser,
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    count = bounded(int, 1)
+
+    p = command("run", help="evaluate one run")
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
                    "fine-tuning, from scratch, ResNet-18; the report is then without them")
@@ -2232,18 +2226,17 @@ def get_args(argv=None):
     p.add_argument("--labels", nargs="+", default=["10", "10shot", "10%"], help="few labels: 10 "
                    "for 10 records in all (paper), 10shot for 10 a class, or shares such as 1%% "
                    "10%% 100%%")
-    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="draws of few labels")
+    p.add_argument("--seeds", type=count, default=3, help="draws of few labels")
     p.add_argument("--label-lr", type=bounded(float, 1e-12), help="peak learning rate of networks "
                    "trained with labels (a fine-tuned encoder takes a tenth); by default the run's "
                    "--max-lr")
-    p.add_argument("--bootstrap", type=bounded(int, 1), default=1000, help="resamples, by patient")
+    p.add_argument("--bootstrap", type=count, default=1000, help="resamples, by patient")
     add_shared(p, "cache", "device", "format")
-    p = commands.add_parser("embed", help="representations and probabilities of your recordings",
-                            **style)
+
+    p = command("embed", help="representations and probabilities of your recordings")
     p.add_argument("ecg", nargs="+", help="files (WFDB, EDF, npy, npz, CSV, HDF5) or folders")
     p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run, or an export")
-    p.add_argument("--source-rate", type=bounded(float, 1), help="Hz, where the file does not tell "
-                   "it")
+    p.add_argument("--source-rate", type=bounded(float, 1), help="Hz, where the file does not tell")
     p.add_argument("--unit", help="mV, uV or V, where the file does not tell it")
     p.add_argument("--leads", nargs="+", help="names of the columns, where the file has none")
     p.add_argument("--neighbours", type=bounded(int, 0), default=0, help="name so many of the "
@@ -2253,25 +2246,25 @@ def get_args(argv=None):
     p.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
                    help="processes that read recordings ahead of the encoder")
     add_shared(p, "device", "format")
-    p = commands.add_parser("export", help="one folder with all that the encoder needs elsewhere",
-                            **style)
+
+    p = command("export", help="one folder with all that the encoder needs elsewhere")
     p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run")
     p.add_argument("--out", help="folder; by default RUN/export")
-    p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
+
+    p = command("compare", help="tables over several evaluated runs")
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
     p.add_argument("--out", default="runs/compare", help="tables go to OUT.md and OUT.csv")
-    p = commands.add_parser("study", help="train, evaluate and compare runs, for one question",
-                            **style)
+
+    p = command("study", help="train, evaluate and compare runs, for one question")
     p.add_argument("--study", choices=STUDIES, default="views", help="; ".join(
         f"{name}: {study.question}" for name, study in STUDIES.items()))
     p.add_argument("--caches", nargs="+", default=["cache/ptbxl-100", "cache/ptbxl-500"],
                    help="views: each view's own rate, where it is there; else the lowest")
     p.add_argument("--preset", choices=PRESETS, default="paper", help="of all runs")
-    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="runs of each row")
+    p.add_argument("--seeds", type=count, default=3, help="runs of each row")
     p.add_argument("--train", default="", help="further flags of train.py for all runs, one string")
     p.add_argument("--eval", default="--fast --cv", help="flags of evaluate.py run, one string")
-    p.add_argument("--jobs", type=bounded(int, 1), default=1, help="runs at a time, each with its "
-                   "share of the cores")
+    p.add_argument("--jobs", type=count, default=1, help="runs at a time, which share the cores")
     p.add_argument("--out", default="runs/study", help="folder of the runs and the report")
     add_shared(p, "device", "format")
     return parser.parse_args(argv)
