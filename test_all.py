@@ -2453,8 +2453,10 @@ def called(argv, stdout=None, **_):
     name, flags, error = Path(argv[1]).stem, argv[2:], ""
     with contextlib.redirect_stdout(stdout or io.StringIO()):
         try:
-            module = dict(train=train, evaluate=evaluate, attention=attention)[name]
-            getattr(module, "main", train.train)(module.get_args(flags))
+            if name == "train":
+                train.train(train.get_args(flags))
+            else:
+                dict(evaluate=run_evaluate, attention=run_attention)[name](*flags)
         except InputError as stopped:
             print(error := f"error: {stopped}")
     return mock.Mock(returncode=bool(error), stderr=error)
