@@ -72,6 +72,7 @@ K = len(CLASSES)
 FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
 STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe chooses from
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
+THERE = {n: np.isin(LEADS, names) for n, names in LEAD_SETS.items()}  # (C,) each
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
@@ -571,28 +572,40 @@ class Run:
         save_arrays(path, arrays)
         return arrays
 
-    def beside(self, z, rows, kept=1):
+    def beside(self, z, rows, keep=1):
         """Features z (n, S, d) of some records as a probe sees them; d + C with --amplitude.
 
-        kept: 0 for the leads that are not there, which are flat
+        keep: 0 for the leads that are not there, which are flat
         """
         if self.amplitude is None:
             return z
-        a = (self.amplitude[rows] * kept)[:, None].repeat(z.shape[1], axis=1)
+        a = (self.amplitude[rows] * keep)[:, None].repeat(z.shape[1], axis=1)
         return np.concatenate([z, a], axis=2)
 
-    def see(self, function, rows, leads=LEADS):
-        """What function(x, keep) gives for some records (n, ...), from some of the leads."""
-        kept = torch.tensor([lead in leads for lead in LEADS], device=self.device)
-        return extract(lambda x: function(x, None if kept.all() else kept.expand(len(x), -1)),
-                       self.cache, rows, self.device, self.micro)
+    def see(self, function, rows, keep=None):
+        """What function(x, keep) gives for some records (n, ...).
 
-    def see_masked(self, function, rows, p):
-        """The same, and (n, C) leads that are there: each is lost with probability p."""
-        keep = draw_leads((len(rows), C), p, generator("mask", self.trained["seed"], VAL_STEP))
-        at = iter(keep.to(self.device))
-        return extract(lambda x: function(x, torch.stack([next(at) for _ in x])),
-                       self.cache, rows, self.device, self.micro), keep.numpy()
+        keep: leads that are there, of all records (C,) or of each (n, C); None: all leads
+        """
+        if keep is None or keep.all():
+            of_batch = function
+        else:
+            of_each = iter(torch.from_numpy(keep).expand(len(rows), C).to(self.device))
+
+            def of_batch(x):
+                return function(x, torch.stack([next(of_each) for _ in x]))
+
+        return extract(of_batch, self.cache, rows, self.device, self.micro)
+
+    def represent(self, row, rows, keep=None):
+        """Features (n, d) of some records by a row's encoder, as a probe sees them."""
+        z = self.see(self.encoders[row], rows, keep)
+        return self.beside(z, rows, 1 if keep is None else keep).mean(1)
+
+    def mask(self, rows, p):
+        """Leads (n, C) that are there when each is lost with probability p, the same each time."""
+        rng = generator("mask", self.trained["seed"], VAL_STEP)
+        return draw_leads((len(rows), C), p, rng).numpy()
 
 
 def open_run(args):
@@ -656,15 +669,13 @@ def make_encoders(run):
     """For each row that is probed what turns x (B, T, C), keep (B, C) or None into features."""
     n_views = 1 if run.settings.first_view else None
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
-
-    def encoder(model):
-        return lambda x, keep=None: embed(model, x, run.views, keep, n_views)
-
-    return {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None]),
-            **{row: encoder(model) for row, model in run.models.items()}}
+    encoders = {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None])}
+    for row, model in run.models.items():
+        encoders[row] = lambda x, keep=None, model=model: embed(model, x, run.views, keep, n_views)
+    return encoders
 
 
-def represent(run, row):
+def embeddings(run, row):
     """Features z (N, S, d) of all records by a row's encoder, with ids, labels and seconds."""
     def make():
         began, index = time.monotonic(), run.cache.index
@@ -695,9 +706,7 @@ def probe_row(run, row, task, budget, seed):
     scores |= dict(strength=strength,
                    seconds=run.features[row]["seconds"] + time.monotonic() - began)
     if task.name == "official" and len(rows) == len(task.train):
-        scores["leads"] = [probe(run.beside(run.see(run.encoders[row], task.test, leads),
-                                            task.test, np.isin(LEADS, leads)).mean(1))
-                           for leads in LEAD_SETS.values()]
+        scores["leads"] = [probe(run.represent(row, task.test, keep)) for keep in THERE.values()]
     return scores
 
 
@@ -732,14 +741,11 @@ def cross_validate_leads(run, row, strengths):
 
     A probe learns from its records whole and masked at random, with the strength chosen for all.
     """
-    rows, encoder = run.tasks["cv"].test, run.encoders[row]
-    y, z = run.tasks["cv"].y[rows], run.features[row]["z"][rows]
-    copies = [run.beside(z, rows).mean(1)]
-    for p in MASKED:
-        z, kept = run.see_masked(encoder, rows, p)
-        copies.append(run.beside(z, rows, kept).mean(1))
-    fewer = {n: run.beside(run.see(encoder, rows, leads), rows, np.isin(LEADS, leads)).mean(1)
-             for n, leads in LEAD_SETS.items()}
+    rows = run.tasks["cv"].test
+    y = run.tasks["cv"].y[rows]
+    copies = [run.beside(run.features[row]["z"][rows], rows).mean(1),
+              *(run.represent(row, rows, run.mask(rows, p)) for p in MASKED)]
+    fewer = {n: run.represent(row, rows, keep) for n, keep in THERE.items()}
     scores = {str(n): np.zeros(y.shape) for n in fewer}
     for task, strength in zip(folds_of(run), strengths):
         train, test = (np.isin(rows, part) for part in (task.train, task.test))
@@ -767,8 +773,7 @@ def network_row(run, row, task, budget, seed):
     scores = dict(seconds=time.monotonic() - began, choose=expit(run.see(net, task.choose)[:, 0]),
                   test=expit(run.see(net, task.test)[:, 0]))
     if len(rows) == len(task.train):
-        scores["leads"] = [expit(run.see(net, task.test, leads)[:, 0])
-                           for leads in LEAD_SETS.values()]
+        scores["leads"] = [expit(run.see(net, task.test, keep)[:, 0]) for keep in THERE.values()]
     return scores
 
 
@@ -979,7 +984,7 @@ def quality_lines(run):
     """Lines of the label-free quality of each row's representation."""
     out, rows = [], run.tasks["table3"].test
     for row, features in run.features.items():
-        def later(x, keep, encoder=run.encoders[row]):
+        def later(x, encoder=run.encoders[row]):
             return encoder(x.roll(-run.cache.meta["rate"] // 2, 1))
 
         z = features["z"].mean(1)
@@ -1013,7 +1018,7 @@ def see_streams(run, model, rows):
     """What the two streams hand on of the first view of some records, side by side (n, d)."""
     readout, model.readout = model.readout, "streams"
     try:
-        return run.see(lambda x, keep: embed(model, x, run.views, keep, 1), rows)[:, 0]
+        return run.see(lambda x: embed(model, x, run.views, n_views=1), rows)[:, 0]
     finally:
         model.readout = readout
 
@@ -1052,13 +1057,12 @@ def stream_lines(run, probe, draws):
     records and on masked ones; draws gets the bootstrap draws of each.
     """
     task, out = run.tasks["official"], []
-    rows, encoder = np.append(task.choose, task.test), run.encoders["pretrained"]
+    rows = np.append(task.choose, task.test)
     y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
 
     def scored(protocol, row):
-        seen, there = ((run.see(encoder, rows), 1) if protocol == "streams"
-                       else run.see_masked(encoder, rows, MASKED[0]))
-        p = probe(run.beside(seen, rows, there).mean(1))
+        keep = None if protocol == "streams" else run.mask(rows, MASKED[0])
+        p = probe(run.represent("pretrained", rows, keep))
         draws[f"{protocol}-{row}"] = found = bootstrap(y, p, p > .5, patients,
                                                        run.settings.bootstrap)
         return lines(protocol, row, dict(macro_auroc=mean_of_known(aurocs(y, p))),
@@ -1478,7 +1482,7 @@ def evaluate(args):
     for model in run.models.values():
         model.precision = run.depends["precision"]
     run.encoders = make_encoders(run)
-    run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
+    run.features = {row: embeddings(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
     table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
     table += few_lines(run, scores, draws)
@@ -1734,11 +1738,10 @@ def read_evaluated(folders):
             print(f"note: {folder} has no metrics.csv and is left out; make eval RUN={folder}")
             continue
         try:
-            table = pd.read_csv(folder / "metrics.csv")
+            table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(
+                ("value", "low", "high"), float))
             if list(table) != [*KEYS, "value", "low", "high"]:
                 raise ValueError("metrics.csv has other columns")
-            for column in ("value", "low", "high"):
-                table[column] = pd.to_numeric(table[column])
             if not set(MEASURES) <= set(table[(table.row == "pretrained") & (table.seed == 0) & (
                     table.protocol == "official") & (table.labels == "100%")].metric):
                 raise ValueError("metrics.csv is not whole")
@@ -1777,10 +1780,12 @@ def group_runs(runs):
         for other in groups.setdefault(name, []):
             a = settings(other)
             differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
-            if differ or other["about"]["seed"] == run["about"]["seed"]:
+            if other["about"]["seed"] == run["about"]["seed"]:
+                differ = differ or ["have the same seed"]
+            if differ:
                 raise InputError(f"{other['folder']} and {run['folder']} are of one name, but "
-                                 f"{', '.join(differ) or 'have the same seed'}; leave one out, or "
-                                 "give a folder another name")
+                                 f"{', '.join(differ)}; leave one out, or give a folder another "
+                                 "name")
         groups[name].append(run)
     return groups
 

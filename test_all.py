@@ -2171,8 +2171,8 @@ class TestProbe:
         z = run.see(encoder, np.arange(len(c.index)))
         run.features = dict(row=dict(z=z))
         got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
-        copies = [z[rows, 0]] + [run.see_masked(encoder, rows, p)[0][:, 0]
-                                 for p in evaluate.MASKED]
+        copies = [z[rows, 0], *(run.represent("row", rows, run.mask(rows, p))
+                                for p in evaluate.MASKED)]
         for copy, p in zip(copies, (0, *evaluate.MASKED)):
             assert abs((copy == 0).mean() - p) < .05
         f, y = fold.to_numpy()[rows], task.y[rows]
