@@ -126,7 +126,7 @@ class Task:
     """A protocol: row numbers that train, choose and test; y (N, K) 0/1; patients (N,).
 
     single: one class each, the largest score decides; else each class has a threshold, chosen on
-    `choose`. by_view: each view of a record is a sample. refit: train on `choose` too, at the end.
+    `choose`. by_view: each view of a record is a sample, and `choose` trains too, at the end.
     """
 
     name: str
@@ -137,7 +137,6 @@ class Task:
     test: np.ndarray
     single: bool = False
     by_view: bool = False
-    refit: bool = False
 
     def samples(self, a, rows):
         """Features or scores a (N, S, d) of some records -> (n, d), (n,) rows they belong to."""
@@ -159,7 +158,7 @@ def protocols(index):
             ("official", y.any(1), (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), {}),
             ("paper", y.sum(1) == 1, (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), dict(single=True)),
             ("table3", y.sum(1) == 1, (TRAIN_FOLDS[:-1], TRAIN_FOLDS[-1:], [VAL_FOLD, TEST_FOLD]),
-             dict(single=True, by_view=True, refit=True))):
+             dict(single=True, by_view=True))):
         parts = [np.flatnonzero(mask & np.isin(fold, f)) for f in folds]
         for part, f in zip(parts, folds):
             if len(part) == 0:
@@ -402,7 +401,7 @@ def choose_probe(z, task, rows=None):
         loss = -(y * np.log(p) + (0 if task.single else (1 - y) * np.log(1 - p))).sum(1).mean()
         if loss < best:
             best, probe, chosen = loss, candidate, float(strength)
-    if task.refit:
+    if task.by_view:
         x, rows = np.concatenate([x, x_choose]), np.concatenate([rows, choose])
         probe = fit_probe(x, task.y[rows], chosen, task.single)
     return probe, chosen
@@ -858,10 +857,10 @@ def few_lines(run, scores, draws):
     labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
     fewer leads, cross-validated, each if --cv names it.
     """
-    args, cv, names = run.settings, run.tasks.get("cv"), dict(official="labels",
-                                                              paper="labels-paper")
+    args, cv, out = run.settings, run.tasks.get("cv"), []
+    names = dict(official="labels", paper="labels-paper")
     tasks = {name: run.tasks[protocol] for protocol, name in names.items()}
-    found, out = {}, []  # (protocol, row): {variant: [scores (n, K) of each draw]}
+    found = {}  # (protocol, row): {variant: [scores (n, K) of each draw]}
     for (protocol, row, budget, seed), s in scores.items():
         if protocol in names and budget in args.labels:
             of_row = found.setdefault((names[protocol], row), {})
