@@ -27,7 +27,7 @@ import time
 import warnings
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, combinations, product
@@ -995,8 +995,10 @@ def quality_lines(run):
             numbers |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
                             uniformity=(uniformity(z1) + uniformity(z2)) / 2)
             if model.config.arch != "resnet18":
-                both = run.piece(f"streams-{row}", row, lambda: dict(
-                    z=see_streams(run, model, rows)))["z"]
+                streams = copy(model)  # the same weights; it hands on both streams side by side
+                streams.readout = "streams"
+                both = run.piece(f"streams-{row}", row, lambda: dict(z=run.see(
+                    lambda x: embed(streams, x, run.views, n_views=1), rows)[:, 0]))["z"]
                 numbers |= dict(stream_cka=cka(*np.split(both, [model.config.widths[1]], axis=1)))
         out += lines("quality", row, numbers)
     return out
@@ -1011,15 +1013,6 @@ def two_views(run, model):
     z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(
         0, (2 * windows, -1))[::windows] for i in range(0, len(rows), run.micro)]
     return torch.cat(z, dim=1).float().cpu()
-
-
-def see_streams(run, model, rows):
-    """What the two streams hand on of the first view of some records, side by side (n, d)."""
-    readout, model.readout = model.readout, "streams"
-    try:
-        return run.see(lambda x: embed(model, x, run.views, n_views=1), rows)[:, 0]
-    finally:
-        model.readout = readout
 
 
 def keep_probe(run, scores):
@@ -1150,12 +1143,9 @@ def markdown(head, rows):
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
 
 
-def summarize(table, by=("protocol", "row", "labels", "metric")):
-    """Mean, standard deviation and count of the values of lines that agree in the columns `by`.
-
-    An interval stays where there is one value.
-    """
-    found = table.groupby(list(by), sort=False).agg(
+def summarize(table):
+    """Mean, standard deviation and count of values over seeds; an interval stays of one value."""
+    found = table.groupby([key for key in KEYS if key != "seed"], sort=False).agg(
         value=("value", "mean"), sd=("value", "std"), n=("value", "count"), low=("low", "first"),
         high=("high", "first")).reset_index()
     found.loc[found.n > 1, ["low", "high"]] = np.nan
