@@ -26,13 +26,13 @@ import textwrap
 import time
 import warnings
 from argparse import Namespace
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from copy import deepcopy
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import combinations, product
+from functools import lru_cache, partial
+from itertools import chain, combinations, product
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
@@ -51,6 +51,7 @@ from sklearn.metrics import (ConfusionMatrixDisplay, RocCurveDisplay, accuracy_s
                              confusion_matrix, f1_score, precision_recall_curve, r2_score,
                              roc_auc_score)
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -71,6 +72,7 @@ K = len(CLASSES)
 FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
 STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe chooses from
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
+THERE = {n: np.isin(LEADS, names) for n, names in LEAD_SETS.items()}  # (C,) each
 LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
 MEASURES = ("macro_auroc", "macro_f1", "accuracy")
 MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
@@ -89,6 +91,8 @@ TRAINING = {"loss": "loss", "val_loss": "val_loss", "grad_norm_ratio": "channel/
             "paper", "grad_norm_ratio_corrected": "corrected", "records_per_second": "records/s",
             "gflop_per_record": "GFLOP a record", "of_peak": "of peak", "data_share": "waiting",
             "peak_mib": "MiB above the start"}
+RATIOS = tuple(TRAINING)[2:4]
+COSTS = dict(list(TRAINING.items())[4:])
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
 KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
@@ -122,7 +126,7 @@ class Task:
     """A protocol: row numbers that train, choose and test; y (N, K) 0/1; patients (N,).
 
     single: one class each, the largest score decides; else each class has a threshold, chosen on
-    `choose`. by_view: each view of a record is a sample. refit: train on `choose` too, at the end.
+    `choose`. by_view: each view of a record is a sample, and `choose` trains too, at the end.
     """
 
     name: str
@@ -133,7 +137,6 @@ class Task:
     test: np.ndarray
     single: bool = False
     by_view: bool = False
-    refit: bool = False
 
     def samples(self, a, rows):
         """Features or scores a (N, S, d) of some records -> (n, d), (n,) rows they belong to."""
@@ -155,7 +158,7 @@ def protocols(index):
             ("official", y.any(1), (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), {}),
             ("paper", y.sum(1) == 1, (TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD]), dict(single=True)),
             ("table3", y.sum(1) == 1, (TRAIN_FOLDS[:-1], TRAIN_FOLDS[-1:], [VAL_FOLD, TEST_FOLD]),
-             dict(single=True, by_view=True, refit=True))):
+             dict(single=True, by_view=True))):
         parts = [np.flatnonzero(mask & np.isin(fold, f)) for f in folds]
         for part, f in zip(parts, folds):
             if len(part) == 0:
@@ -398,7 +401,7 @@ def choose_probe(z, task, rows=None):
         loss = -(y * np.log(p) + (0 if task.single else (1 - y) * np.log(1 - p))).sum(1).mean()
         if loss < best:
             best, probe, chosen = loss, candidate, float(strength)
-    if task.refit:
+    if task.by_view:
         x, rows = np.concatenate([x, x_choose]), np.concatenate([rows, choose])
         probe = fit_probe(x, task.y[rows], chosen, task.single)
     return probe, chosen
@@ -568,28 +571,40 @@ class Run:
         save_arrays(path, arrays)
         return arrays
 
-    def beside(self, z, rows, kept=1):
+    def beside(self, z, rows, keep=1):
         """Features z (n, S, d) of some records as a probe sees them; d + C with --amplitude.
 
-        kept: 0 for the leads that are not there, which are flat
+        keep: 0 for the leads that are not there, which are flat
         """
         if self.amplitude is None:
             return z
-        a = (self.amplitude[rows] * kept)[:, None].repeat(z.shape[1], axis=1)
+        a = (self.amplitude[rows] * keep)[:, None].repeat(z.shape[1], axis=1)
         return np.concatenate([z, a], axis=2)
 
-    def see(self, function, rows, leads=LEADS):
-        """What function(x, keep) gives for some records (n, ...), from some of the leads."""
-        kept = torch.tensor([lead in leads for lead in LEADS], device=self.device)
-        return extract(lambda x: function(x, None if kept.all() else kept.expand(len(x), -1)),
-                       self.cache, rows, self.device, self.micro)
+    def see(self, function, rows, keep=None):
+        """What function(x, keep) gives for some records (n, ...).
 
-    def see_masked(self, function, rows, p):
-        """The same, and (n, C) leads that are there: each is lost with probability p."""
-        keep = draw_leads((len(rows), C), p, generator("mask", self.trained["seed"], VAL_STEP))
-        at = iter(keep.to(self.device))
-        return extract(lambda x: function(x, torch.stack([next(at) for _ in x])),
-                       self.cache, rows, self.device, self.micro), keep.numpy()
+        keep: leads that are there, of all records (C,) or of each (n, C); None: all leads
+        """
+        if keep is None or keep.all():
+            of_batch = function
+        else:
+            of_each = iter(torch.from_numpy(keep).expand(len(rows), C).to(self.device))
+
+            def of_batch(x):
+                return function(x, torch.stack([next(of_each) for _ in x]))
+
+        return extract(of_batch, self.cache, rows, self.device, self.micro)
+
+    def represent(self, row, rows, keep=None):
+        """Features (n, d) of some records by a row's encoder, as a probe sees them."""
+        z = self.see(self.encoders[row], rows, keep)
+        return self.beside(z, rows, 1 if keep is None else keep).mean(1)
+
+    def mask(self, rows, p):
+        """Leads (n, C) that are there when each is lost with probability p, the same each time."""
+        rng = generator("mask", self.trained["seed"], VAL_STEP)
+        return draw_leads((len(rows), C), p, rng).numpy()
 
 
 def open_run(args):
@@ -599,6 +614,9 @@ def open_run(args):
         if not re.fullmatch(r"[1-9]\d*(shot)?|(100|[1-9]\d?)%", budget):
             raise InputError(f"--labels {budget}: give such as 10, for 10 records in all, 10shot, "
                              "for 10 a class, or 1%, 10%, 100% of the training records")
+    if (folder / "encoder.json").exists():
+        raise InputError(f"{folder} is an export, without what a run was trained with: evaluate "
+                         "the run that it was made of; on recordings use it with make embed")
     model, saved = load_run(folder, device)
     trained, cache = open_data(folder, saved, args.cache)
     model.precision = pick_precision(trained["precision"], device)
@@ -650,15 +668,13 @@ def make_encoders(run):
     """For each row that is probed what turns x (B, T, C), keep (B, C) or None into features."""
     n_views = 1 if run.settings.first_view else None
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
-
-    def encoder(model):
-        return lambda x, keep=None: embed(model, x, run.views, keep, n_views)
-
-    return {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None]),
-            **{row: encoder(model) for row, model in run.models.items()}}
+    encoders = {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None])}
+    for row, model in run.models.items():
+        encoders[row] = lambda x, keep=None, model=model: embed(model, x, run.views, keep, n_views)
+    return encoders
 
 
-def represent(run, row):
+def embeddings(run, row):
     """Features z (N, S, d) of all records by a row's encoder, with ids, labels and seconds."""
     def make():
         began, index = time.monotonic(), run.cache.index
@@ -680,17 +696,16 @@ def majority(task):
                 leads=[test] * len(LEAD_SETS))
 
 
-def probe_row(run, row, task, rows):
+def probe_row(run, row, task, budget, seed):
     """Scores (n, K) of a probe on `choose`, on `test`, and on `test` with fewer leads."""
     began, z = time.monotonic(), run.beside(run.features[row]["z"], slice(None))
+    rows = draw_labels(task, budget, seed)
     probe, strength = choose_probe(z, task, rows)
     scores = {part: probe(task.samples(z, getattr(task, part))[0]) for part in ("choose", "test")}
     scores |= dict(strength=strength,
                    seconds=run.features[row]["seconds"] + time.monotonic() - began)
     if task.name == "official" and len(rows) == len(task.train):
-        scores["leads"] = [probe(run.beside(run.see(run.encoders[row], task.test, leads),
-                                            task.test, np.isin(LEADS, leads)).mean(1))
-                           for leads in LEAD_SETS.values()]
+        scores["leads"] = [probe(run.represent(row, task.test, keep)) for keep in THERE.values()]
     return scores
 
 
@@ -703,20 +718,19 @@ def folds_of(run):
         yield replace(cv, train=train, choose=choose, test=test)
 
 
-def cross_validate(run, row, budget="100%", seed=0):
-    """Scores, predictions (n, K) of all labelled records, each by a probe of other folds.
+def cross_validate(run, row, task, budget, seed):
+    """Scores, predictions (n, K) of the records of `cv`, each by a probe of other folds.
 
-    Of the training labels a probe sees the budget. strength: what each fold's probe chose.
+    Of the training labels a probe sees the budget. strengths: what each fold's probe chose.
     """
-    began, rows = time.monotonic(), run.tasks["cv"].test
-    z = run.beside(run.features[row]["z"], slice(None))
+    began, z = time.monotonic(), run.beside(run.features[row]["z"], slice(None))
     p, predicted, strengths = *np.zeros((2, len(z), K)), []
-    for task in folds_of(run):
-        probe, strength = choose_probe(z, task, draw_labels(task, budget, seed))
-        scores = {name: probe(z[getattr(task, name)].mean(1)) for name in ("choose", "test")}
-        p[task.test], predicted[task.test] = scores["test"], decide(task, scores)
+    for fold in folds_of(run):
+        probe, strength = choose_probe(z, fold, draw_labels(fold, budget, seed))
+        scores = {name: probe(z[getattr(fold, name)].mean(1)) for name in ("choose", "test")}
+        p[fold.test], predicted[fold.test] = scores["test"], decide(fold, scores)
         strengths.append(strength)
-    return dict(test=p[rows], predicted=predicted[rows].astype(int), strengths=strengths,
+    return dict(test=p[task.test], predicted=predicted[task.test].astype(int), strengths=strengths,
                 strength=np.median(strengths),
                 seconds=run.features[row]["seconds"] + time.monotonic() - began)
 
@@ -726,14 +740,11 @@ def cross_validate_leads(run, row, strengths):
 
     A probe learns from its records whole and masked at random, with the strength chosen for all.
     """
-    rows, encoder = run.tasks["cv"].test, run.encoders[row]
-    y, z = run.tasks["cv"].y[rows], run.features[row]["z"][rows]
-    copies = [run.beside(z, rows).mean(1)]
-    for p in MASKED:
-        z, kept = run.see_masked(encoder, rows, p)
-        copies.append(run.beside(z, rows, kept).mean(1))
-    fewer = {n: run.beside(run.see(encoder, rows, leads), rows, np.isin(LEADS, leads)).mean(1)
-             for n, leads in LEAD_SETS.items()}
+    rows = run.tasks["cv"].test
+    y = run.tasks["cv"].y[rows]
+    copies = [run.beside(run.features[row]["z"][rows], rows).mean(1),
+              *(run.represent(row, rows, run.mask(rows, p)) for p in MASKED)]
+    fewer = {n: run.represent(row, rows, keep) for n, keep in THERE.items()}
     scores = {str(n): np.zeros(y.shape) for n in fewer}
     for task, strength in zip(folds_of(run), strengths):
         train, test = (np.isin(rows, part) for part in (task.train, task.test))
@@ -744,9 +755,10 @@ def cross_validate_leads(run, row, strengths):
     return scores
 
 
-def network_row(run, row, task, rows, seed):
-    """The same of a network that is trained on the labels of some rows."""
+def network_row(run, row, task, budget, seed):
+    """What probe_row() gives, of a network that is trained on the labels."""
     lr, began = run.settings.label_lr or run.trained["max_lr"], time.monotonic()
+    rows = draw_labels(task, budget, seed)
     seed += 1000 * run.trained["seed"]  # other runs, other weights; the labels drawn are the same
     torch.manual_seed(seed)
     config = run.saved["config"]
@@ -760,8 +772,7 @@ def network_row(run, row, task, rows, seed):
     scores = dict(seconds=time.monotonic() - began, choose=expit(run.see(net, task.choose)[:, 0]),
                   test=expit(run.see(net, task.test)[:, 0]))
     if len(rows) == len(task.train):
-        scores["leads"] = [expit(run.see(net, task.test, leads)[:, 0])
-                           for leads in LEAD_SETS.values()]
+        scores["leads"] = [expit(run.see(net, task.test, keep)[:, 0]) for keep in THERE.values()]
     return scores
 
 
@@ -773,22 +784,18 @@ def score_row(run, row, task, budget="100%", seed=0):
     """
     if row == "majority":
         return majority(task)
-    name = f"{task.name}-{row}-{budget}-{seed}"
-    if task.name == "cv":
-        return run.piece(name, row, lambda: cross_validate(run, row, budget, seed),
-                         amplitude=run.settings.amplitude)
-    if row not in NETWORKS:
-        rows = draw_labels(task, budget, seed)
-        return run.piece(name, row, lambda: probe_row(run, row, task, rows),
-                         amplitude=run.settings.amplitude)
-    if task.single and budget == "100%":
+    if row in NETWORKS and task.single and budget == "100%":
         official = run.tasks["official"]
         scores = score_row(run, row, official, budget, seed)
         return scores | {part: scores[part][np.isin(getattr(official, part), getattr(task, part))]
                          for part in ("choose", "test")}
-    rows = draw_labels(task, budget, seed)
-    return run.piece(name, row, lambda: network_row(run, row, task, rows, seed),
-                     lr=run.settings.label_lr)
+    make, depends = probe_row, dict(amplitude=run.settings.amplitude)
+    if row in NETWORKS:
+        make, depends = network_row, dict(lr=run.settings.label_lr)
+    elif task.name == "cv":
+        make = cross_validate
+    return run.piece(f"{task.name}-{row}-{budget}-{seed}", row,
+                     lambda: make(run, row, task, budget, seed), **depends)
 
 
 def score_all(run, rows):
@@ -804,29 +811,6 @@ def score_all(run, rows):
         for seed in range(1 if budget == "100%" else args.seeds):
             scores[name, row, budget, seed] = score_row(run, row, run.tasks[name], budget, seed)
     return scores
-
-
-def few_scores(run, scores):
-    """Scores with less: {protocol: {row: {variant: [(n, K) a draw]}}}.
-
-    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
-    fewer leads, cross-validated, each if --cv names it.
-    """
-    found, args = {}, run.settings
-    for (protocol, row, budget, seed), s in scores.items():
-        if protocol in ("official", "paper") and budget in args.labels:
-            name = "labels" if protocol == "official" else "labels-paper"
-            found.setdefault(name, {}).setdefault(row, {}).setdefault(budget, []).append(s["test"])
-    for row in run.features if "labels" in (args.cv or ()) else ():
-        found.setdefault("labels-cv", {})[row] = {budget: [
-            score_row(run, row, run.tasks["cv"], budget, seed)["test"]
-            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
-    for row in run.features if "leads" in (args.cv or ()) else ():
-        strengths = score_row(run, row, run.tasks["cv"])["strengths"]
-        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
-            run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
-        found.setdefault("leads-cv", {})[row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
-    return found
 
 
 # Every number, a line each
@@ -867,19 +851,38 @@ def score_lines(run, scores, draws):
     return out
 
 
-def few_lines(run, found, draws):
-    """Lines of few_scores(), means over the draws of labels; `draws` as in score_lines."""
-    out, tasks = [], {"labels": "official", "labels-paper": "paper"}
-    for protocol, rows in found.items():
-        task = run.tasks[tasks.get(protocol, "cv")]
+def few_lines(run, scores, draws):
+    """Lines of scores with less, means over the draws of labels; `draws` as in score_lines.
+
+    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
+    fewer leads, cross-validated, each if --cv names it.
+    """
+    args, cv, out = run.settings, run.tasks.get("cv"), []
+    names = dict(official="labels", paper="labels-paper")
+    tasks = {name: run.tasks[protocol] for protocol, name in names.items()}
+    found = {}  # (protocol, row): {variant: [scores (n, K) of each draw]}
+    for (protocol, row, budget, seed), s in scores.items():
+        if protocol in names and budget in args.labels:
+            of_row = found.setdefault((names[protocol], row), {})
+            of_row.setdefault(budget, []).append(s["test"])
+    for row in run.features if "labels" in (args.cv or ()) else ():
+        found["labels-cv", row] = {budget: [
+            score_row(run, row, cv, budget, seed)["test"]
+            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
+    for row in run.features if "leads" in (args.cv or ()) else ():
+        strengths = score_row(run, row, cv)["strengths"]
+        leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
+            run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
+        found["leads-cv", row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
+    for (protocol, row), variants in found.items():
+        task = tasks.get(protocol, cv)
         y, patients = task.y[task.test], task.patients[task.test]
-        for row, variants in rows.items():
-            sampled = [np.mean([bootstrap(y, p, p > .5, patients, run.settings.bootstrap)[:, 0]
-                                for p in some], axis=0) for some in variants.values()]
-            draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
-            values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
-                      for name, some in variants.items()}
-            out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
+        sampled = [np.mean([bootstrap(y, p, p > .5, patients, args.bootstrap)[:, 0]
+                            for p in some], axis=0) for some in variants.values()]
+        draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
+        values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
+                  for name, some in variants.items()}
+        out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
     return out
 
 
@@ -980,7 +983,7 @@ def quality_lines(run):
     """Lines of the label-free quality of each row's representation."""
     out, rows = [], run.tasks["table3"].test
     for row, features in run.features.items():
-        def later(x, keep, encoder=run.encoders[row]):
+        def later(x, encoder=run.encoders[row]):
             return encoder(x.roll(-run.cache.meta["rate"] // 2, 1))
 
         z = features["z"].mean(1)
@@ -992,8 +995,10 @@ def quality_lines(run):
             numbers |= dict(rankme=rankme(z), alignment=alignment(z1, z2),
                             uniformity=(uniformity(z1) + uniformity(z2)) / 2)
             if model.config.arch != "resnet18":
-                both = run.piece(f"streams-{row}", row, lambda: dict(
-                    z=see_streams(run, model, rows)))["z"]
+                streams = copy(model)  # the same weights; it hands on both streams side by side
+                streams.readout = "streams"
+                both = run.piece(f"streams-{row}", row, lambda: dict(z=run.see(
+                    lambda x: embed(streams, x, run.views, n_views=1), rows)[:, 0]))["z"]
                 numbers |= dict(stream_cka=cka(*np.split(both, [model.config.widths[1]], axis=1)))
         out += lines("quality", row, numbers)
     return out
@@ -1008,15 +1013,6 @@ def two_views(run, model):
     z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(
         0, (2 * windows, -1))[::windows] for i in range(0, len(rows), run.micro)]
     return torch.cat(z, dim=1).float().cpu()
-
-
-def see_streams(run, model, rows):
-    """What the two streams hand on of the first view of some records, side by side (n, d)."""
-    readout, model.readout = model.readout, "streams"
-    try:
-        return run.see(lambda x, keep: embed(model, x, run.views, keep, 1), rows)[:, 0]
-    finally:
-        model.readout = readout
 
 
 def keep_probe(run, scores):
@@ -1053,13 +1049,12 @@ def stream_lines(run, probe, draws):
     records and on masked ones; draws gets the bootstrap draws of each.
     """
     task, out = run.tasks["official"], []
-    rows, encoder = np.append(task.choose, task.test), run.encoders["pretrained"]
+    rows = np.append(task.choose, task.test)
     y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
 
     def scored(protocol, row):
-        seen, there = ((run.see(encoder, rows), 1) if protocol == "streams"
-                       else run.see_masked(encoder, rows, MASKED[0]))
-        p = probe(run.beside(seen, rows, there).mean(1))
+        keep = None if protocol == "streams" else run.mask(rows, MASKED[0])
+        p = probe(run.represent("pretrained", rows, keep))
         draws[f"{protocol}-{row}"] = found = bootstrap(y, p, p > .5, patients,
                                                        run.settings.bootstrap)
         return lines(protocol, row, dict(macro_auroc=mean_of_known(aurocs(y, p))),
@@ -1125,8 +1120,8 @@ def training_lines(folder):
         return []
     log = read_log(folder).reindex(columns=TRAINING).astype(float)
     log.peak_mib -= read_args(folder)["start_mib"]
-    costs = list(TRAINING)[4:]
-    return lines("training", "pretrained", log.iloc[-1].to_dict() | log[costs].median().to_dict())
+    return lines("training", "pretrained",
+                 log.iloc[-1].to_dict() | log[list(COSTS)].median().to_dict())
 
 
 # Tables
@@ -1148,12 +1143,9 @@ def markdown(head, rows):
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
 
 
-def summarize(table, by=("protocol", "row", "labels", "metric")):
-    """Mean, standard deviation and count of the values of lines that agree in the columns `by`.
-
-    An interval stays where there is one value.
-    """
-    found = table.groupby(list(by), sort=False).agg(
+def summarize(table):
+    """Mean, standard deviation and count of values over seeds; an interval stays of one value."""
+    found = table.groupby([key for key in KEYS if key != "seed"], sort=False).agg(
         value=("value", "mean"), sd=("value", "std"), n=("value", "count"), low=("low", "first"),
         high=("high", "first")).reset_index()
     found.loc[found.n > 1, ["low", "high"]] = np.nan
@@ -1161,7 +1153,9 @@ def summarize(table, by=("protocol", "row", "labels", "metric")):
 
 
 def cell(line):
-    """0.781 [0.712, 0.840], or 0.781 ± 0.012 over several values, or a dash."""
+    """0.781 [0.712, 0.840], or 0.781 ± 0.012 over several values, or a dash (also for None)."""
+    if line is None:
+        return "-"
     form = {"strength": ".2g", "seconds": ".0f", "pretraining_seconds": ".0f", "records": ".0f"}
     text = number(line.value, (line.low, line.high), form.get(line.metric, ".3f"))
     few = f" ({line.n} of {line.of} seeds)" if 0 < line.n < getattr(line, "of", 0) else ""
@@ -1182,66 +1176,92 @@ def grid(found, by, columns):
         [*row, *(cells.get((*row, metric), "-") for metric in columns)] for row in rows])
 
 
-ABOUT = dict.fromkeys(("labels", "labels-paper"),
-                      "Macro AUROC, means over the draws; intervals over patients.") | {
-    "official": "Records with at least one superclass, several at once: a sigmoid for each class, "
-    "thresholds for F1 chosen on fold 9. Accuracy: all five classes right. Majority: the most "
-    "frequent set of classes, and class shares as scores.",
-    "cv": "As the official protocol, but each labelled record of all folds is scored once, by a "
-    "probe that learned from the other folds; C and thresholds are chosen on the fold that "
-    "follows. Pretraining saw the records of folds 1-8, never a label.",
-    "paper": "Records with exactly one superclass, the largest score wins. Networks are those of "
-    "the official protocol, trained on all labelled records.",
-    "table3": "As the paper's Table 3: one superclass, each view of a record a sample of its own "
-    "(majority and ROCKET have no views: the whole record), tested on folds 9 and 10. C is chosen "
-    "on fold 8. Networks, which stop by fold 9, are left out.",
-    "seconds": "s: to represent all records, or train the network, and to fit, with the choice of "
-    "C. Intervals: 95 %, bootstrap by patient; they tell of the test records, not of the seed.",
-    "differences": "Paired by patient on the same test records; where an interval holds 0, these "
-    "records do not tell which is better. Between views: they differ untrained already, since a "
-    "probe sees other inputs. Intervals are over patients and, for groups of several runs, over "
-    "these too; those of clustering are normal, from a jackknife over patients.",
-    "labels-cv": "Macro AUROC of all labelled records, each scored by a probe that saw so many "
-    "labels of the other folds; mean over draws of them, intervals over patients alone. A whole "
-    "fold more chooses C.",
-    "leads-cv": "Macro AUROC of all labelled records, cross-validated. All probes, ROCKET's too, "
-    "learned from their records whole and from two copies with leads masked at random; "
-    "C as chosen with all leads.",
-    "few": "Test fold 10; mean ± standard deviation over draws of the training labels: 10 in all, "
-    "10 a class (10shot), or a share. All of fold 9 still chooses C, thresholds and when a network "
-    "stops.",
-    "clustering": "Records of folds 9 and 10 with one superclass, representations unmasked, views "
-    "averaged. Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from "
-    "0, high. By chance: this run's representations with labels permuted, mean of 20. ROCKET's "
-    "features are standardised.",
-    "quality": "No labels used. Shift: distance of a record to itself when it starts half a second "
-    "later, over that between records (those of clustering); near 0 if the representation does "
-    "not mind when beats fall, near 1 if it is about that. Alignment 0..4 and uniformity -4..0, "
-    "low is good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective "
-    "rank over all records, 1..min(records, width), high is good. Stream CKA: likeness of what "
-    "the two streams hand on, 0..1, higher the fewer records and the wider the streams.",
-    "sources": "Macro AUROC, official protocol, of the test records of each source.",
-    "leads": "Macro AUROC, official protocol: trained on 12 leads, tested with the others zero.",
-    "streams": "Macro AUROC of this run's probe of the official protocol on folds 9 and 10, while "
-    "one stream sees another record, or zeros; the cross-attention still joins the two.",
-    "streams-masked": "The same with each lead masked with probability 0.5.",
-    "shortcuts": "What a linear probe reads off that no diagnosis should rest on (folds 9 and 10): "
-    "heart rate from the autocorrelation of the slopes, R² up to 1; the most frequent recorder "
-    "against the others, and any noise that annotators noted, AUROC, 0.5 by chance.",
-    "training": "Of the log: losses and the ratio of the streams' gradient norms in the last "
-    "epoch, as the paper takes it and with token counts corrected for (1: equal); medians of "
-    "speed, GFLOP, share of the peak of matrix products, share of time waiting; memory."}
-TITLES = {"official": "Official protocol (the headline)", "cv": "Cross-validated over the folds",
-          "paper": "The paper's protocol, fold 10",
-          "table3": "Linear probe: Table 3 of the paper", "clustering": "Clustering: Table 2 of "
-          "the paper", "quality": "Quality without labels", "leads": "Fewer leads",
-          "sources": "By source",
-          "labels-cv": "Few labels, cross-validated", "leads-cv": "Fewer leads, cross-validated",
-          "few": "Few labels, official protocol", "few-paper": "Few labels, the paper's protocol",
-          "labels": "Few labels, differences, official protocol",
-          "labels-paper": "Few labels, differences, the paper's protocol",
-          "streams": "The two streams", "streams-masked": "The two streams, leads masked",
-          "shortcuts": "Shortcuts", "training": "Training and its cost"}
+class Section(NamedTuple):
+    """A heading of a report: which numbers stand below it, and what they mean."""
+
+    protocol: str  # "": all of them
+    lines: str  # a key of `chosen` in sections()
+    title: str
+    about: str
+    tables: tuple = ()  # the columns of each, {metric: what it is called} or metrics; (): all
+
+
+SCORE_TABLES = ({m: m for m in MEASURES} | dict(strength="C", seconds="s",
+                                                pretraining_seconds="pretraining s"),
+                *({f"{m}/{c}": f"{m} {c}" for c in CLASSES} for m in ("auroc", "f1")))
+FEW_TABLES = (("records", *MEASURES, "seconds"),)
+LEAD_NAMES = {f"macro_auroc/{n}": f"{n}: {' '.join(names)}" if n < 6 else f"{n}"
+              for n, names in LEAD_SETS.items()}
+SECONDS_SAY = """s: to represent all records, or train the network, and to fit, with the choice of
+    C. Intervals: 95 %, bootstrap by patient; they tell of the test records, not of the seed."""
+FEW_SAY = """Test fold 10; mean ± standard deviation over draws of the training labels: 10 in all,
+    10 a class (10shot), or a share. All of fold 9 still chooses C, thresholds and when a network
+    stops."""
+SECTIONS = (
+    Section("official", "all labels", "Official protocol (the headline)", f"""
+        Records with at least one superclass, several at once: a sigmoid for each class, thresholds
+        for F1 chosen on fold 9. Accuracy: all five classes right. Majority: the most frequent set
+        of classes, and class shares as scores. {SECONDS_SAY}""", SCORE_TABLES),
+    Section("cv", "all labels", "Cross-validated over the folds", f"""
+        As the official protocol, but each labelled record of all folds is scored once, by a probe
+        that learned from the other folds; C and thresholds are chosen on the fold that follows.
+        Pretraining saw the records of folds 1-8, never a label. {SECONDS_SAY}""", SCORE_TABLES),
+    Section("paper", "all labels", "The paper's protocol, fold 10", f"""
+        Records with exactly one superclass, the largest score wins. Networks are those of the
+        official protocol, trained on all labelled records. {SECONDS_SAY}""", SCORE_TABLES),
+    Section("table3", "all labels", "Linear probe: Table 3 of the paper", f"""
+        As the paper's Table 3: one superclass, each view of a record a sample of its own (majority
+        and ROCKET have no views: the whole record), tested on folds 9 and 10. C is chosen on fold
+        8. Networks, which stop by fold 9, are left out. {SECONDS_SAY}""", SCORE_TABLES),
+    Section("", "differences", "Differences", """
+        Paired by patient on the same test records; where an interval holds 0, these records do not
+        tell which is better. Between views: they differ untrained already, since a probe sees other
+        inputs. Intervals are over patients and, for groups of several runs, over these too; those
+        of clustering are normal, from a jackknife over patients.""", [MEASURES, CLUSTERING]),
+    Section("official", "any labels", "Few labels, official protocol", FEW_SAY, FEW_TABLES),
+    Section("paper", "any labels", "Few labels, the paper's protocol", FEW_SAY, FEW_TABLES),
+    Section("labels", "differences", "Few labels, differences, official protocol", """
+        Macro AUROC, means over the draws; intervals over patients."""),
+    Section("labels-paper", "differences", "Few labels, differences, the paper's protocol", """
+        Macro AUROC, means over the draws; intervals over patients."""),
+    Section("labels-cv", "all", "Few labels, cross-validated", """
+        Macro AUROC of all labelled records, each scored by a probe that saw so many labels of the
+        other folds; mean over draws of them, intervals over patients alone. A whole fold more
+        chooses C."""),
+    Section("leads-cv", "all", "Fewer leads, cross-validated", """
+        Macro AUROC of all labelled records, cross-validated. All probes, ROCKET's too, learned from
+        their records whole and from two copies with leads masked at random; C as chosen with all
+        leads."""),
+    Section("sources", "all labels", "By source", """
+        Macro AUROC, official protocol, of the test records of each source."""),
+    Section("clustering", "all labels", "Clustering: Table 2 of the paper", """
+        Records of folds 9 and 10 with one superclass, representations unmasked, views averaged.
+        Silhouette -1..1, high is good; Davies-Bouldin from 0, low; Calinski-Harabasz from 0, high.
+        By chance: this run's representations with labels permuted, mean of 20. ROCKET's features
+        are standardised.""", [CLUSTERING]),
+    Section("quality", "all labels", "Quality without labels", """
+        No labels used. Shift: distance of a record to itself when it starts half a second later,
+        over that between records (those of clustering); near 0 if the representation does not mind
+        when beats fall, near 1 if it is about that. Alignment 0..4 and uniformity -4..0, low is
+        good: the two views of fold 10 as in training, on the unit sphere. RankMe: effective rank
+        over all records, 1..min(records, width), high is good. Stream CKA: likeness of what the two
+        streams hand on, 0..1, higher the fewer records and the wider the streams.""", [QUALITY]),
+    Section("leads", "all labels", "Fewer leads", """
+        Macro AUROC, official protocol: trained on 12 leads, tested with the others
+        zero.""", [LEAD_NAMES]),
+    Section("streams", "all labels", "The two streams", """
+        Macro AUROC of this run's probe of the official protocol on folds 9 and 10, while one stream
+        sees another record, or zeros; the cross-attention still joins the two."""),
+    Section("streams-masked", "all labels", "The two streams, leads masked", """
+        The same with each lead masked with probability 0.5."""),
+    Section("shortcuts", "all labels", "Shortcuts", """
+        What a linear probe reads off that no diagnosis should rest on (folds 9 and 10): heart rate
+        from the autocorrelation of the slopes, R² up to 1; the most frequent recorder against the
+        others, and any noise that annotators noted, AUROC, 0.5 by chance.""", [SHORTCUTS]),
+    Section("training", "all labels", "Training and its cost", """
+        Of the log: losses and the ratio of the streams' gradient norms in the last epoch, as the
+        paper takes it and with token counts corrected for (1: equal); medians of speed, GFLOP,
+        share of the peak of matrix products, share of time waiting; memory.""", [TRAINING]))
 
 
 def sections(numbers):
@@ -1260,38 +1280,21 @@ def sections(numbers):
     found = numbers.assign(row=np.where(represented, numbers.row.replace(bare),
                                         numbers.row.map(worded)))
     by = ["group", "row"] if found.group.nunique() > 1 else ["row"]
-    compared, out = found.row.str.contains(" - "), []
-    full = found[(found.labels == "100%") & ~compared]
-    for name in (name for name in ("official", "cv", "paper", "table3") if name in set(
-            full.protocol)):
-        part = full[full.protocol == name]
-        out += [f"## {TITLES[name]}\n{ABOUT[name]} {ABOUT['seconds']}",
-                grid(part, by, dict(zip(MEASURES, MEASURES)) | dict(
-                    strength="C", seconds="s", pretraining_seconds="pretraining s"))]
-        out += [grid(part, by, {f"{measure}/{c}": f"{measure} {c}" for c in CLASSES})
-                for measure in ("auroc", "f1")]
-    out += [f"## Differences\n{ABOUT['differences']}",
-            *(grid(found[compared], ["protocol", "row"], of) for of in (MEASURES, CLUSTERING)
-              if found[compared].metric.isin(of).any())]
-    for name, about in (("official", "few"), ("paper", "few-paper")):
-        few = found[(found.protocol == name) & ~compared]
-        out += [f"## {TITLES[about]}\n{ABOUT['few']}",
-                grid(few, [*by[:-1], "labels", "row"], ["records", *MEASURES, "seconds"])]
-    leads = {f"macro_auroc/{n}": f"{n}: {' '.join(s)}" if n < 6 else f"{n}"
-             for n, s in LEAD_SETS.items()}
-    for name in ("labels", "labels-paper", "labels-cv", "leads-cv"):
-        part = found[(found.protocol == name) & (compared | ("cv" in name))]
-        out += [f"## {TITLES[name]}\n{ABOUT[name]}", grid(part, by, {
-            m: m.split("/")[1] for m in part.metric.unique()})] if len(part) else []
-    of = found[found.protocol == "sources"].metric.unique()
-    sources = {m: m.removeprefix("macro_auroc/") for m in of}
-    for name, columns in (("sources", sources), ("clustering", CLUSTERING), ("quality", QUALITY),
-                          ("leads", leads),
-                          ("streams", ["macro_auroc"]), ("streams-masked", ["macro_auroc"]),
-                          ("shortcuts", SHORTCUTS), ("training", TRAINING)):
-        if name in set(full.protocol):  # a ResNet has no streams
-            out += [f"## {TITLES[name]}\n{ABOUT[name]}",
-                    grid(full[full.protocol == name], by, columns)]
+    compared = found.row.str.contains(" - ")
+    chosen = {"all": found, "differences": found[compared], "any labels": found[~compared],
+              "all labels": found[~compared & (found.labels == "100%")]}
+    out = []
+    for protocol, kind, title, about, tables in SECTIONS:
+        part, keys = chosen[kind], [*by[:-1], "labels", "row"] if kind == "any labels" else by
+        if protocol:
+            part = part[part.protocol == protocol]
+        else:
+            keys = ["protocol", "row"]
+        every = {m: m.removeprefix("macro_auroc/") for m in part.metric.unique()}
+        tables = [some for some in tables or [every] if part.metric.isin(some).any()]
+        if tables:
+            out += [f"## {title}\n{' '.join(about.split())}"]
+            out += [grid(part, keys, columns) for columns in tables]
     return "\n\n".join(out)
 
 
@@ -1316,15 +1319,27 @@ def save_figure(figure, path, numbers):
             tmp, index=False, float_format="%.6g"))
 
 
+def panels(n, size, title, aside=0):
+    """Axes of n panels of a figure, at most four a line, and the last of the first line.
+
+    size: (width, height) of one, in inches; aside: the width of what stands beside them
+    """
+    down = math.ceil(n / 4)
+    across = math.ceil(n / down)
+    figure = Figure((size[0] * across + aside, size[1] * down), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in axes[n:]:
+        axis.remove()
+    return axes[:n], axes[across - 1]
+
+
 def plot_tsne(points, labels, ids, title, path):
     """t-SNE of representations side by side, one colour a class: Fig. 10 of the paper.
 
     points: {panel: (n, 2)}; labels, ids: (n,)
     """
-    down = math.ceil(len(points) / 4)
-    across = math.ceil(len(points) / down)
-    figure = Figure((4 * across + 1, 4.2 * down), layout="constrained")
-    axes, rows = list(figure.subplots(down, across, squeeze=False).flat), []
+    (axes, corner), rows = panels(len(points), (4, 4.2), title, aside=1), []
     for axis, (panel, xy) in zip(axes, points.items()):
         for k in np.unique(labels):
             at = labels == k
@@ -1333,19 +1348,13 @@ def plot_tsne(points, labels, ids, title, path):
         axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         rows += [dict(panel=panel, ecg_id=i, superclass=CLASSES[k], x=x, y=y)
                  for i, k, (x, y) in zip(ids, labels, xy)]
-    for axis in axes[len(points):]:
-        axis.remove()
-    axes[across - 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path, rows)
+    corner.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(corner.figure, path, rows)
 
 
 def plot_confusion(results, title, path):
     """Confusion matrices {row: (K, K) counts}, a panel each: shares of the true class."""
-    across = min(4, len(results))
-    down = math.ceil(len(results) / across)
-    figure = Figure((3.3 * across, 3.5 * down), layout="constrained")
-    axes, rows = list(figure.subplots(down, across, squeeze=False).flat), []
+    (axes, corner), rows = panels(len(results), (3.3, 3.5), title), []
     for axis, (row, counts) in zip(axes, results.items()):
         display = ConfusionMatrixDisplay(counts / counts.sum(1, keepdims=True).clip(1),
                                          display_labels=CLASSES)
@@ -1355,16 +1364,13 @@ def plot_confusion(results, title, path):
         axis.set_title(ROWS[row], fontsize=8)
         rows += [dict(row=row, true=CLASSES[i], predicted=CLASSES[j], records=n)
                  for (i, j), n in np.ndenumerate(counts)]
-    for axis in axes[len(results):]:
-        axis.remove()
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path, rows)
+    save_figure(corner.figure, path, rows)
 
 
 def plot_roc(y, scores, title, path):
     """ROC curves of each class, a panel a row. y (n, K); scores {row: (n, K)}."""
-    figure, rows = Figure((3.6 * len(scores), 4.0), layout="constrained"), []
-    for axis, (row, p) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+    (axes, corner), rows = panels(len(scores), (3.6, 4.0), title), []
+    for axis, (row, p) in zip(axes, scores.items()):
         for k in np.flatnonzero(y.any(0) & ~y.all(0)):
             display = RocCurveDisplay.from_predictions(
                 y[:, k], p[:, k], name=CLASSES[k], ax=axis,
@@ -1375,8 +1381,7 @@ def plot_roc(y, scores, title, path):
         axis.set(xlabel="false positive rate", ylabel="true positive rate")
         axis.set_title(ROWS[row], fontsize=9)
         axis.legend(fontsize=7, loc="lower right")
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path, rows)
+    save_figure(corner.figure, path, rows)
 
 
 def plot_lines(found, xlabel, title, path, log=False):
@@ -1466,10 +1471,10 @@ def evaluate(args):
     for model in run.models.values():
         model.precision = run.depends["precision"]
     run.encoders = make_encoders(run)
-    run.features = {row: represent(run, row) for row in PROBED if row in run.encoders}
+    run.features = {row: embeddings(run, row) for row in PROBED if row in run.encoders}
     scores, draws = score_all(run, rows), {}
     table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
-    table += few_lines(run, few_scores(run, scores), draws)
+    table += few_lines(run, scores, draws)
     table += shortcut_lines(run) + training_lines(run.folder)
     probe = keep_probe(run, scores)
     if arch != "resnet18":
@@ -1499,9 +1504,10 @@ def evaluate(args):
 # Recordings of one's own, and an encoder for others
 
 class Prepared(Dataset):
-    """Recordings of list_recordings() as an encoder takes them; names, or stands in for, faults.
+    """Recordings of list_recordings() as an encoder takes them.
 
-    An item: name, x (W, T, C) float32 z-scored or None, leads that are there (C,), notes.
+    An item: name, x (W, T, C) float32 z-scored, leads that are there (C,), notes. One that cannot
+    be used has None for x and leads, and the reason among its notes.
     """
 
     def __init__(self, found, encoder, given):
@@ -1526,12 +1532,11 @@ def encode(encoder, items):
     z = torch.zeros(len(items), encoder.model.width)
     for length in {x.shape[1] for _, x, *_ in items}:  # windows of a length go through it together
         at = [i for i, (_, x, *_) in enumerate(items) if x.shape[1] == length]
-        x = torch.from_numpy(np.concatenate([items[i][1] for i in at]))
         count = [len(items[i][1]) for i in at]
+        x = torch.from_numpy(np.concatenate([items[i][1] for i in at]))
         keep = torch.from_numpy(np.repeat([items[i][2] for i in at], count, axis=0))
         parts = torch.cat([encoder(*part).cpu() for part in zip(x.split(64), keep.split(64))])
-        for i, part in zip(at, parts.split(count)):
-            z[i] = part.mean(0)
+        z[at] = torch.stack([part.mean(0) for part in parts.split(count)])
     return z
 
 
@@ -1549,11 +1554,23 @@ def nearest_records(run, z, n):
         raise InputError(f"--neighbours needs {path} ({str(error)[:80]}): give a run folder, after "
                          "make eval; if it has that file, remove it and evaluate again") from error
     scaler, words = StandardScaler().fit(known), np.array(CLASSES)
-    distance = 1 - unit(scaler.transform(z)) @ unit(scaler.transform(known)).T
+    search = NearestNeighbors(n_neighbors=min(n, len(known)), metric="cosine")
+    found = search.fit(scaler.transform(known)).kneighbors(scaler.transform(z))
     return [pd.DataFrame(dict(
-        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in of[nearest]],
+        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in distance],
         superclasses=[" ".join(words[labels[j] > 0]) or "none" for j in nearest]))
-        for of, nearest in zip(distance, distance.argsort(1)[:, :n])]
+        for distance, nearest in zip(*found)]
+
+
+def tell_apart(names, found):
+    """Names of recordings [(file, row)]; those that are not of one alone become paths of files.
+
+    Such paths begin below the folder that holds all the files.
+    """
+    top = os.path.commonpath([os.path.abspath(path.parent) for path, _ in found])
+    again = pd.Series(names).duplicated(keep=False)
+    return [os.path.relpath(path, top) + ("" if row is None else f"-{row}") if twice else name
+            for name, twice, (path, row) in zip(names, again, found)]
 
 
 def embed_recordings(args):
@@ -1566,29 +1583,26 @@ def embed_recordings(args):
     loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list,
                         num_workers=args.workers if len(found) > 32 else 0)
     rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
-    with tqdm(total=len(found), unit="recording", disable=None if len(found) > 32 else True) as bar:
-        for items in loader:
-            good = [item for item in items if item[1] is not None]
-            z += encode(encoder, good) if good else []
-            rows += [dict(name=name, leads=0, windows=0) | (
-                {} if x is None else dict(leads=int(there.sum()), windows=len(x)))
-                | dict(notes="; ".join(notes)) for name, x, there, notes in items]
-            bar.update(len(items))
-    table = pd.DataFrame(rows).assign(file=[str(path) for path, _ in found])
-    used = table.windows > 0
+    for items in tqdm(loader, unit=" recordings", unit_scale=32,
+                      disable=None if len(found) > 32 else True):
+        good = [item for item in items if item[1] is not None]
+        z += encode(encoder, good) if good else []
+        rows += [(name, 0, 0, "; ".join(notes)) if x is None else
+                 (name, there.sum(), len(x), "; ".join(notes)) for name, x, there, notes in items]
+    table = pd.DataFrame(rows, columns=["name", "leads", "windows", "notes"])
+    table["name"], used = tell_apart(table.name, found), table.windows > 0
     if not z:
         raise InputError(f"none of {len(table)} recordings can be used:\n  "
                          + "\n  ".join(table.notes.head(10)))
-    z, p = torch.stack(z), None
+    z, p = torch.stack(z), np.empty((used.sum(), 0))
     if encoder.probe:
         p = encoder.probabilities(z).numpy()
-        for name, of in zip(CLASSES, p.T):
-            table.loc[used, name] = of
-    for last in ("notes", "file"):
-        table[last] = table.pop(last)
+    for name, of in zip(CLASSES, p.T):
+        table.loc[used, name] = of
+    table = table.assign(notes=table.pop("notes"), file=[str(path) for path, _ in found])
     write_atomic(f"{out}.csv", lambda tmp: table.to_csv(tmp, index=False, float_format="%.6g"))
     save_arrays(Path(f"{out}.npz"), dict(z=z.numpy(), name=table.name[used].to_numpy(str)) | (
-        {} if p is None else dict(probabilities=p)))
+        dict(probabilities=p) if encoder.probe else {}))
     near = nearest_records(args.run, z.numpy(), args.neighbours) if args.neighbours else []
     text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"
             + "; the first 20:" * (len(table) > 20),
@@ -1606,8 +1620,7 @@ def embed_recordings(args):
     files = f"-> {out}.csv, {out}.npz"
     if len(table) == 1:
         path = Path(f"{out}-ecg.{args.format}")
-        draw_recording(encoder, items[0], None if p is None else p[0],
-                       near[0].iloc[0] if near else None, path, args.run)
+        draw_recording(encoder, items[0], p[0], near[0].iloc[0] if near else None, path, args.run)
         files += f", {path}"
     print("\n\n".join([*text, files]))
 
@@ -1642,13 +1655,15 @@ def draw_traces(axis, x, there, seconds, title):
 
 
 def draw_recording(encoder, item, p, near, path, run):
-    """The first window of a recording, an item of Prepared, with each lead's attention over time,
-    its probabilities p (K,) and the nearest training record of the run; both may be None."""
+    """The first window of a recording, an item of Prepared, with each lead's attention over time.
+
+    Beside it the nearest training record of the run, if `near` names one, and probabilities p (K,),
+    or (0,) without a probe.
+    """
     name, x, there, _ = item
-    seconds = x.shape[1] / encoder.rate
-    figure = Figure((15 if near is not None else 10, 6), layout="constrained")
-    left, *right, bars = figure.subplots(1, 2 + (near is not None), width_ratios=[
-        4] + [4] * (near is not None) + [1])
+    seconds, traces = x.shape[1] / encoder.rate, 1 if near is None else 2
+    figure = Figure((5 + 5 * traces, 6), layout="constrained")
+    left, *right, bars = figure.subplots(1, traces + 1, width_ratios=[4] * traces + [1])
     draw_traces(left, x[0], there, seconds, f"{name}, first {seconds:g} s")
     seen = lead_attention(encoder, torch.from_numpy(x[:1]), torch.from_numpy(there)[None])
     if seen:
@@ -1662,10 +1677,10 @@ def draw_recording(encoder, item, p, near, path, run):
         signal = normalize(torch.from_numpy(cache.signals[at].copy())).numpy()
         draw_traces(right[0], signal, np.ones(C), SECONDS, f"nearest training record: ecg_id "
                     f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
-    if p is not None:
+    if len(p):
         bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
         bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black")
-    bars.set(ylim=(0, 1), title="no probe yet" if p is None else "probabilities\nand thresholds")
+    bars.set(ylim=(0, 1), title="probabilities\nand thresholds" if len(p) else "no probe yet")
     bars.tick_params(axis="x", labelsize=7)
     save_figure(figure, path, dict(x=x[0], there=there, attention=seen[0] if seen else []))
 
@@ -1712,11 +1727,10 @@ def read_evaluated(folders):
             print(f"note: {folder} has no metrics.csv and is left out; make eval RUN={folder}")
             continue
         try:
-            table = pd.read_csv(folder / "metrics.csv")
+            table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(
+                ("value", "low", "high"), float))
             if list(table) != [*KEYS, "value", "low", "high"]:
                 raise ValueError("metrics.csv has other columns")
-            for column in ("value", "low", "high"):
-                table[column] = pd.to_numeric(table[column])
             if not set(MEASURES) <= set(table[(table.row == "pretrained") & (table.seed == 0) & (
                     table.protocol == "official") & (table.labels == "100%")].metric):
                 raise ValueError("metrics.csv is not whole")
@@ -1755,10 +1769,12 @@ def group_runs(runs):
         for other in groups.setdefault(name, []):
             a = settings(other)
             differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
-            if differ or other["about"]["seed"] == run["about"]["seed"]:
+            if other["about"]["seed"] == run["about"]["seed"]:
+                differ = differ or ["have the same seed"]
+            if differ:
                 raise InputError(f"{other['folder']} and {run['folder']} are of one name, but "
-                                 f"{', '.join(differ) or 'have the same seed'}; leave one out, or "
-                                 "give a folder another name")
+                                 f"{', '.join(differ)}; leave one out, or give a folder another "
+                                 "name")
         groups[name].append(run)
     return groups
 
@@ -1966,27 +1982,16 @@ def run_study(args):
     Raises InputError before work starts for flags that no run could have, and at the end when
     runs have failed.
     """
-    def stop(*_):
-        raise KeyboardInterrupt
-
     members, out, children = plan_study(args), Path(args.out), set()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     print(f"{args.study}: {len(members)} runs, {args.jobs} at a time, in {out}; what each of them "
           f"says is in {out / 'logs'}", flush=True)
-    signal.signal(signal.SIGTERM, stop)
-    with ThreadPoolExecutor(args.jobs) as workers, tqdm(total=len(members), unit="run",
-                                                        disable=None) as bar:
-        pending = {workers.submit(work_on, member, args, children) for member in members}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children too
+    with ThreadPoolExecutor(args.jobs) as workers:
+        work = [workers.submit(work_on, member, args, children) for member in members]
         try:
-            while pending:
-                done, pending = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    tqdm.write(future.result())
-                bar.update(len(done))
-                logs = [(m.folder.name, m.folder / "log.jsonl") for m in members
-                        if not m.failed and not (m.folder / "model.pt").exists()]
-                bar.set_postfix_str(", ".join(f"{name} epoch {len(log.read_text().splitlines())}"
-                                              for name, log in logs if log.exists()))
+            for done in tqdm(as_completed(work), total=len(work), unit="run", disable=None):
+                tqdm.write(done.result())
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
@@ -2003,100 +2008,108 @@ def run_study(args):
 def write_study(args, members):
     """report.md, numbers.csv and figures/ of a study, of the runs that are finished."""
     study, out = STUDIES[args.study], Path(args.out)
-    done = [m for m in members if not m.failed]
-    saved = {m.folder: read_args(m.folder) for m in done}
-    meta, plan = saved[done[0].folder]["data"], saved[done[0].folder]["in_effect"]
-    rows = {row: [m for m in done if m.row == row] for row in study.rows}
+    rows = {row: [m for m in members if m.row == row and not m.failed] for row in study.rows}
+    done = {row: some for row, some in rows.items() if some}
+    first = read_args(next(iter(done.values()))[0].folder)
+    meta, plan = first["data"], first["in_effect"]
+    evaluated = f"; evaluated with `{args.eval}`" * study.evaluated
     text = [f"# Study: {args.study}", f"**Question.** {study.question}",
             f"**Set-up.** {describe_data(meta)}, {count_records(meta)}; preset {args.preset} "
-            f"{args.train}; {plan['total']} steps of {plan['batch']} records"
-            + f"; evaluated with `{args.eval}`" * study.evaluated
-            + ". Rows differ in these flags alone:",
+            f"{args.train}; {plan['total']} steps of {plan['batch']} records{evaluated}. Rows "
+            "differ in these flags alone:",
             markdown(["row", "flags", "Hz", "seeds"], [
                 [row, study.rows[row] or "none",
-                 " ".join({str(saved[m.folder]["data"]["rate"]) for m in some}) or "-",
+                 " ".join({str(read_args(m.folder)["data"]["rate"]) for m in some}) or "-",
                  " ".join(str(m.seed) for m in some) or "**failed**"]
                 for row, some in rows.items()])]
     if lacking := ", ".join(m.folder.name for m in members if m.failed):
         text.append(f"**Not here**, for want of a finished run: {lacking}.")
-    if study.evaluated:
-        groups = {row: read_evaluated([m.folder for m in some])
-                  for row, some in rows.items() if some}
-        numbers = compared(groups)
-        text += answer(study, numbers) + beside_paper(numbers)
-        shutil.rmtree(out / "figures", ignore_errors=True)  # of runs that may have gone
-        if args.study == "collapse":
-            text += collapse(args, done)
-        text += draw_study(args, groups)
-        rate = {row: runs[0]["about"]["data"]["rate"] for row, runs in groups.items()}
-        again = [row for i, row in enumerate(rate) if rate[row] in list(rate.values())[:i]]
-        text += ["# All numbers\nMean ± standard deviation over seeds. **The paper**: its own "
-                 "numbers, on all of PTB-XL, the best of each run. What depends on no run stands "
-                 "beside the first.", overview(groups),
-                 sections(numbers[~(numbers.row.isin(("majority", "rocket"))
-                                    & numbers.group.isin(again))])]
-    else:
-        numbers = pd.concat([summarize(pd.concat(
-            pd.DataFrame(training_lines(m.folder)) for m in some)).assign(group=row, of=len(some))
-            for row, some in rows.items() if some])
-        columns = dict(list(TRAINING.items())[4:])
-        text.append(grid(numbers, ["group"], columns))
-        for base in set(study.bases.values()) & {row for row, some in rows.items() if some}:
-            of = numbers.metric.map(numbers[numbers.group == base].set_index("metric").value)
-            ratios = numbers.assign(value=numbers.value / of, sd=np.nan)
-            text += [f"Ratios to {base}:", grid(ratios, ["group"], columns)]
+    numbers, found = (findings if study.evaluated else costs)(args, done)
+    text += found
     write_atomic(out / "report.md", lambda tmp: tmp.write_text("\n\n".join(text) + "\n"))
     write_atomic(out / "numbers.csv", lambda tmp: numbers.to_csv(tmp, index=False))
     print("\n\n".join(text[:9]) + f"\n\n-> {out}/report.md, numbers.csv, figures/")
 
 
+def costs(args, done):
+    """Numbers and Markdown of what runs cost that are not evaluated; done: {row: Members}."""
+    numbers = pd.concat([summarize(pd.concat(
+        pd.DataFrame(training_lines(m.folder)) for m in some)).assign(group=row, of=len(some))
+        for row, some in done.items()])
+    text = [grid(numbers, ["group"], COSTS)]
+    for base in set(STUDIES[args.study].bases.values()) & {*done}:
+        of = numbers.metric.map(numbers[numbers.group == base].set_index("metric").value)
+        ratios = numbers.assign(value=numbers.value / of, sd=np.nan)
+        text += [f"Ratios to {base}:", grid(ratios, ["group"], COSTS)]
+    return numbers, text
+
+
+def findings(args, done):
+    """Numbers, and Markdown of answer, figures and tables; done: {row: Members}."""
+    groups = {row: read_evaluated([m.folder for m in some]) for row, some in done.items()}
+    numbers = compared(groups)
+    text = answer(STUDIES[args.study], numbers) + beside_paper(numbers)
+    shutil.rmtree(Path(args.out) / "figures", ignore_errors=True)  # of runs that may have gone
+    if args.study == "collapse":
+        text += collapse(args, chain(*done.values()))
+    text += draw_study(args, groups)
+    rate = {row: runs[0]["about"]["data"]["rate"] for row, runs in groups.items()}
+    again = [row for i, row in enumerate(rate) if rate[row] in list(rate.values())[:i]]
+    of_no_run = numbers.row.isin(("majority", "rocket")) & numbers.group.isin(again)
+    return numbers, text + [
+        "# All numbers\nMean ± standard deviation over seeds. **The paper**: its own numbers, on "
+        "all of PTB-XL, the best of each run. What depends on no run stands beside the first.",
+        overview(groups), sections(numbers[~of_no_run])]
+
+
+def by_name(numbers):
+    """Summarized lines with all labels: {(protocol, row, metric, group): line}."""
+    return {(line.protocol, line.row, line.metric, line.group): line
+            for line in numbers[numbers.labels == "100%"].itertuples()}
+
+
 def answer(study, numbers):
     """The answer of a study as Markdown: what each row is worth, and what its streams are."""
+    known, auroc = by_name(numbers), "macro_auroc"
     headline = "cv" if "cv" in set(numbers.protocol) else "official"
-    at = numbers[(numbers.metric == "macro_auroc") & (numbers.labels == "100%")]
-    worth = at[(at.protocol == headline) & (at.row == "pretrained")].set_index("group").value
-    bases = {row: study.bases.get(row, worth.idxmax()) for row in worth.index
-             if set(study.bases.values()) != {row}}  # the only base is compared with none
-    minus = {}  # row -> (value, low, high)
-    for row, base in bases.items():
-        for a, b, sign in ((row, base, 1), (base, row, -1)):
-            line = at[(at.protocol == headline) & (at.row == f"{a}: pretrained - {b}: pretrained")]
-            for value, low, high in line[["value", "low", "high"]].to_numpy(float):
-                minus[row] = (value, low, high) if sign == 1 else (-value, -high, -low)
 
-    def of(protocol, group, row, metric="macro_auroc"):
-        part = numbers[(numbers.protocol == protocol) & (numbers.row == row) & numbers.group.isin(
-            (group, "")) & (numbers.metric == metric) & (numbers.labels == "100%")]
-        return cell(next(part.itertuples())) if len(part) else "-"
+    def of(protocol, row, metric=auroc, group=""):
+        return cell(known.get((protocol, row, metric, group)))
 
-    first = at[at.row == "rocket"].group.iloc[0]
-    table = [["ROCKET", of(headline, first, "rocket"), *["-"] * 5,
-              of("shortcuts", first, "rocket", "heart_rate"), "-"]]
+    worth = pd.Series({group: line.value for (*what, group), line in known.items()
+                       if what == [headline, "pretrained", auroc]}).sort_values(ascending=False)
+    best, bases = worth.index[0], set(study.bases.values())
+    first = next(group for *what, group in known if what == [headline, "rocket", auroc])
+    scores = [["ROCKET", of(headline, "rocket", auroc, first), *["-"] * 5,
+               of("shortcuts", "rocket", "heart_rate", first), "-"]]
     streams, words = [], {"above": [], "below": [], "not told apart from": []}
-    for row in worth.sort_values(ascending=False).index:
-        beside = ["-", "-"]
-        if row in minus:
-            value, low, high = minus[row]
-            beside = [bases[row], number(value, (low, high))]
-            how = "above" if low > 0 else "below" if high < 0 else "not told apart from"
-            words[how].append(f"{row} ({bases[row]})")
-        table.append([
-            row, of(headline, row, "pretrained"), of(headline, row, "untrained"),
-            of(headline, row, f"{row}: pretrained - {row}: untrained"),
-            *beside, of("quality", row, "pretrained", "shift"),
-            *(of("shortcuts", row, name, "heart_rate") for name in ("pretrained", "untrained"))])
-        streams.append([row, of("streams", row, STREAMS[0]), *(
-            of("streams", row, f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
-            for stream in ("time", "channel")), *(
-            of("training", row, "pretrained", name) for name in list(TRAINING)[2:4]),
-            of("quality", row, "pretrained", "stream_cka")])
+    for row in worth.index:
+        base, beside = study.bases.get(row, best), ["-", "-"]
+        for a, b, sign in ((row, base, 1), (base, row, -1)):
+            line = known.get((headline, f"{a}: pretrained - {b}: pretrained", auroc, ""))
+            if line and bases != {row}:  # the only base is compared with none
+                low, high = sorted((sign * line.low, sign * line.high))
+                beside = [base, number(sign * line.value, (low, high))]
+                how = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+                words[how].append(f"{row} ({base})")
+        scores.append([
+            row, of(headline, "pretrained", auroc, row), of(headline, "untrained", auroc, row),
+            of(headline, f"{row}: pretrained - {row}: untrained"), *beside,
+            of("quality", "pretrained", "shift", row),
+            *(of("shortcuts", name, "heart_rate", row) for name in ("pretrained", "untrained"))])
+        streams.append([
+            row, of("streams", STREAMS[0], auroc, row),
+            *(of("streams", f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
+              for stream in ("time", "channel")),
+            *(of("training", "pretrained", name, row) for name in RATIOS),
+            of("quality", "pretrained", "stream_cka", row)])
     said = "; ".join(f"{how} its base: {', '.join(rows)}" for how, rows in words.items() if rows)
-    chosen = "" if set(bases) <= set(study.bases) else (
-        f" Where a row has no base of its own, it is {worth.idxmax()}, the best on these scores.")
-    return [f"**Answer.** Macro AUROC ({TITLES[headline].lower()}). With the base in brackets, "
-            f"{said}.{chosen}", markdown(
-                ["row", "pretrained", "untrained", "difference", "base", "minus base", "shift",
-                 "heart rate (R²)", "untrained"], table),
+    if {*worth.index} - {*study.bases} - (bases if len(bases) == 1 else set()):
+        said += f". Where a row has no base of its own, it is {best}, the best on these scores"
+    title = next(s.title for s in SECTIONS if s.protocol == headline)
+    return [f"**Answer.** Macro AUROC ({title.lower()}). With the base in brackets, {said}.",
+            markdown(["row", "pretrained", "untrained", "difference", "base", "minus base", "shift",
+                      "heart rate (R²)", "untrained"], scores),
             "**Limits.** Intervals resample patients and, where there are several seeds, these; "
             "they are not corrected for the number of comparisons, and hold for this data, model "
             "and length of training. `shift`: 0 if it is no matter when beats fall.",
@@ -2108,51 +2121,49 @@ def answer(study, numbers):
 
 def beside_paper(numbers):
     """Markdown: the paper's differences between views in Table 3, and what is left of them here."""
-    rows = []
+    rows, known = [], by_name(numbers)
     for a, b in combinations([name for name, view in VIEWS.items() if view.table3], 2):
-        line = [f"{a} - {b}"]
-        for i, metric in ((-2, "accuracy"), (-1, "macro_f1")):
-            part = numbers[(numbers.protocol == "table3") & (numbers.metric == metric)
-                           & (numbers.row == f"{a}: pretrained - {b}: pretrained")]
-            here = cell(next(part.itertuples())) if len(part) else "-"
-            line += [f"{VIEWS[a].table3[i] - VIEWS[b].table3[i]:.2f}", here]
-        rows += [line] if line.count("-") < 2 else []
+        here = [known.get(("table3", f"{a}: pretrained - {b}: pretrained", metric, ""))
+                for metric in ("accuracy", "macro_f1")]
+        paper = np.subtract(VIEWS[a].table3, VIEWS[b].table3)[-2:]
+        if any(here):
+            rows.append([f"{a} - {b}", f"{paper[0]:.2f}", cell(here[0]), f"{paper[1]:.2f}",
+                         cell(here[1])])
     return ["**The paper's differences** (Table 3), and what is left of them here.", markdown(
         ["views", "accuracy: paper", "here", "macro F1: paper", "here"], rows)] if rows else []
 
 
 def collapse(args, members):
     """Of weights kept along training: a figure of the scores, and a table of best and last."""
-    runs, found = {}, []
+    runs, tables, rows = {}, [], []
     for m in members:
         for folder in kept(m):
             epoch = len(read_log(m.folder)) if folder is m.folder else int(folder.name[6:])
             (run,) = read_evaluated([folder])
             runs.setdefault((m.row, epoch), []).append(run)
             t = run["table"]
-            found.append(t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)].assign(
+            tables.append(t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)].assign(
                 row=m.row, run=m.folder.name, epoch=epoch, view=run["about"]["view"]))
-    table = pd.concat(found)
+    table = pd.concat(tables)
     headline = "cv" if "cv" in set(table.protocol) else "official"
-    table = table[table.protocol.isin(("clustering", "quality"))
-                  | (table.protocol == headline) & (table.metric == "macro_auroc")]
-    metrics, rows = ["macro_auroc", *CLUSTERING, *QUALITY], []
-    figure = Figure((13, 6), layout="constrained")
-    for axis, metric in zip(figure.subplots(2, math.ceil(len(metrics) / 2)).flat, metrics):
+    protocols = {"macro_auroc": headline} | dict.fromkeys(CLUSTERING, "clustering") | dict.fromkeys(
+        QUALITY, "quality")
+    table = table[table.metric.map(protocols) == table.protocol]
+    axes, corner = panels(len(protocols), (2.6, 3), "Scores along training, mean over seeds")
+    for axis, (metric, protocol) in zip(axes, protocols.items()):
         for row, part in table[table.metric == metric].groupby("row", sort=False):
-            means, low = part.groupby("epoch").value.mean(), metric in LOW_IS_GOOD
-            best, last, lost = means.idxmin() if low else means.idxmax(), means.index[-1], "-"
-            axis.plot(means, "o-", label=row, color=VIEWS[part["view"].iloc[0]].color)
-            groups = {"last": runs[row, last], "best": runs[row, best]}
-            for line in differences(groups, [(("last", "pretrained"), ("best", "pretrained"))],
-                                    part.protocol.unique()):
+            means = part.groupby("epoch").value.mean()
+            best = means.idxmin() if metric in LOW_IS_GOOD else means.idxmax()
+            last, lost = means.index[-1], "-"
+            for line in differences({"last": runs[row, last], "best": runs[row, best]},
+                                    [(("last", "pretrained"), ("best", "pretrained"))], [protocol]):
                 if line["metric"] == metric:
                     lost = number(line["value"], (line["low"], line["high"]))
+            axis.plot(means, "o-", label=row, color=VIEWS[part["view"].iloc[0]].color)
             rows.append([row, metric, number(means[best]), best, number(means[last]), last, lost])
         axis.set(title=metric, xlabel="epoch")
     axis.legend()
-    figure.suptitle("Scores along training, mean over seeds")
-    save_figure(figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
+    save_figure(corner.figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
     return ["**Along training.** The best of each score, which is what the paper reports, and the "
             "last. The best is chosen on these scores, which makes it too good and the difference "
             "too large.", markdown(
@@ -2164,34 +2175,36 @@ def draw_study(args, groups):
 
     Returns the Markdown that shows them.
     """
-    first, points, out = {row: runs[0] for row, runs in groups.items()}, {}, Path(args.out)
-    for row, run in first.items():
-        with np.load(run["folder"] / "eval" / "tsne.npz") as pieces:
-            points.setdefault("untrained", pieces["untrained"])
-            points[row] = pieces["pretrained"]
-    with np.load(run["folder"] / "eval" / "embeddings-pretrained.npz") as pieces:
-        labels, ids, fold = pieces["labels"], pieces["ecg_id"], pieces["strat_fold"]
-    at = (labels.sum(1) == 1) & np.isin(fold, (VAL_FOLD, TEST_FOLD))
-    plot_tsne(points, labels[at].argmax(1), ids[at], f"t-SNE, folds 9 and 10, one superclass. "
-              f"{describe_data(run['about']['data'])}, seed {run['about']['seed']}; `untrained` is "
-              f"of {next(iter(first))}", out / "figures" / f"tsne.{args.format}")
+    first, figures = {row: runs[0] for row, runs in groups.items()}, Path(args.out) / "figures"
+    for run in first.values():
+        run["tsne"] = read_arrays(run["folder"] / "eval" / "tsne.npz")
+    points = {"untrained": next(iter(first.values()))["tsne"]["untrained"]} | {
+        row: run["tsne"]["pretrained"] for row, run in first.items()}
+    saved, about = read_arrays(run["folder"] / "eval" / "embeddings-pretrained.npz"), run["about"]
+    at = (saved["labels"].sum(1) == 1) & np.isin(saved["strat_fold"], (VAL_FOLD, TEST_FOLD))
+    plot_tsne(points, saved["labels"][at].argmax(1), saved["ecg_id"][at],
+              f"t-SNE, folds 9 and 10, one superclass. {describe_data(about['data'])}, seed "
+              f"{about['seed']}; `untrained` is of {next(iter(first))}",
+              figures / f"tsne.{args.format}")
     drawn = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("attention.py")), "plots",
-         *(str(run["folder"]) for run in first.values()), "--out", str(out / "figures"),
-         "--format", args.format, "--superclass", "NORM", "--records", "16", "--device",
-         args.device], capture_output=True, text=True)
+         *(str(run["folder"]) for run in first.values()), "--out", str(figures), "--format",
+         args.format, "--superclass", "NORM", "--records", "16", "--device", args.device],
+        capture_output=True, text=True)
     text = [f"![{path.stem}](figures/{path.name})"
-            for path in sorted((out / "figures").glob(f"*.{args.format}"))]
+            for path in sorted(figures.glob(f"*.{args.format}"))]
     if drawn.returncode:
         return [*text, f"**Not here**: figures of training and attention: {drawn.stderr[-300:]}"]
-    return [*text, *((path.read_text()) for path in (out / "figures").glob("attention-views.md"))]
+    return [*text, *(path.read_text() for path in figures.glob("attention-views.md"))]
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p = commands.add_parser("run", help="evaluate one run", **style)
+    command = partial(parser.add_subparsers(dest="command", required=True).add_parser,
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    count = bounded(int, 1)
+
+    p = command("run", help="evaluate one run")
     p.add_argument("--run", default="runs/noncontig-s0", help="a finished run folder")
     p.add_argument("--fast", action="store_true", help="leave out the rows that train networks: "
                    "fine-tuning, from scratch, ResNet-18; the report is then without them")
@@ -2207,18 +2220,17 @@ def get_args(argv=None):
     p.add_argument("--labels", nargs="+", default=["10", "10shot", "10%"], help="few labels: 10 "
                    "for 10 records in all (paper), 10shot for 10 a class, or shares such as 1%% "
                    "10%% 100%%")
-    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="draws of few labels")
+    p.add_argument("--seeds", type=count, default=3, help="draws of few labels")
     p.add_argument("--label-lr", type=bounded(float, 1e-12), help="peak learning rate of networks "
                    "trained with labels (a fine-tuned encoder takes a tenth); by default the run's "
                    "--max-lr")
-    p.add_argument("--bootstrap", type=bounded(int, 1), default=1000, help="resamples, by patient")
+    p.add_argument("--bootstrap", type=count, default=1000, help="resamples, by patient")
     add_shared(p, "cache", "device", "format")
-    p = commands.add_parser("embed", help="representations and probabilities of your recordings",
-                            **style)
+
+    p = command("embed", help="representations and probabilities of your recordings")
     p.add_argument("ecg", nargs="+", help="files (WFDB, EDF, npy, npz, CSV, HDF5) or folders")
     p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run, or an export")
-    p.add_argument("--source-rate", type=bounded(float, 1), help="Hz, where the file does not tell "
-                   "it")
+    p.add_argument("--source-rate", type=bounded(float, 1), help="Hz, where the file does not tell")
     p.add_argument("--unit", help="mV, uV or V, where the file does not tell it")
     p.add_argument("--leads", nargs="+", help="names of the columns, where the file has none")
     p.add_argument("--neighbours", type=bounded(int, 0), default=0, help="name so many of the "
@@ -2228,25 +2240,25 @@ def get_args(argv=None):
     p.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
                    help="processes that read recordings ahead of the encoder")
     add_shared(p, "device", "format")
-    p = commands.add_parser("export", help="one folder with all that the encoder needs elsewhere",
-                            **style)
+
+    p = command("export", help="one folder with all that the encoder needs elsewhere")
     p.add_argument("--run", default="runs/noncontig-s0", help="an evaluated run")
     p.add_argument("--out", help="folder; by default RUN/export")
-    p = commands.add_parser("compare", help="tables over several evaluated runs", **style)
+
+    p = command("compare", help="tables over several evaluated runs")
     p.add_argument("runs", nargs="*", help="run folders; those not evaluated are named, left out")
     p.add_argument("--out", default="runs/compare", help="tables go to OUT.md and OUT.csv")
-    p = commands.add_parser("study", help="train, evaluate and compare runs, for one question",
-                            **style)
+
+    p = command("study", help="train, evaluate and compare runs, for one question")
     p.add_argument("--study", choices=STUDIES, default="views", help="; ".join(
         f"{name}: {study.question}" for name, study in STUDIES.items()))
     p.add_argument("--caches", nargs="+", default=["cache/ptbxl-100", "cache/ptbxl-500"],
                    help="views: each view's own rate, where it is there; else the lowest")
     p.add_argument("--preset", choices=PRESETS, default="paper", help="of all runs")
-    p.add_argument("--seeds", type=bounded(int, 1), default=3, help="runs of each row")
+    p.add_argument("--seeds", type=count, default=3, help="runs of each row")
     p.add_argument("--train", default="", help="further flags of train.py for all runs, one string")
     p.add_argument("--eval", default="--fast --cv", help="flags of evaluate.py run, one string")
-    p.add_argument("--jobs", type=bounded(int, 1), default=1, help="runs at a time, each with its "
-                   "share of the cores")
+    p.add_argument("--jobs", type=count, default=1, help="runs at a time, which share the cores")
     p.add_argument("--out", default="runs/study", help="folder of the runs and the report")
     add_shared(p, "device", "format")
     return parser.parse_args(argv)

@@ -28,6 +28,7 @@ import contextlib
 import email.utils
 import errno
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -88,6 +89,7 @@ LOGGED = {"epoch", "loss", "val_loss", "lr", "grad_norm_time", "grad_norm_channe
           "grad_norm_ratio", "silhouette", "davies_bouldin", "calinski_harabasz",
           "gflop_per_record"}
 MEASURED = {"records_per_second", "data_share", "of_peak", "peak_mib"}  # another each time
+evaluate.STRENGTHS = evaluate.STRENGTHS[::4]  # an evaluation of a tiny run is mostly probes
 
 
 # Scripts and processes
@@ -2101,7 +2103,7 @@ class TestProbe:
         cache = types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold)))
         run = evaluate.Run(None, None, {}, {}, None, cache, CPU, dict(cv=task), None, {},
                            features=dict(row=dict(z=z, seconds=0)))
-        got = evaluate.cross_validate(run, "row")
+        got = evaluate.cross_validate(run, "row", task, "100%", 0)
         for f in (1, 10):
             at, next_ = rows[fold[rows] == f], rows[fold[rows] == {1: 2, 10: 1}[f]]
             learn = np.setdiff1d(rows, [*at, *next_])
@@ -2123,8 +2125,8 @@ class TestProbe:
         z = run.see(encoder, np.arange(len(c.index)))
         run.features = dict(row=dict(z=z))
         got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
-        copies = [z[rows, 0]] + [run.see_masked(encoder, rows, p)[0][:, 0]
-                                 for p in evaluate.MASKED]
+        copies = [z[rows, 0], *(run.represent("row", rows, run.mask(rows, p))
+                                for p in evaluate.MASKED)]
         for copy, p in zip(copies, (0, *evaluate.MASKED)):
             assert abs((copy == 0).mean() - p) < .05
         f, y = fold.to_numpy()[rows], task.y[rows]
@@ -2165,14 +2167,15 @@ class TestProbe:
             at += 2 * m
 
     @slow
-    def test_training_with_labels_finds_the_classes(self, cache):
+    def test_training_with_labels_finds_the_classes(self, cache, monkeypatch):
+        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 15)
         c = data.open_cache(cache)
         task, net = evaluate.protocols(c.index)["official"], evaluate.Classifier(
             tiny(), views.ViewConfig(view="contig"), None)
         run = types.SimpleNamespace(
             cache=c, device=CPU, trained=dict(micro_batch=16),
             see=lambda function, rows: train.extract(function, c, rows, CPU))
-        evaluate.fit_network(net, run, task, task.train, (3e-3, 3e-3), seed=0)
+        evaluate.fit_network(net, run, task, task.train, (1e-2, 1e-2), seed=0)
         with torch.no_grad():
             p = net(normalized(c, task.train))[:, 0]
         assert metrics.roc_auc_score(task.y[task.train], p) > 0.75
@@ -2244,13 +2247,10 @@ class TestEvaluate:
         head = [line for line in text.splitlines() if line.startswith("| this run, probed ")][0]
         assert f"| {value:.3f} [{low:.3f}, {high:.3f}] |" in head
 
-    def test_no_panel_of_the_confusion_matrices_stays_empty(self, tmp_path, monkeypatch):
-        kept = []
-        monkeypatch.setattr(evaluate, "save_figure", lambda figure, *rest: kept.append(figure))
+    def test_no_panel_of_a_figure_stays_empty(self):
         for n in (1, 4, 5, 8):
-            evaluate.plot_confusion(dict.fromkeys(list(evaluate.ROWS)[:n], np.eye(5, dtype=int)),
-                                    "title", tmp_path / "x.png")
-            assert [len(axis.images) for axis in kept[-1].axes] == [1] * n
+            axes, corner = evaluate.panels(n, (1, 1), "title")
+            assert corner.figure.axes == axes and len(axes) == n and corner in axes
 
     @slow
     def test_a_second_time_nothing_is_done_again_nor_rocket_by_a_run(self, evaluated, cache,
@@ -2273,7 +2273,8 @@ class TestEvaluate:
             self, cache, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 1)
         monkeypatch.setattr(evaluate, "LABEL_STEPS", 10)
-        monkeypatch.setattr(evaluate, "STRENGTHS", np.array([.01, 1.]))
+        monkeypatch.setattr(evaluate, "LABEL_BATCH", 8)
+        monkeypatch.setattr(evaluate, "STRENGTHS", np.array([.1]))
         own = shutil.copytree(cache, tmp_path / "cache")  # with ROCKET's pieces of these settings
         run_train(own, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
         run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
@@ -2303,8 +2304,10 @@ class TestEvaluate:
     @slow
     def test_bad_input_is_named_and_other_data_are_noted(self, evaluated, small, tmp_path):
         data.build_cache(small, 500, tmp_path / "c500", workers=1)
+        run_evaluate("export", "--run", evaluated[0], "--out", export := tmp_path / "export")
         for argv, says in (
                 (["--run", tmp_path], "no model.pt in"),
+                (["--run", export], "is an export, without .* evaluate the run that it"),
                 (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
                 (["--labels", "ten"], "--labels ten: give such as 10, for"),
                 (["--seeds", 0], "--seeds"), (["--label-lr", 0], "--label-lr")):
@@ -2346,8 +2349,8 @@ class TestEvaluate:
                 evaluate.group_runs(evaluate.read_evaluated([one, other]))
 
     def test_compare_pools_seeds_pairs_groups_and_prints_the_papers_numbers(self, evaluated,
-                                                                            tmp_path, capsys):
-        rng, runs = np.random.default_rng(0), []
+                                                                            tmp_path):
+        rng, runs, draws = np.random.default_rng(0), [], []
         for i, (name, seed) in enumerate((("a", 0), ("a", 1), ("tau", 0))):  # two groups
             runs.append(self.copy_of(evaluated[0], tmp_path / f"{name}-s{seed}",
                                      args=dict(seed=seed, tau=dict(a=.1, tau=.5)[name])))
@@ -2356,54 +2359,67 @@ class TestEvaluate:
             if i == 1:  # a row that the other seed has not
                 table.loc[table.row == "majority", "row"] = "supervised"
             table.to_csv(runs[-1] / "metrics.csv", index=False)
-            with np.load(runs[-1] / "eval" / "draws.npz") as old:
-                draws = {key: draw + i * rng.random(draw.shape) for key, draw in old.items()}
-            np.savez(runs[-1] / "eval" / "draws.npz", **draws)
+            old = data.read_arrays(runs[-1] / "eval" / "draws.npz")
+            draws.append({key: draw + i * rng.random(draw.shape) for key, draw in old.items()})
+            np.savez(runs[-1] / "eval" / "draws.npz", **draws[-1])
         (tmp_path / "bare").mkdir()
-        run_evaluate("compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
-        printed, text = capsys.readouterr().out, (tmp_path / "all.md").read_text()
+        printed = said(run_evaluate, "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
+        text, found = (tmp_path / "all.md").read_text(), pd.read_csv(tmp_path / "all.csv")
         assert "bare has no metrics.csv and is left out" in printed and text in printed
-        key = "official", "pretrained", "100%", 0, "macro_f1"
-        values = [metrics_of(run).value[key] for run in runs]
-        rows = pd.read_csv(tmp_path / "all.csv")
-        at = rows[(rows.protocol == "official") & (rows.metric == "macro_f1")
-                  & (rows.labels == "100%")].set_index(["group", "row"])
-        two, other = sorted({group for group, row in at.dropna(subset="value").index.dropna()
-                             if group and row == "pretrained"}, key=lambda name: "tau" in name)
-        got = at.loc[(two, "pretrained")]
-        assert got.value == pytest.approx(np.mean(values[:2])) and got.n == 2
-        assert got.sd == pytest.approx(np.std(values[:2], ddof=1))
-        assert at.loc[(other, "pretrained")].value == pytest.approx(values[2])
+        a, b, c = (metrics_of(run).value["official", "pretrained", "100%", 0, "macro_f1"]
+                   for run in runs)
+        at = found[(found.protocol == "official") & (found.metric == "macro_f1")
+                   & (found.labels == "100%")].set_index("row")
+        ours = at.loc["pretrained"].set_index("group")
+        assert ours.value["a"] == pytest.approx((a + b) / 2) and ours.n["a"] == 2
+        assert ours.sd["a"] == pytest.approx(np.std([a, b], ddof=1))
+        assert ours.value["tau"] == pytest.approx(c)
         assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
-        (found,) = (line for line in rows[rows.protocol == "official"].itertuples()
-                    if line.metric == "macro_f1" and " - " in line.row
-                    and "tau" in line.row and line.row.count(": pretrained") == 2)
-        sign = 1 if "tau" in found.row.split(" - ")[0] else -1
-        assert sign * found.value == pytest.approx(values[2] - np.mean(values[:2]))
-        draws = [np.load(run / "eval" / "draws.npz")["official-pretrained"][:, 1] for run in runs]
-        paired = sign * (draws[2] - (draws[0] + draws[1]) / 2)
-        low, high = np.nanpercentile(paired, (2.5, 97.5))  # of patients alone
-        assert found.low < low and high < found.high
+        difference = at.loc["a: pretrained - tau: pretrained"]
+        assert difference.value == pytest.approx((a + b) / 2 - c)
+        a, b, c = (draw["official-pretrained"][:, 1] for draw in draws)
+        low, high = np.nanpercentile((a + b) / 2 - c, (2.5, 97.5))  # of patients alone
+        assert difference.low < low and high < difference.high
         for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
                      "f1 NORM", "0.820"):
             assert word in text, word
 
     def test_compare_names_what_is_damaged_or_missing(self, evaluated, tmp_path):
         run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        for name, text in (("metrics.csv", "a,b\n1,2\n"), ("metrics.csv", ""), ("args.json", ""),
+        for name, text in (("metrics.csv", "a,b\n1,2\n"), ("args.json", ""),
                            ("eval/about.json", "[1"), ("eval/draws.npz", "PK")):
             whole = (run / name).read_bytes()
             (run / name).write_text(text)
-            with pytest.raises(InputError, match="is damaged .*(evaluate|train) (it )?again"):
+            with refused("is damaged .*(evaluate|train) (it )?again"):
                 evaluate.read_evaluated([run])
             (run / name).write_bytes(whole)
-        with pytest.raises(InputError, match="train and evaluate some first"):
+        with refused("train and evaluate some first"):
             run_evaluate("compare", tmp_path, "--out", tmp_path / "x")
         assert not list(tmp_path.glob("x*"))
 
 
 SHORT_STUDY = ("--train", " ".join([*TINY_FLAGS, "--epochs 2"]), "--eval",
                "--fast --labels 10 --seeds 1 --bootstrap 20")
+
+
+def called(argv, stdout=None, **_):
+    """What Popen or run gives of one of our scripts, in this process: imports are slow."""
+    name, flags, error = Path(argv[1]).stem, argv[2:], ""
+    with contextlib.redirect_stdout(stdout or io.StringIO()):
+        try:
+            if name == "train":
+                train.train(train.get_args(flags))
+            else:
+                dict(evaluate=run_evaluate, attention=run_attention)[name](*flags)
+        except InputError as stopped:
+            print(error := f"error: {stopped}")
+    return mock.Mock(returncode=bool(error), stderr=error)
+
+
+def run_study(*argv, popen=called, run=called):
+    """A study, the scripts of which run in this process."""
+    with mock.patch.object(evaluate, "subprocess", types.SimpleNamespace(Popen=popen, run=run)):
+        run_evaluate("study", "--preset", "small", *SHORT_STUDY, *argv)
 
 
 class TestStudy:
@@ -2446,31 +2462,29 @@ class TestStudy:
         with refused(says):
             self.plan(cache, tmp_path, *argv)
 
+    def test_jobs_are_done_at_a_time_and_share_the_cores(self, cache, tmp_path, monkeypatch):
+        monkeypatch.setitem(evaluate.STUDIES, "views", evaluate.Study("?", dict(a="", b="")))
+        meet, threads = threading.Barrier(2, timeout=30), []
+
+        def child(argv, env, **_):
+            threads.append(env["OMP_NUM_THREADS"])
+            return mock.Mock(returncode=1, wait=meet.wait)  # each waits for the other
+
+        with refused("2 of 2 runs failed"):
+            run_study("--caches", cache, "--out", tmp_path, "--seeds", 1, "--jobs", 2, popen=child)
+        assert threads == [str(max(1, os.cpu_count() // 2))] * 2
+
     @slow
     def test_a_study_goes_on_after_a_failure_and_names_the_hole(self, cache, tmp_path, monkeypatch):
-        def here(argv, stdout=None, **_):
-            """What Popen or run gives of one of our scripts, in this process: imports are slow."""
-            script, flags, error = Path(argv[1]).stem, argv[2:], ""
-            with contextlib.redirect_stdout(stdout or io.StringIO()):
-                try:
-                    if script == "train":
-                        train.train(train.get_args(flags))
-                    else:
-                        dict(evaluate=run_evaluate, attention=run_attention)[script](*flags)
-                except InputError as stopped:
-                    print(error := f"error: {stopped}")
-            return mock.Mock(returncode=bool(error), stderr=error)
-
-        monkeypatch.setattr(evaluate, "subprocess", types.SimpleNamespace(Popen=here, run=here))
         (tmp_path / "mix-s0").write_text("a file where a run should be")
         rows = {"contig": "--view contig --keep-every 1", "mix": "--view contig --mix-leads"}
         monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
-        command = ["study", "--study", "collapse", "--caches", cache, "--preset", "small", "--out",
-                   tmp_path, "--seeds", 1, *SHORT_STUDY]
-        with pytest.raises(InputError, match="(?s)1 of 2 runs failed.*  mix-s0: train.py.*a file"):
-            run_evaluate(*command)
+        command = "--study", "collapse", "--caches", cache, "--out", tmp_path, "--seeds", 1
+        with refused("(?s)1 of 2 runs failed.*  mix-s0: train.py.*a file"):
+            run_study(*command, run=lambda *a, **k: mock.Mock(returncode=1, stderr="no ink"))
         text = (tmp_path / "report.md").read_text()
-        assert "**Not here**, for want of a finished run: mix-s0." in text and "**failed**" in text
+        for word in ("for want of a finished run: mix-s0.", "**failed**", "no ink", "![tsne]"):
+            assert word in text
         kept = pd.read_csv(tmp_path / "figures" / "collapse.csv").set_index(["metric", "epoch"])
         for folder, epoch in (("epoch-001", 1), (".", 2)):
             at = metrics_of(tmp_path / "contig-s0" / folder).value
@@ -2478,9 +2492,10 @@ class TestStudy:
                 at["clustering", "pretrained", "100%", 0, "silhouette"], rel=1e-5)
         begun = (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns
         (tmp_path / "mix-s0").unlink()
-        run_evaluate(*command)
+        run_study(*command)
         assert (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns == begun
-        assert "Not here" not in (tmp_path / "report.md").read_text()
+        text = (tmp_path / "report.md").read_text()
+        assert "Not here" not in text and "![training-loss]" in text
 
     @slow
     def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
@@ -2488,7 +2503,7 @@ class TestStudy:
         for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
             shutil.copy(path, tmp_path)
         function, entry, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
-                                     re.S)
+                                        re.S)
         text = (tmp_path / "views.py").read_text()
         text = text.replace("\nVIEWS = {\n", f"\n{function}\n\nVIEWS = {{\n{entry}")
         text = re.sub(r'    "(stochastic|contig|masking)": View.*?\),\n(?=    "|\})', "", text,
@@ -2497,8 +2512,8 @@ class TestStudy:
         made = subprocess.run(["make", "-n", "pretrain", "VIEW=jump"], cwd=tmp_path, text=True,
                               capture_output=True)
         assert "--rate 500" in made.stdout and "runs/skip-s0" in made.stdout
-        script("evaluate.py", "study", "--caches", cache, "--preset", "small", "--seeds", 1,
-               "--jobs", 2, *SHORT_STUDY, cwd=tmp_path)
+        script("-c", f"import test_all; test_all.run_study('--caches', {str(cache)!r}, '--seeds', "
+               "1)", cwd=tmp_path)
         out = tmp_path / "runs" / "study"
         report = (out / "report.md").read_text()
         assert report.count("\n| skip ") > 10 and "skip-s0" in report
@@ -3105,32 +3120,39 @@ class TestEmbed:
             assert (own == nearest and float(distance) < 1e-4) == (folds[int(own)] <= 8)
         with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
             embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
-        table, _, words = embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
+        embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
         assert (tmp_path / "out-ecg.png").stat().st_size > 20_000
         with np.load(tmp_path / "out-ecg.npz") as drawn:
             assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
+
+    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, unit="mV", leads=LEADS)
+        pd.DataFrame(x[0], columns=LEADS).to_csv(tmp_path / "a" / "r.csv", index=False)
+        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
+            file["tracings"], file["exam_id"] = x, [5, 5]
+        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
+                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
+        assert list(table.index) == list(arrays["name"]) == [
+            "a/r.csv", "a/r.npz", "b/h.h5-0", "b/h.h5-1", "b/r.npz"]
 
     def test_an_export_gives_the_same_numbers_without_pandas_wfdb_or_unpickling(self, evaluated,
                                                                                tmp_path):
         run_evaluate("export", "--run", evaluated[0], "--out", tmp_path / "out")
         assert "no medical device" in (tmp_path / "out" / "README.md").read_text()
-        x = np.random.default_rng(0).normal(0, .3, (3000, 2))
-        np.save(tmp_path / "x.npy", x)
-        code = (f"import sys, pickle; sys.modules |= dict.fromkeys(('pandas', 'wfdb'))\n"
-                f"import numpy as np\nfrom model import load_encoder\n"
-                f"def refuse(*a, **k): raise SystemExit('unpickled')\n"
-                f"pickle.loads = pickle.load = pickle.Unpickler = refuse\n"
-                f"e = load_encoder({str(tmp_path / 'out')!r})\n"
-                f"x = np.load({str(tmp_path / 'x.npy')!r})\n"
-                f"x, keep = e.prepare(x, 200, 'mV', ['I', 'v5'])\n"
-                f"z = e(x, keep).mean(0)\n"
-                f"np.savez({str(tmp_path / 'z.npz')!r}, z=z, p=e.probabilities(z))")
-        script("-c", code)
-        encoder = model.load_encoder(evaluated[0])
-        z = encoder(*encoder.prepare(x, 200, "mV", ["I", "V5"])).mean(0)
-        with np.load(tmp_path / "z.npz") as got:
-            np.testing.assert_allclose(got["z"], z, atol=1e-6)
-            np.testing.assert_allclose(got["p"], encoder.probabilities(z), atol=1e-6)
+        here, x = model.load_encoder(evaluated[0]), np.random.default_rng(0).normal(0, .3, (999, 2))
+        with mock.patch.dict(sys.modules, dict.fromkeys(("pandas", "wfdb"))), mock.patch.multiple(
+                pickle, load=None, loads=None, Unpickler=None):
+            for name in ("data", "views", "model"):
+                del sys.modules[name]  # they are imported anew, and afterwards as before
+            there = importlib.import_module("model").load_encoder(tmp_path / "out")
+            z, want = (encoder(*encoder.prepare(x, 99, "mV", ["I", "v5"])).mean(0)
+                       for encoder in (there, here))
+        assert type(there) is not type(here)
+        torch.testing.assert_close(z, want)
+        torch.testing.assert_close(there.probabilities(z), here.probabilities(want))
         about = json.loads((tmp_path / "out" / "encoder.json").read_text())
         assert about["leads"] == list(LEADS) and str(HERE) not in json.dumps(about)
         for name, text in (("encoder.json", "{}"), ("encoder.json", "["),
