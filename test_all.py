@@ -2235,6 +2235,10 @@ class TestEvaluate:
             assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
             assert len(pd.read_csv(run / "figures" / f"{name}.csv")) > 3
         assert at.index.is_unique
+        counts = pd.read_csv(run / "figures" / "confusion.csv")
+        right = counts[counts.true == counts.predicted].groupby("row").records.sum()
+        for row, share in (right / counts.groupby("row").records.sum()).items():
+            assert share == pytest.approx(at.value["paper", row, "100%", 0, "accuracy"])
         rows = set(evaluate.ROWS) - evaluate.SLOW
         for protocol in ("official", "paper", "table3", "leads"):
             found = set(at.loc[protocol].index.get_level_values("row"))
