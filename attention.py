@@ -29,10 +29,9 @@ from scipy.stats import t as student
 from tqdm import tqdm
 from wfdb.processing import xqrs_detect
 
-from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared,
-                  bounded, from_args, normalize, run_script, write_atomic)
-from evaluate import (describe, describe_data, markdown, number, open_data, save_figure,
-                      untrained)
+from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared, bounded,
+                  from_args, normalize, run_script, write_atomic)
+from evaluate import describe, describe_data, markdown, number, open_data, save_figure, untrained
 from model import load_run, read_args, read_log, watch_attention
 from train import Feed, chance, pick_device
 from views import VIEWS, ViewConfig, draw_leads, generator
@@ -86,18 +85,17 @@ def observe(model, x, keep=None):
     weights, queries first, and the entropy of the queries' weights over ln(M), 1 if uniform; both
     are means over heads
     """
-    found = defaultdict(lambda: (0, 0))
+    maps, entropies, H = defaultdict(int), defaultdict(int), model.config.heads
 
     def see(stream, layer, head, weights):
-        w, (total, entropy) = weights[0], found[stream, layer]
-        bits = float(torch.special.entr(w).sum(-1).mean()) / max(math.log(w.shape[1]), 1e-9)
-        # not all heads at once: a map has up to 5000 x 5000 weights
-        found[stream, layer] = total + w, entropy + bits
+        w, M = weights[0], weights.shape[-1]
+        # summed, not kept head by head: a map has up to 5000 x 5000 weights
+        maps[stream, layer] += w
+        entropies[stream, layer] += float(torch.special.entr(w).sum(-1).mean()) / max(
+            math.log(M), 1e-9)
 
     watch_attention(model, x, see, keep)
-    H = model.config.heads
-    return {key: ((total / H).cpu().numpy(), entropy / H)
-            for key, (total, entropy) in found.items()}
+    return {key: ((maps[key] / H).cpu().numpy(), entropies[key] / H) for key in maps}
 
 
 class Mean:
@@ -150,7 +148,7 @@ def study(model, look, device):
         seen = observe(model, x[None].to(device), keep[None].to(device))
         for (stream, layer), (weights, entropy) in seen.items():
             received = weights.mean(0) * weights.shape[1]  # by each key; 1 if uniform
-            values = dict(map=weights, received=received, entropy=entropy)
+            values = dict(map=weights, received_ratio=received, entropy=entropy)
             if STREAMS[stream][2] == "time" and near.any():
                 chance, ratio = near.mean(), received[near].mean()
                 values |= dict(share=ratio * chance, chance=chance, ratio=ratio)
@@ -159,7 +157,7 @@ def study(model, look, device):
     return found
 
 
-def attention_rows(found, encoder):
+def attention_rows(found, **about):
     """Rows of the table: a stream, layer and quantity each, with the 95 % interval over records."""
     rows = []
     for (stream, layer), means in found.items():
@@ -168,10 +166,10 @@ def attention_rows(found, encoder):
                 mean = means[quantity]
                 low, high = mean.mean - mean.half, mean.mean + mean.half
                 bounds = (low, high) if quantity in ("entropy", "ratio") else None
-                rows.append(dict(
-                    encoder=encoder, attention=STREAMS[stream][0], layer=layer + 1,
-                    keys=len(means["received"].mean), quantity=quantity, records=mean.n,
-                    value=mean.mean, low=low, high=high, text=number(mean.mean, bounds)))
+                rows.append(about | dict(
+                    attention=STREAMS[stream][0], layer=layer + 1, quantity=quantity,
+                    keys=len(means["received_ratio"].mean), records=mean.n, value=mean.mean, low=low,
+                    high=high, text=number(mean.mean, bounds)))
     return rows
 
 
@@ -304,10 +302,10 @@ def draw_received(axis, received, kind, look):
 def arrays(layers, look):
     """The numbers behind maps of some layers, for NPZ: weights, and what keys receive / uniform."""
     out = {}
-    for name, key in (("map", "map"), ("received_ratio", "received")):
-        out[name] = np.stack([means[key].mean for means in layers], dtype=np.float32)
+    for key in ("map", "received_ratio"):
+        out[key] = np.stack([means[key].mean for means in layers], dtype=np.float32)
         if look.mv is None:
-            out[f"{name}_half"] = np.stack([means[key].half for means in layers], dtype=np.float32)
+            out[f"{key}_half"] = np.stack([means[key].half for means in layers], dtype=np.float32)
     if look.mv is not None:
         out |= dict(millivolt=look.mv, r_peaks=look.peaks[0].astype(np.float32))
     return out | dict(seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id,
@@ -341,7 +339,7 @@ def plot_maps(seen, streams, raw, path):
                               sharex=not cross, sharey=False if cross else "row")
         below.suptitle(f"{title}. {look.title}{legend}")
         for axis, key in zip(axes[1], keys):
-            draw_received(axis, found[key]["received"], STREAMS[key[0]][2], look)
+            draw_received(axis, found[key]["received_ratio"], STREAMS[key[0]][2], look)
     for row, (run, (look, found)) in zip(axes, seen.items()):
         for stream in streams:
             here = {axis: found[key] for axis, key in zip(row, keys)
@@ -427,11 +425,12 @@ def maps(folders, out, args):
         model, saved = load_run(folder, device)
         trained, cache = open_data(folder, saved, args.cache)
         look = look_at(cache, choose(cache, args), saved, trained, name, args)
-        fresh = study(untrained(saved["config"], trained["seed"], device), look, device)
-        seen[name] = look, study(model, look, device)
-        rows += [dict(run=name, data=look.data) | row
-                 for row in attention_rows(seen[name][1], "this run")
-                 + attention_rows(fresh, "untrained")]
+        fresh = untrained(saved["config"], trained["seed"], device)
+        rows += attention_rows(study(fresh, look, device), run=name, data=look.data,
+                               encoder="untrained")
+        found = study(model, look, device)
+        rows += attention_rows(found, run=name, data=look.data, encoder="this run")
+        seen[name] = look, found
     several = len(folders) > 1
     what = "views" if several else args.superclass or f"ecg{look.ecg_id[0]}"
     for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
@@ -569,12 +568,12 @@ def plot_views(cache, config, seed, row, path):
     t, x, figure = t[0, :, 0].numpy(), x[0].numpy(), Figure((11, 9))
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)
-    draw_leads_apart(axes[0], t, raw, every, rows_apart(raw, 0.2), "black")
-    draw_leads_apart(axes[1], t, x, every, offsets, "black")
-    axes[0].set_title("raw, medians aside; bar: 1 mV")
-    axes[1].set_title("normalised; bar: 5 deviations")
-    for axis, size in zip(axes, (1, 5)):
-        axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
+    for axis, title, traces, at, bar in (
+            (axes[0], "raw, medians aside; bar: 1 mV", raw, rows_apart(raw, 0.2), 1),
+            (axes[1], "normalised; bar: 5 deviations", x, offsets, 5)):
+        draw_leads_apart(axis, t, traces, every, at, "black")
+        axis.plot([-0.4] * 2, [-bar, 0], color="black", linewidth=3, solid_capstyle="butt")
+        axis.set_title(title)
     for i, axis in enumerate(axes[2:]):
         seconds = times[i][:len(pair[i])] - (times[i][0] if apart else 0)
         draw_leads_apart(axis, seconds, pair[i], kept[i], offsets, color)
@@ -604,8 +603,7 @@ def plot_data(folder, saved, out, args):
 
 
 def plots(args):
-    """Every figure of a run, in its folder; of several runs their training and attention together.
-    """
+    """Every figure of a run; of several runs those of training and attention, together."""
     folders, runs, watched = [Path(run) for run in args.runs], {}, {}
     names = [folder.resolve().name for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
