@@ -2659,21 +2659,27 @@ class TestAttention:
         at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
         np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
 
-    def test_maps_of_a_superclass_are_means_with_intervals_and_peaks_are_counted(self, finished,
-                                                                                 cache, tmp_path):
+    def test_maps_of_a_superclass_are_means_with_intervals_beside_the_untrained(self, finished,
+                                                                                cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
-        figures, _ = figures_of("maps", "--run", run, "--superclass", "NORM", "--records", 3,
-                                     "--raw", "--out", tmp_path)
-        figure, numbers = figures["attention-channel-NORM"]
-        chosen = c.index[c.index.ecg_id.isin(numbers["ecg_id"])]
-        assert len(chosen) == 3 and chosen.patient_id.is_unique and (chosen.NORM == 1).all()
-        assert chosen.strat_fold.isin([9, 10]).all()
-        m = model.load_run(run)[0]
-        each = [attention.observe(m, normalized(c, [row])[:, ::2]) for row in chosen.index]
+        few = attention.get_args(["maps", "--superclass", "NORM", "--records", "2"])
+        assert len(attention.choose(c, few)) == 2
+        figures, _ = figures_of("maps", "--run", run, "--superclass", "MI", "--raw", "--out",
+                                tmp_path)
+        figure, numbers = figures["attention-channel-MI"]
+        found = c.index[c.index.strat_fold.isin([9, 10]) & (c.index.MI == 1)]
+        chosen = found[found.ecg_id.isin(numbers["ecg_id"])]
+        assert len(chosen) == chosen.patient_id.nunique() == found.patient_id.nunique() < len(found)
+        x = normalized(c, chosen.index)[:, ::2]
+        m, saved = model.load_run(run)
+        torch.manual_seed(saved["args"]["seed"])
+        fresh = model.Contrastive(model.Config(**saved["config"])).eval()
+        each, before = ([attention.observe(n, one[None]) for one in x] for n in (m, fresh))
         weights, entropy = zip(*(seen["channel", 0] for seen in each))
 
         def interval(values):
-            return scipy.stats.t.interval(.95, 2, np.mean(values, 0), scipy.stats.sem(values))
+            return scipy.stats.t.interval(.95, len(x) - 1, np.mean(values, 0),
+                                          scipy.stats.sem(values))
 
         low, high = interval(weights)
         np.testing.assert_allclose(numbers["map"][0], (low + high) / 2, atol=1e-6)
@@ -2682,19 +2688,24 @@ class TestAttention:
         bars = figure.axes[1].containers[0][2][0].get_segments()
         np.testing.assert_allclose([bar[:, 1] for bar in bars], np.stack(interval(
             [12 * w.mean(0) for w in weights]), 1), rtol=1e-4)
-        table = pd.read_csv(tmp_path / "attention-NORM.csv").query("encoder == 'this run'")
-        row = table[table.attention == "channel stream"].iloc[0]
-        assert (row.quantity, row.records) == ("entropy", 3)
-        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
         on, chance = [], []  # of 25 tokens of .4 s those within .05 s of a peak
-        for x, seen in zip(c.signals[chosen.index], each):
-            near = [min(abs(.19 + .4 * i - p) for p in attention.r_peaks(x, 100)) <= .05
+        for record, seen in zip(c.signals[chosen.index], each):
+            near = [min(abs(.19 + .4 * i - p) for p in attention.r_peaks(record, 100)) <= .05
                     for i in range(25)]
-            on.append(sum(w for w, hit in zip(seen["time", 0][0].mean(0), near) if hit))
-            chance.append(sum(near) / 25)
-        got = table[table.attention == "time stream"].set_index("quantity").value
-        np.testing.assert_allclose(got[["share", "chance", "ratio"]], [
-            np.mean(on), np.mean(chance), np.mean(np.divide(on, chance))], rtol=1e-4)
+            if any(near):
+                on.append(sum(w for w, hit in zip(seen["time", 0][0].mean(0), near) if hit))
+                chance.append(sum(near) / 25)
+        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index(
+            ["encoder", "attention", "quantity"]).sort_index()
+        row = table.loc["this run", "channel stream", "entropy"]
+        assert row.records == len(x)
+        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
+        np.testing.assert_allclose(
+            table.value["this run", "time stream"][["share", "chance", "ratio"]],
+            [np.mean(on), np.mean(chance), np.mean(np.divide(on, chance))], rtol=1e-4)
+        np.testing.assert_allclose(table.value["untrained", "channel stream", "entropy"], np.mean(
+            [seen["channel", 0][1] for seen in before]), rtol=1e-5)
+        assert table.value["untrained", "channel stream", "entropy"] != row.value
         one = attention.Mean()
         one.add(weights[0])
         assert np.isnan(one.half).all()  # a single record has no interval
