@@ -167,9 +167,9 @@ def attention_rows(found, **about):
                 low, high = mean.mean - mean.half, mean.mean + mean.half
                 bounds = (low, high) if quantity in ("entropy", "ratio") else None
                 rows.append(about | dict(
-                    attention=STREAMS[stream][0], layer=layer + 1, quantity=quantity,
-                    keys=len(means["received_ratio"].mean), records=mean.n, value=mean.mean, low=low,
-                    high=high, text=number(mean.mean, bounds)))
+                    attention=STREAMS[stream][0], layer=layer + 1,
+                    keys=len(means["received_ratio"].mean), quantity=quantity, records=mean.n,
+                    value=mean.mean, low=low, high=high, text=number(mean.mean, bounds)))
     return rows
 
 
@@ -435,7 +435,8 @@ def maps(folders, out, args):
     what = "views" if several else args.superclass or f"ecg{look.ecg_id[0]}"
     for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
                             ("cross", ["time_to_channel", "channel_to_time"])):
-        plot_maps(seen, streams, args.raw, out / f"attention-{figure}-{what}.{args.format}")
+        name = f"views-{figure}" if several else f"{figure}-{what}"
+        plot_maps(seen, streams, args.raw, out / f"attention-{name}.{args.format}")
     table = pd.DataFrame(rows)
     cells = table.pivot_table(
         "text", [*["run"] * several, "attention", "layer", "keys"], ["quantity", "encoder"],

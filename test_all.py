@@ -2756,12 +2756,12 @@ class TestAttention:
         (half / "model.pt").unlink()  # as in the middle of training
         figures, out = figures_of("plots", finished[0], other, half, "--out", tmp_path)
         assert set(figures) == {
-            "training-loss", "training-gradients", "training-clustering", "attention-time-views",
-            "attention-channel-views", "attention-cross-views"}
+            "training-loss", "training-gradients", "training-clustering", "attention-views-time",
+            "attention-views-channel", "attention-views-cross"}
         table = figures["training-gradients"][1]
         assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC", "half, SYNTHETIC"}
         assert len(table) == 6 and "no attention maps of half" in out
-        _, numbers = figures["attention-cross-views"]
+        _, numbers = figures["attention-views-cross"]
         for direction in ("time_to_channel", "channel_to_time"):
             a, b = (numbers[f"{run}, SYNTHETIC/{direction}/map"] for run in ("one", "other"))
             np.testing.assert_array_equal(a, b)
