@@ -1,4 +1,4 @@
-"""Figures of attention, training, data and views (paper Figs. 2-5, 7-9 and 11-14, Table 1).
+"""Figures of attention, training, data and views (paper Figs. 2-5, 7-9 and 11-14).
 
 In:  run folders of train.py, and the caches that they were trained on.
 Out: in RUN/figures a PNG (or PDF) a figure and the numbers behind it next to it, as CSV or NPZ:
@@ -29,27 +29,22 @@ from scipy.stats import t as student
 from tqdm import tqdm
 from wfdb.processing import xqrs_detect
 
-from data import (CLASSES, LEADS, RATES, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared,
-                  bounded, from_args, normalize, run_script, write_atomic)
-from evaluate import (CLASS_COLORS, describe, describe_data, markdown, number, open_data,
-                      save_figure, untrained)
+from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared, bounded,
+                  from_args, normalize, run_script, write_atomic)
+from evaluate import describe, describe_data, markdown, number, open_data, save_figure, untrained
 from model import load_run, read_args, read_log, watch_attention
 from train import Feed, chance, pick_device
 from views import VIEWS, ViewConfig, draw_leads, generator
 
 MM = 1 / 25.4  # inch
 PAGE_MM = 297  # the long side of A4: no record is drawn higher
-# Rows of a printed ECG: 10 s are 2.5 s a lead, one after another, and a rhythm strip; 5 s are two
-# leads at the same time.
-LAYOUTS = {10: (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"),
-                ("II",)), 5: tuple(zip(LEADS[:6], LEADS[6:]))}
+# Rows of a printed ECG: 2.5 s a lead, one after another, and a rhythm strip.
+PRINTED = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"), ("II",))
 PEAK_S = 0.05  # a token within this of an R peak is on it
-BEAT_S = np.linspace(-0.3, 0.5, 81)  # around an R peak
-STREAMS = {"time": "time stream", "channel": "channel stream",
-           "time_to_channel": "time attends to channels",
-           "channel_to_time": "channels attend to time"}
-KINDS = {"time": ("time", "time"), "channel": ("lead", "lead"), "time_to_channel": ("time", "lead"),
-         "channel_to_time": ("lead", "time")}  # what queries and keys are
+# Of each stream: its name in figures, and what its queries and keys are.
+STREAMS = {"time": ("time stream", "time", "time"), "channel": ("channel stream", "lead", "lead"),
+           "time_to_channel": ("time attends to channels", "time", "lead"),
+           "channel_to_time": ("channels attend to time", "lead", "time")}
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
          "legend.fontsize": 8, "lines.markersize": 4, "errorbar.capsize": 2,
          # after Okabe and Ito, safe for the colour-blind
@@ -57,17 +52,18 @@ STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.ti
                                                      "#D55E00", "#56B4E9", "#000000", "#997700",
                                                      "#999999"])}
 DASHED = dict(color="0.5", linewidth=0.8, linestyle="--")
-# Columns of the report's table: (quantity, encoder).
+# Columns of the table of attention: (quantity, encoder).
 COLUMNS = {"entropy": ("entropy", "this run"), "untrained": ("entropy", "untrained"),
            "on R peaks": ("share", "this run"), "chance": ("chance", "this run"),
-           "ratio": ("ratio", "this run"), "ratio, shifted": ("shifted", "this run"),
-           "ratio, untrained": ("ratio", "untrained")}
+           "ratio": ("ratio", "this run"), "ratio, untrained": ("ratio", "untrained")}
+ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
+         f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
+         "chance: share of such keys; ratio: of the two, mean over records.")
 # Figures of training: title, scale, size in inches; and rows of panels: a title, a y label and
 # columns of log.jsonl, the first drawn solid, the second dashed.
 TRAINING = {
     "loss": ("Loss along training", "linear", (8, 4.6), [[
-        ("", "loss; thin: chance, dots\nin training, dashes on fold 9",
-         ("loss", "val_loss"))]]),
+        ("", "loss; thin: chance, dots\nin training, dashes on fold 9", ("loss", "val_loss"))]]),
     "gradients": ("Gradient norms of the streams", "log", (11, 6.4), [[
         ("at mean-pooled tokens, as in the paper", "norm", ("grad_norm_time", "grad_norm_channel")),
         ("tokens x sqrt(N)", "", ("grad_norm_time_corrected", "grad_norm_channel_corrected")),
@@ -85,23 +81,21 @@ TRAINING = {
 def observe(model, x, keep=None):
     """How an encoder attends on one view (paper 5.2), in every layer of every stream.
 
-    x: (1, T, C), keep: (1, C) bool or None  ->  {(stream, layer): dict of map (N, M), the mean over
-    heads; entropy (H,), of the queries' weights over ln(M), 1 if uniform; received (H, M), a key's
-    mean weight x M}
+    x: (1, T, C), keep: (1, C) bool or None  ->  {(stream, layer): (map (N, M), entropy)}: the
+    weights, queries first, and the entropy of the queries' weights over ln(M), 1 if uniform; both
+    are means over heads
     """
-    found = {}
+    maps, entropies, H = defaultdict(int), defaultdict(int), model.config.heads
 
     def see(stream, layer, head, weights):
         w, M = weights[0], weights.shape[-1]
-        at = found.setdefault((stream, layer), dict(map=0, entropy=[], received=[]))
-        at["map"] = at["map"] + w  # not all heads at once: a map has up to 5000 x 5000 weights
-        at["entropy"].append(float(torch.special.entr(w).sum(-1).mean()) / max(math.log(M), 1e-9))
-        at["received"].append((w.mean(0) * M).cpu().numpy())
+        # summed, not kept head by head: a map has up to 5000 x 5000 weights
+        maps[stream, layer] += w
+        entropies[stream, layer] += float(torch.special.entr(w).sum(-1).mean()) / max(
+            math.log(M), 1e-9)
 
     watch_attention(model, x, see, keep)
-    return {key: dict(map=(at["map"] / len(at["entropy"])).cpu().numpy(),
-                      entropy=np.array(at["entropy"]), received=np.stack(at["received"]))
-            for key, at in found.items()}
+    return {key: ((maps[key] / H).cpu().numpy(), entropies[key] / H) for key in maps}
 
 
 class Mean:
@@ -124,11 +118,6 @@ class Mean:
         return student.ppf(0.975, self.n - 1) * np.sqrt(self.squares / (self.n - 1) / self.n)
 
 
-def rms(x):
-    """Root mean square over the leads: (T, C) -> (T,)."""
-    return np.sqrt((x ** 2).mean(1))
-
-
 def r_peaks(signal, rate):
     """Times of the R peaks of a record in s; empty when no QRS complexes are found.
 
@@ -137,7 +126,8 @@ def r_peaks(signal, rate):
     signal: (T, C) int16 microvolt
     """
     x = resample_poly(signal / 1000, 500 // rate, 1)  # at 100 Hz XQRS takes T waves for beats
-    size, reach = rms(x - np.median(x, axis=0)), round(PEAK_S * 500)
+    size = ((x - np.median(x, axis=0)) ** 2).mean(1)
+    reach = round(PEAK_S * 500)
     for lead in ("II", "V2", "V5", "I"):  # the first in which it finds beats
         trace = x[:, LEADS.index(lead)]
         if trace.std() > 0:
@@ -149,91 +139,38 @@ def r_peaks(signal, rate):
     return np.array([])
 
 
-def token_times(T, stride, span):
-    """Middle of each time token of a view in s; T samples over span s, stride samples a token."""
-    return (np.arange(T // stride) * stride + (stride - 1) / 2) * span / T
-
-
-def on_peaks(received, near):
-    """How much attention falls on R peaks, a value a head (H,): share, chance, ratio of the two.
-
-    received: (H, M); near: (M,) bool, the keys on peaks. Chance is their share of the keys. Last,
-    shifted (2,): the central 95 % of the heads' mean ratio over circular shifts of the keys.
-    """
-    share, chance = received @ near / len(near), np.full(len(received), near.mean())
-    ratios = [np.roll(near, i) @ received.mean(0) / near.sum() for i in range(len(near))]
-    return share, chance, share / chance, np.quantile(ratios, (0.025, 0.975))
-
-
-def around_peaks(values, seconds, peaks):
-    """Mean course of values (M,) around the R peaks at BEAT_S; None when no beat is whole."""
-    whole = [p for p in peaks if p + BEAT_S[0] >= seconds[0] and p + BEAT_S[-1] <= seconds[-1]]
-    if whole:
-        return np.mean([np.interp(p + BEAT_S, seconds, values) for p in whole], axis=0)
-
-
-def study(model, look, device, keep_maps=True):
-    """Means over records of what attention does: {(stream, layer): {quantity: Mean}}.
-
-    Of entropy and of attention on peaks the mean over heads, then each head: (1 + H,).
-    """
+def study(model, look, device):
+    """Means over records of what attention does: {(stream, layer): {quantity: Mean}}."""
     found = defaultdict(lambda: defaultdict(Mean))
     for x, keep, peaks in zip(tqdm(look.views, "records", leave=False, disable=None), look.keep,
-                              look.beats):
-        near = (np.abs(look.seconds[:, None] - peaks) <= PEAK_S).any(1)
-        for key, at in observe(model, x[None].to(device), keep[None].to(device)).items():
-            received, heads, means = at["received"].mean(0), dict(entropy=at["entropy"]), found[key]
-            means["received"].add(received)
-            if keep_maps:
-                means["map"].add(at["map"])
-            if key[0] in ("time", "channel_to_time"):  # keys are times
-                beat = around_peaks(received, look.seconds, peaks)
-                if beat is not None:
-                    means["beat"].add(beat)
-                if near.any():
-                    *on, shifted = on_peaks(at["received"], near)
-                    heads |= zip(("share", "chance", "ratio"), on)
-                    means["shifted"].add(shifted)
-            for quantity, values in heads.items():
-                means[quantity].add(np.append(values.mean(), values))
+                              look.peaks):
+        near = (np.abs(look.seconds[:, None] - peaks) <= PEAK_S).any(1)  # tokens on R peaks
+        seen = observe(model, x[None].to(device), keep[None].to(device))
+        for (stream, layer), (weights, entropy) in seen.items():
+            received = weights.mean(0) * weights.shape[1]  # by each key; 1 if uniform
+            values = dict(map=weights, received_ratio=received, entropy=entropy)
+            if STREAMS[stream][2] == "time" and near.any():
+                chance, ratio = near.mean(), received[near].mean()
+                values |= dict(share=ratio * chance, chance=chance, ratio=ratio)
+            for quantity, value in values.items():
+                found[stream, layer][quantity].add(value)
     return found
 
 
-def attention_rows(found, encoder):
-    """Rows of the table: a stream, layer and quantity each, with the 95 % interval over records and
-    the lowest and highest head; `shifted` is a range alone, of one record."""
+def attention_rows(found, **about):
+    """Rows of the table: a stream, layer and quantity each, with the 95 % interval over records."""
     rows = []
     for (stream, layer), means in found.items():
-        row = dict(encoder=encoder, attention=STREAMS[stream], layer=layer + 1,
-                   keys=len(means["received"].mean))
         for quantity in ("entropy", "share", "chance", "ratio"):
             if quantity in means:
-                n, (value, *heads) = means[quantity].n, means[quantity].mean
-                low, high = value - means[quantity].half[0], value + means[quantity].half[0]
-                bounds = (low, high) if n > 1 and quantity in ("entropy", "ratio") else None
-                rows.append(row | dict(
-                    quantity=quantity, records=n, value=value, low=low, high=high,
-                    head_min=min(heads), head_max=max(heads), text=number(value, bounds)))
-        if "shifted" in means and means["shifted"].n == 1:
-            low, high = means["shifted"].mean
-            rows.append(row | dict(quantity="shifted", records=1, low=low, high=high,
-                                   text=f"{number(low)} to {number(high)}"))
+                mean = means[quantity]
+                low, high = mean.mean - mean.half, mean.mean + mean.half
+                bounds = (low, high) if quantity in ("entropy", "ratio") else None
+                rows.append(about | dict(
+                    attention=STREAMS[stream][0], layer=layer + 1,
+                    keys=len(means["received_ratio"].mean), quantity=quantity, records=mean.n,
+                    value=mean.mean, low=low, high=high, text=number(mean.mean, bounds)))
     return rows
-
-
-ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
-         f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
-         "chance: share of such keys; ratio: of the two, mean over records; shifted: central 95 % "
-         "of one record's ratio when its peaks are shifted in time, all together.")
-
-
-def attention_table(table, by=()):
-    """The table as Markdown: a row a stream and layer, this run beside the untrained encoder."""
-    cells = table.pivot_table("text", [*by, "attention", "layer", "keys"], ["quantity", "encoder"],
-                              aggfunc="first", sort=False)
-    columns = pd.MultiIndex.from_tuples(COLUMNS.values())
-    cells = cells.reindex(columns=columns, fill_value="-").fillna("-")
-    return markdown([*cells.index.names, *COLUMNS], cells.reset_index().to_numpy())
 
 
 # Drawing an ECG
@@ -244,60 +181,43 @@ def rows_apart(signals, gap):
     return -np.cumsum([0, *(high[1:] - low[:-1] + gap)])
 
 
-def ecg_rows(mv):
-    """The rows of a printed ECG: names of their leads, traces (rows, T') in mV, where they hang.
-
-    mv: (T, C) millivolt, 5 or 10 s; each lead's median is at 0
-    """
-    leads = LAYOUTS[5 if len(mv) in {5 * rate for rate in RATES} else 10]
-    mv, rows = mv - np.median(mv, axis=0), []
-    for row in leads:
-        parts = [mv] * 2 if len(leads) == 6 else np.split(mv, len(row))
-        rows.append(np.concatenate([part[:, LEADS.index(lead)] for part, lead in zip(parts, row)]))
-    rows = np.stack(rows)
-    return leads, rows, rows_apart(rows.T.clip(-4, 4), 0.6)
-
-
-def ecg_size(mv):
-    """(width, height) in inches, (lowest, highest) mV, and mm per mV of a record (T, C) as drawn.
-
-    10 mm/mV, or what a page has room for: at some sources amplitudes are no millivolts.
-    """
-    _, rows, offsets = ecg_rows(mv)
-    low, high = offsets[-1] + rows[-1].min() - 0.3, rows[0].max() + 0.6
-    scale = min(10, (PAGE_MM - 17) / (high - low))
-    return ((10.5 * 25 + 8) * MM, (scale * (high - low) + 17) * MM), (low, high), scale
-
-
-def draw_ecg(figure, mv, title):
+def draw_ecg(mv, title, room):
     """A record as a clinician reads it: 12 leads, 25 mm/s and 10 mm/mV when printed at 100 %.
 
-    figure: a (sub)figure of ecg_size(mv); mv: (T, C) millivolt, 5 or 10 s
+    mv: (T, C) millivolt, 10 s  ->  (figure, its subfigure of `room` inches below the record)
     """
-    (width, height), (low, high), scale = ecg_size(mv)
-    (leads, rows, offsets), ink = ecg_rows(mv), dict(color="black", linewidth=0.8)
-    axis = figure.add_axes((4 * MM / width, 9 * MM / height, 1 - 8 * MM / width,
-                            1 - 17 * MM / height), frame_on=False)
-    seconds = np.linspace(0, SECONDS, rows.shape[1], endpoint=False)
-    for names, offset, row in zip(leads, offsets, rows):
+    mv = mv - np.median(mv, axis=0)
+    rows = np.stack([np.concatenate([part[:, LEADS.index(lead)] for part, lead in zip(
+        np.split(mv, len(leads)), leads)]) for leads in PRINTED])  # (4, T)
+    offsets = rows_apart(rows.T.clip(-4, 4), 0.6)
+    low, high = offsets[-1] + rows[-1].min() - 0.3, rows[0].max() + 0.6
+    # mm per mV: what a page has room for, since at some sources amplitudes are no millivolts
+    scale = min(10, (PAGE_MM - 17) / (high - low))
+    width, height = (SECONDS * 25 + 20.5) * MM, (scale * (high - low) + 17) * MM
+    figure, ink = Figure((width, height + room)), dict(color="black", linewidth=0.8)
+    top, below = figure.subfigures(2, 1, height_ratios=(height, room), hspace=0)
+    axis = top.add_axes((4 * MM / width, 9 * MM / height, 1 - 8 * MM / width, 1 - 17 * MM / height),
+                        frame_on=False)
+    seconds = np.arange(len(mv)) * SECONDS / len(mv)
+    for leads, offset, row in zip(PRINTED, offsets, rows + offsets[:, None]):
         axis.plot([-0.45, -0.4, -0.4, -0.2, -0.2, -0.15], offset + np.array([0, 0, 1, 1, 0, 0]),
-                  **ink)
-        axis.plot(seconds, row + offset, color="black", linewidth=0.7)
-        for lead, s, y in zip(names, *(np.split(a, len(names)) for a in (seconds, row + offset))):
+                  **ink)  # the pulse
+        axis.plot(seconds, row, color="black", linewidth=0.7)
+        for lead, s, y in zip(leads, *(np.split(a, len(leads)) for a in (seconds, row))):
             axis.vlines(s[0], offset - 0.25, offset + 0.25, **ink)
-            top = y[s < s[0] + 0.6].max()  # of what is below the lead's name
-            axis.text(s[0] + 0.06, top + 0.12, lead, fontsize=8, weight="bold")
+            above = y[s < s[0] + 0.6].max()  # what is below the lead's name
+            axis.text(s[0] + 0.06, above + 0.12, lead, fontsize=8, weight="bold")
     for mm, color in ((1, "#F8DDDD"), (5, "#E9A8A8")):
         step, grid = mm / scale, dict(color=color, linewidth=0.4, zorder=0)
         axis.hlines(np.arange(math.ceil(low / step) * step, high, step), -0.5, SECONDS, **grid)
         axis.vlines(np.arange(-0.4, SECONDS + 0.01, mm / 25), low, high, **grid)
-    axis.set(xlim=(-0.5, SECONDS), ylim=(low, high), yticks=[])
-    axis.set_xticks(range(SECONDS + 1), [*range(5), *range(6)] if len(leads) == 6 else None)
+    axis.set(xlim=(-0.5, SECONDS), ylim=(low, high), yticks=[], xticks=range(SECONDS + 1))
     axis.tick_params(length=0, labelsize=7)
     volts = "10 mm/mV" if scale == 10 else f"{scale:.2g} mm/mV, not 10, for want of height,"
     axis.set_xlabel(f"time (s); 25 mm/s and {volts} when printed at 100 %; the pulse is 1 mV and "
                     "0.2 s", fontsize=7, labelpad=1)
-    figure.text(0.5, 1 - 4 * MM / height, title, ha="center", fontsize=10)
+    top.text(0.5, 1 - 4 * MM / height, title, ha="center", fontsize=10)
+    return figure, below
 
 
 # Drawing attention
@@ -312,34 +232,12 @@ class Look:
     ecg_id: np.ndarray  # (n,)
     views: torch.Tensor  # (n, T, C), z-scored: the first view of each record
     keep: torch.Tensor  # (n, C) bool, the leads that are seen
-    mv: np.ndarray  # (T, C) millivolt, the same of one record; None for several
-    beats: list  # of each record the times of its R peaks in s
+    mv: np.ndarray  # (T, C) millivolt: the record, if it is one; else None
+    peaks: list  # of each record the times of its R peaks in s
     seconds: np.ndarray  # (N,) middle of each time token
     end: float  # of the last time token in s
     span: float  # of a view in s
     tokens: list  # names of the channel tokens
-
-    @property
-    def token(self):
-        return "lead" if self.tokens == LEADS else "mixed channel token"
-
-    @property
-    def legend(self):
-        return "Beats are not aligned: for those see attention-beats" if self.mv is None else (
-            "Black: attention that a key receives, mean over queries; blue: lead II; triangles: R "
-            "peaks")
-
-
-def canvas(look, height):
-    """(figure, subfigure of that height in inches below the record's ECG, if it is one record)."""
-    if look.mv is None:
-        figure = Figure((10.7, height))
-        return figure, figure.subfigures()
-    (width, ecg_height), _, _ = ecg_size(look.mv)
-    figure = Figure((width, ecg_height + height))
-    top, below = figure.subfigures(2, 1, height_ratios=(ecg_height, height), hspace=0)
-    draw_ecg(top, look.mv, look.subject)
-    return figure, below
 
 
 def name_axis(axis, along, role, kind, look):
@@ -349,7 +247,8 @@ def name_axis(axis, along, role, kind, look):
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.set_xlim(0, look.span)
     else:
-        axis.set(**{f"{along}label": f"{role}: {look.token}", f"{along}ticks": range(len(LEADS)),
+        token = "lead" if look.tokens == LEADS else "mixed channel token"
+        axis.set(**{f"{along}label": f"{role}: {token}", f"{along}ticks": range(len(LEADS)),
                     f"{along}ticklabels": look.tokens})
         axis.tick_params(axis=along, labelsize=7, rotation=90 if along == "x" else 0)
 
@@ -357,7 +256,7 @@ def name_axis(axis, along, role, kind, look):
 def draw_maps(axes, layers, stream, look, raw):
     """A stream's maps (N, M), a layer an axis, on one scale: weights, or log2(weight x M), which is
     0 where attention is uniform. Keys are along x, but time is where there is one."""
-    values, (query, key) = np.stack([means["map"].mean for means in layers]), KINDS[stream]
+    values = np.stack([means["map"].mean for means in layers])
     uniform, label = 1 / values.shape[2], "weight; line: uniform"
     style = dict(cmap="cividis", vmin=0, vmax=np.quantile(values, 0.995))
     if not raw:
@@ -365,147 +264,99 @@ def draw_maps(axes, layers, stream, look, raw):
         limit = np.abs(np.quantile(values, (0.005, 0.995))).max()
         style = dict(cmap="PuOr_r", vmin=-limit, vmax=limit)
         uniform, label = 0, "log2(attention / uniform)"
+    words, query, key = STREAMS[stream]
     x, y = ("key", key), ("query", query)
     if stream == "time_to_channel":
         values, x, y = values.swapaxes(1, 2), y, x
     ends = dict(time=(0, look.end), lead=(-0.5, len(LEADS) - 0.5))
     for i, (axis, shown, means) in enumerate(zip(axes, values, layers)):
         image = axis.imshow(shown, aspect="auto", extent=(*ends[x[1]], *ends[y[1]][::-1]), **style)
-        axis.set_title(f"layer {i + 1}: entropy / ln(keys) {means['entropy'].mean[0]:.3f}")
+        what = f"layer {i + 1}" if query == key else words
+        axis.set_title(f"{what}: entropy / ln(keys) {means['entropy'].mean:.3f}")
         name_axis(axis, "x", *x, look)
         name_axis(axis, "y", *y, look)
     bar = axis.figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label=label)
     bar.ax.axhline(uniform, color="white")
 
 
-def draw_mean(axis, x, values, **style):
-    """A mean over records along x, in its 95 % interval."""
-    (line,) = axis.plot(x, values.mean, **style)
-    axis.fill_between(x, values.mean - values.half, values.mean + values.half, alpha=0.2,
-                      color=line.get_color(), linewidth=0)
-
-
-def draw_received(axis, received, kind, look, along="x"):
-    """What keys of a kind receive / uniform, along x or y, with intervals for several records;
-    behind time, of one record, lead II and its R peaks."""
-    leads, style = range(len(LEADS)), dict(fmt="o", color="black")
-    if along == "y":
-        axis.errorbar(received.mean, leads, xerr=received.half, **style)
-        axis.axvline(1, **DASHED)
-        axis.set(xlabel="received /\nuniform", ylim=(len(LEADS) - 0.5, -0.5))
+def draw_received(axis, received, kind, look):
+    """What keys of a kind receive / uniform, with intervals for several records; behind time, of
+    one record, lead II and its R peaks."""
+    axis.axhline(1, **DASHED)
+    axis.set_ylabel("received /\nuniform")
+    mean, half = received.mean, received.half
+    if kind == "lead":
+        axis.errorbar(range(len(LEADS)), mean, yerr=half, fmt="o", color="black")
     else:
-        axis.axhline(1, **DASHED)
-        axis.set_ylabel("received /\nuniform")
-    if along == "x" and kind == "lead":
-        axis.errorbar(leads, received.mean, yerr=received.half, **style)
-    if kind == "time":
-        draw_mean(axis, look.seconds, received, color="black", linewidth=0.9)
+        axis.plot(look.seconds, mean, color="black", linewidth=0.9)
+        axis.fill_between(look.seconds, mean - half, mean + half, alpha=0.2, color="black",
+                          linewidth=0)
     if kind == "time" and look.mv is not None:
         x, behind = look.views[0, :, LEADS.index("II")], axis.twinx()
         behind.plot(np.arange(len(x)) * look.span / len(x), x, color="#56B4E9", linewidth=0.6)
-        behind.plot(look.beats[0], [x.max()] * len(look.beats[0]), "v", color="#D55E00")
+        behind.plot(look.peaks[0], [x.max()] * len(look.peaks[0]), "v", color="#D55E00")
         behind.set_yticks([])
-    name_axis(axis, along, "key", kind, look)
+    name_axis(axis, "x", "key", kind, look)
 
 
 def arrays(layers, look):
     """The numbers behind maps of some layers, for NPZ: weights, and what keys receive / uniform."""
     out = {}
-    for name, key in (("map", "map"), ("received_ratio", "received")):
-        out[name] = np.stack([means[key].mean for means in layers], dtype=np.float32)
+    for key in ("map", "received_ratio"):
+        out[key] = np.stack([means[key].mean for means in layers], dtype=np.float32)
         if look.mv is None:
-            out[f"{name}_half"] = np.stack([means[key].half for means in layers], dtype=np.float32)
+            out[f"{key}_half"] = np.stack([means[key].half for means in layers], dtype=np.float32)
     if look.mv is not None:
-        out |= dict(millivolt=look.mv, r_peaks=look.beats[0].astype(np.float32))
+        out |= dict(millivolt=look.mv, r_peaks=look.peaks[0].astype(np.float32))
     return out | dict(seconds=look.seconds, channel_tokens=look.tokens, ecg_id=look.ecg_id,
                       data=look.data)
 
 
-def plot_self(found, stream, look, raw, path):
-    """Self-attention of a stream, a column a layer: Figs. 12 (time) and 13 (channel) of the paper.
+def plot_maps(seen, streams, raw, path):
+    """Maps of some streams, a column a layer: Figs. 12 (time), 13 (channel) and 14 (cross) of the
+    paper. Several runs are a row each; of a single one what keys receive is drawn below, and the
+    record, if it is one, above.
+
+    seen: {run: (Look, what study() found)}
     """
-    layers = [means for (name, _), means in found.items() if name == stream]
-    height = min(4.0, 9 / len(layers))
-    figure, below = canvas(look, height + 2.2)
-    axes = below.subplots(2, len(layers), squeeze=False, height_ratios=(height, 1.2), sharex=True,
-                          sharey="row")
-    draw_maps(axes[0], layers, stream, look, raw)
-    for axis, means in zip(axes[1], layers):
-        draw_received(axis, means["received"], KINDS[stream][1], look)
-    for axis in axes.flat:
-        axis.label_outer()
-    below.suptitle(f"Self-attention of the {STREAMS[stream]}. {look.title}\n{look.legend}")
-    save_figure(figure, path, arrays(layers, look))
-
-
-def plot_cross(found, look, raw, path):
-    """Both directions of the cross-attention, time along x in both: Fig. 14 of the paper."""
-    both = {stream: [found[stream, 0]] for stream in ("time_to_channel", "channel_to_time")}
-    figure, below = canvas(look, 6.4)
-    axes = below.subplots(3, 2, width_ratios=(6, 1), height_ratios=(2, 2, 1.1))
-    for axis, (stream, layers) in zip(axes[:, 0], both.items()):
-        draw_maps([axis], layers, stream, look, raw)
-        axis.set_title(f"{STREAMS[stream]}, {axis.get_title()}")
-    draw_received(axes[0, 1], found["time_to_channel", 0]["received"], "lead", look, along="y")
-    draw_received(axes[2, 0], found["channel_to_time", 0]["received"], "time", look)
-    axes[1, 1].set_axis_off()
-    axes[2, 1].set_axis_off()
-    below.suptitle(f"Cross-attention. {look.title}\n{look.legend}")
-    save_figure(figure, path, {f"{stream}/{key}": value for stream, layers in both.items()
-                               for key, value in arrays(layers, look).items()})
-
-
-def plot_side_by_side(seen, streams, raw, path):
-    """Maps of some streams of several runs, a run a row: {name: (Look, what study() found)}."""
-    keys = [key for stream in streams for key in sorted(
-        {key for _, found in seen.values() for key in found if key[0] == stream})]
-    figure, numbers = Figure((4.2 * len(keys) + 1, 3.1 * len(seen) + 0.8)), {}
-    for axes, (name, (look, found)) in zip(figure.subplots(len(seen), len(keys), squeeze=False),
-                                           seen.items()):
+    several, cross, numbers = len(seen) > 1, len(streams) > 1, {}
+    keys = sorted({key for _, found in seen.values() for key in found if key[0] in streams},
+                  key=lambda key: (streams.index(key[0]), key[1]))
+    look, found = next(iter(seen.values()))
+    title = f"Attention: {', '.join(STREAMS[stream][0] for stream in streams)}"
+    if several:
+        figure = Figure((4.2 * len(keys) + 1, 3.1 * len(seen) + 0.8))
+        axes = figure.subplots(len(seen), len(keys), squeeze=False)
+        figure.suptitle(f"{title}\n{look.subject}")
+    else:
+        height, legend = min(4.0, 9 / len(keys)), ""
+        figure = below = Figure((10.7, height + 2.2))
+        if look.mv is not None:
+            figure, below = draw_ecg(look.mv, look.subject, height + 2.2)
+            legend = ("\nBlack: attention that a key receives, mean over queries; blue: lead II; "
+                      "triangles: R peaks")
+        axes = below.subplots(2, len(keys), squeeze=False, height_ratios=(height, 1.2),
+                              sharex=not cross, sharey=False if cross else "row")
+        below.suptitle(f"{title}. {look.title}{legend}")
+        for axis, key in zip(axes[1], keys):
+            draw_received(axis, found[key]["received_ratio"], STREAMS[key[0]][2], look)
+    for row, (run, (look, found)) in zip(axes, seen.items()):
         for stream in streams:
-            here = [(axis, found[key]) for axis, key in zip(axes, keys)
-                    if key[0] == stream and key in found]
-            draw_maps([axis for axis, _ in here], [means for _, means in here], stream, look, raw)
-            numbers |= {f"{name}/{stream}/{key}": value for key, value in arrays(
-                [means for _, means in here], look).items()}
-        axes[0].set_ylabel(f"{name}\n{axes[0].get_ylabel()}")
-    figure.suptitle(f"Attention: {', '.join(STREAMS[name] for name in streams)}\n{look.subject}")
+            here = {axis: found[key] for axis, key in zip(row, keys)
+                    if key[0] == stream and key in found}
+            draw_maps([*here], [*here.values()], stream, look, raw)
+            prefix = f"{run}/" * several + f"{stream}/" * (several or cross)
+            numbers |= {prefix + key: value
+                        for key, value in arrays([*here.values()], look).items()}
+        if several:
+            row[0].set_ylabel(f"{run}\n{row[0].get_ylabel()}")
+    if not (several or cross):
+        for axis in axes.flat:
+            axis.label_outer()
     save_figure(figure, path, numbers)
 
 
-def plot_beats(both, look, path):
-    """Attention that time tokens receive around the R peaks, of {encoder: what study() found}."""
-    T, signal = look.views.shape[1], Mean()
-    for x, peaks in zip(look.views.numpy(), look.beats):
-        beat = around_peaks(rms(x), np.arange(T) * look.span / T, peaks)
-        if beat is not None:
-            signal.add(beat)
-    if not signal.n:
-        print(f"note: no whole beat was found, so that {path} is not drawn")
-        return
-    figure = Figure((9.5, 5.6))
-    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(1, 2))
-    numbers = [dict(attention="root mean square of the leads", received=signal.mean)]
-    for (above, axis), (encoder, found) in zip(axes.T, both.items()):
-        above.plot(BEAT_S, signal.mean, color="black")
-        above.set_title(encoder)
-        axis.axhline(1, **DASHED)
-        axis.set_xlabel("time from the R peak (s)")
-        beats = {key: means["beat"] for key, means in found.items() if "beat" in means}
-        for ((stream, layer), beat), style in zip(beats.items(), cycle(("-", "--", ":", "-."))):
-            draw_mean(axis, BEAT_S, beat, linestyle=style,
-                      label=f"{STREAMS[stream]}, layer {layer + 1}")
-            numbers.append(dict(encoder=encoder, attention=stream, layer=layer + 1,
-                                received=beat.mean, half=beat.half))
-    axes[0, 0].set_ylabel("leads, root mean\nsquare (z-score)")
-    axes[1, 0].set_ylabel("attention received / uniform")
-    axes[1, 1].legend()
-    figure.suptitle(f"Attention around the R peaks. {look.title}")
-    save_figure(figure, path, pd.concat([pd.DataFrame(dict(seconds=BEAT_S, **part))
-                                         for part in numbers]))
-
-
-# Attention maps of a run
+# Attention maps of runs
 
 def choose(cache, args):
     """Rows of the records to show: one, or of a superclass several, one a patient.
@@ -531,69 +382,72 @@ def choose(cache, args):
     return found
 
 
-def name_record(index, row):
-    """Such as: ecg_id 39 (NORM), fold 10."""
+def name_record(cache, row):
+    """Such as: PTB-XL: ecg_id 39 (NORM), fold 10."""
+    index = cache.index
     classes = ", ".join(name for name in CLASSES if index[name][row]) or "no superclass"
-    return f"ecg_id {index.ecg_id[row]} ({classes}), fold {index.strat_fold[row]}"
+    return (f"{describe_data(cache.meta)}: ecg_id {index.ecg_id[row]} ({classes}), fold "
+            f"{index.strat_fold[row]}")
 
 
 def look_at(cache, rows, saved, trained, run, args):
     """The Look of some rows of a cache; saved, trained: args.json and arguments of the run."""
-    data, rate, signals = describe_data(cache.meta), cache.meta["rate"], cache.signals[rows]
-    stride = saved["config"]["time_stride"]
-    config, keep = from_args(ViewConfig, trained), torch.ones(len(rows), len(LEADS)).bool()
-    T = signals.shape[1]
-    at = config.split(torch.arange(T)[None, :, None] / rate)[0][0, :, 0].tolist()  # s
+    rate, signals, config = cache.meta["rate"], cache.signals[rows], from_args(ViewConfig, trained)
+    seconds = torch.arange(signals.shape[1])[None, :, None] / rate
+    at = config.split(seconds)[0][0, :, 0].tolist()  # the view's samples, s
+    step, start, stride = at[1] - at[0], at[0], saved["config"]["time_stride"]
+    span, n_tokens = round(len(at) * step, 6), len(at) // stride
+    keep, mv = torch.ones(len(rows), len(LEADS)).bool(), None
     if args.masked:
         keep = draw_leads(keep.shape, trained["mask_p"], generator("mask", trained["seed"], *rows))
-    views = config.split(normalize(torch.from_numpy(signals)))[0]
-    start, span = at[0], round(len(at) * (at[1] - at[0]), 6)
-    subject, mv = f"{data}: {name_record(cache.index, rows[0])}", None
     if args.superclass:
-        subject = (f"{data}: {len(rows)} records of folds 9 and 10 with {args.superclass}, one a "
-                   "patient: mean, 95 % interval")
+        subject = (f"{describe_data(cache.meta)}: {len(rows)} records of folds 9 and 10 with "
+                   f"{args.superclass}, one a patient: mean, 95 % interval")
     else:
-        first = round(start * rate)
-        mv = signals[0, first:first + (10 if span == 10 else 5) * rate] / np.float32(1000)
+        subject, mv = name_record(cache, rows[0]), signals[0] / np.float32(1000)
     subject += "; leads masked" * args.masked
     peaks = [r_peaks(signal, rate) for signal in signals]
     numbered = [str(i + 1) for i in range(len(LEADS))]
     return Look(
-        subject=subject, title=f"{subject}\n{run}: {describe(saved, cache.meta)}", data=data,
-        ecg_id=cache.index.ecg_id.to_numpy()[rows], views=views, keep=keep, mv=mv,
-        beats=[p[(p >= start) & (p < start + span)] - start for p in peaks],
-        seconds=token_times(len(at), stride, span),
-        end=len(at) // stride * stride * span / len(at), span=span,
+        subject=subject, title=f"{subject}\n{run}: {describe(saved, cache.meta)}",
+        data=describe_data(cache.meta), ecg_id=cache.index.ecg_id.to_numpy()[rows],
+        views=config.split(normalize(torch.from_numpy(signals)))[0], keep=keep, mv=mv,
+        peaks=[p[(p >= start) & (p < start + span)] - start for p in peaks],
+        seconds=(np.arange(n_tokens) * stride + (stride - 1) / 2) * span / len(at),
+        end=n_tokens * stride * span / len(at), span=span,
         tokens=numbered if saved["config"]["mix_leads"] else LEADS)
 
 
-def attend(run, name, args):
-    """The Look of a run's folder, what study() finds in it and in it untrained, a table of both."""
-    device = pick_device(args.device)
-    model, saved = load_run(run, device)
-    trained, cache = open_data(run, saved, args.cache)
-    look = look_at(cache, choose(cache, args), saved, trained, name, args)
-    found = study(model, look, device)
-    fresh = study(untrained(saved["config"], trained["seed"], device), look, device, False)
-    return look, found, fresh, pd.DataFrame(attention_rows(found, "this run")
-                                            + attention_rows(fresh, "untrained"))
-
-
-def maps(run, args):
-    """Attention maps, table and beats of a run, for one record or for a superclass."""
-    look, found, fresh, table = attend(run, Path(run).resolve().name, args)
-    text = f"# Attention\n{look.title}\n\n{ABOUT}\n\n{attention_table(table)}\n"
-    folder = Path(args.out or Path(run) / "figures")
-    name = args.superclass or f"ecg{look.ecg_id[0]}"
-    write_atomic(folder / f"attention-{name}.md", lambda tmp: tmp.write_text(text))
-    write_atomic(folder / f"attention-{name}.csv", lambda tmp: table.drop(
-        columns="text").assign(data=look.data).to_csv(tmp, index=False, float_format="%.6g"))
-    end = f"{name}.{args.format}"
-    plot_self(found, "time", look, args.raw, folder / f"attention-time-{end}")
-    plot_self(found, "channel", look, args.raw, folder / f"attention-channel-{end}")
-    plot_cross(found, look, args.raw, folder / f"attention-cross-{end}")
-    plot_beats({"this run": found, "untrained": fresh}, look, folder / f"attention-beats-{end}")
-    print(f"{text}\n-> {folder}/attention-*{name}*")
+def maps(folders, out, args):
+    """Attention of runs {name: folder}: maps, of several side by side, and one table of all."""
+    device, seen, rows = pick_device(args.device), {}, []
+    for name, folder in folders.items():
+        model, saved = load_run(folder, device)
+        trained, cache = open_data(folder, saved, args.cache)
+        look = look_at(cache, choose(cache, args), saved, trained, name, args)
+        fresh = untrained(saved["config"], trained["seed"], device)
+        rows += attention_rows(study(fresh, look, device), run=name, data=look.data,
+                               encoder="untrained")
+        found = study(model, look, device)
+        rows += attention_rows(found, run=name, data=look.data, encoder="this run")
+        seen[name] = look, found
+    several = len(folders) > 1
+    what = "views" if several else args.superclass or f"ecg{look.ecg_id[0]}"
+    for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
+                            ("cross", ["time_to_channel", "channel_to_time"])):
+        name = f"views-{figure}" if several else f"{figure}-{what}"
+        plot_maps(seen, streams, args.raw, out / f"attention-{name}.{args.format}")
+    table = pd.DataFrame(rows)
+    cells = table.pivot_table(
+        "text", [*["run"] * several, "attention", "layer", "keys"], ["quantity", "encoder"],
+        aggfunc="first", sort=False)
+    cells = cells.reindex(columns=pd.MultiIndex.from_tuples(COLUMNS.values())).fillna("-")
+    text = (f"## Attention\n{look.subject if several else look.title}\n\n{ABOUT}\n\n"
+            + markdown([*cells.index.names, *COLUMNS], cells.reset_index().to_numpy()) + "\n")
+    write_atomic(out / f"attention-{what}.md", lambda tmp: tmp.write_text(text))
+    write_atomic(out / f"attention-{what}.csv", lambda tmp: table.drop(columns="text").to_csv(
+        tmp, index=False, float_format="%.6g"))
+    print(f"{text}\n-> {out}/attention-*{what}*")
 
 
 # Curves of training: one run a line
@@ -613,22 +467,16 @@ def draw_curves(axis, runs, columns):
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_training(runs, out, end):
-    """The figures of TRAINING, Figs. 7 to 9 of the paper; runs: {name: (args.json, log)}."""
-    streams = {name: (saved, log.assign(param_grad_norm_ratio=log.param_grad_norm_channel
-                                        / log.param_grad_norm_time))
-               for name, (saved, log) in runs.items() if "param_grad_norm_time" in log}
-    plot_curves("loss", runs, out / f"training-loss.{end}")
-    plot_curves("clustering", runs, out / f"training-clustering.{end}")
-    if streams:
-        plot_curves("gradients", streams, out / f"training-gradients.{end}")
-    else:
-        print("note: no gradient norms of streams: a ResNet-18 has none")
-
-
-def plot_curves(kind, runs, path):
-    """One figure of TRAINING; the numbers behind it are the logs'."""
+def plot_training(kind, runs, path):
+    """A figure of TRAINING, Figs. 7 to 9 of the paper; runs: {name: (args.json, log)}."""
     title, scale, size, rows = TRAINING[kind]
+    if kind == "gradients":  # a ResNet-18 has no streams
+        runs = {name: (saved, log.assign(param_grad_norm_ratio=log.param_grad_norm_channel
+                                         / log.param_grad_norm_time))
+                for name, (saved, log) in runs.items() if "param_grad_norm_time" in log}
+    if not runs:
+        print("note: no gradient norms of streams: a ResNet-18 has none")
+        return
     figure = Figure(size)
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharex=True,
                            sharey="row" if kind == "gradients" else False)
@@ -672,48 +520,7 @@ def plot_ages(index, about, path):
         age_from=starts, age_below=[*starts[1:], np.nan], records=counts)))
 
 
-def plot_superclasses(index, about, path):
-    """How many records have each superclass, alone or not, and which occur together: Table 1."""
-    has = index[list(CLASSES)].to_numpy()
-    counts, alone, none = has.T @ has, has[has.sum(1) == 1].sum(0), (has.sum(1) == 0).sum()
-    figure = Figure((9, 4))
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    names, colors = [*CLASSES, "none"], [*CLASS_COLORS.values(), "#999999"]
-    bars = left.bar(names, [*counts.diagonal(), none], color="white", edgecolor=colors, hatch="//")
-    left.bar_label(bars)
-    left.bar(names, [*alone, none], color=colors)
-    left.set_ylabel("records; hatched: with another superclass")
-    share = counts / counts.diagonal()[:, None].clip(1)
-    right.imshow(share, cmap="Greys", vmin=0, vmax=2)
-    for i, j in np.ndindex(counts.shape):
-        right.text(j, i, f"{counts[i, j]}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8)
-    right.set_xticks(range(len(CLASSES)), CLASSES)
-    right.set_yticks(range(len(CLASSES)), CLASSES)
-    right.set(xlabel="... and this one", ylabel="records with this superclass ...")
-    figure.suptitle(f"Superclasses of {len(index)} records; a record may have several\n{about}")
-    table = pd.DataFrame(counts, columns=[f"with_{name}" for name in CLASSES])
-    save_figure(figure, path, table.assign(superclass=CLASSES, alone=alone))
-
-
 # Views
-
-def example(cache, config, seed, row):
-    """Both views of a record (2, T', C), or a window of each, and the leads they keep (2, C) bool.
-
-    Made by the code of training, for a batch of this record alone; of a step in which the pool has
-    changed both, since it may change none.
-    """
-    x = normalize(torch.from_numpy(cache.signals[[row]]))
-    feed, untouched = Feed(cache, config, seed, torch.device("cpu")), torch.cat(config.split(x))
-    for batch in feed((step, np.array([row])) for step in range(100)):
-        pair = torch.cat(list(batch.cut(slice(0, 1)))[::config.windows])
-        if not config.augment_p or pair.shape[1:] != untouched.shape[1:] or (
-                pair != untouched).any((1, 2)).all():
-            break
-    kept = np.ones((2, len(LEADS)), bool) if batch.keep is None else (
-        batch.keep[::config.windows, 0].numpy())
-    return pair.numpy(), kept
-
 
 def draw_leads_apart(axis, seconds, x, kept, offsets, color):
     """All leads of x (T, C) below one another; masked ones are flat, grey and marked."""
@@ -724,6 +531,7 @@ def draw_leads_apart(axis, seconds, x, kept, offsets, color):
             axis.text(seconds[len(seconds) // 2], offset, "masked", fontsize=7, color="0.4",
                       ha="center", va="center", backgroundcolor="white")
     axis.set_yticks(offsets, LEADS, fontsize=7)
+    axis.set_xlabel("time (s)")
     axis.margins(x=0.01, y=0.02)
 
 
@@ -741,108 +549,83 @@ def draw_beat(axis, x, parts, peaks, color):
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def plot_views(cache, config, seed, row, about, path):
+def plot_views(cache, config, seed, row, path):
     """A record raw, normalised, and its two views; below, what each view holds of one beat.
 
     Figs. 3 (stochastic), 4 (contig) and 5 (noncontig) of the paper.
     """
     signal, rate, color = cache.signals[row], cache.meta["rate"], VIEWS[config.view].color
     mv, x = signal / np.float32(1000), normalize(torch.from_numpy(signal[None].copy()))
-    t, raw, every = np.arange(len(mv)) / rate, mv - np.median(mv, axis=0), np.ones(len(LEADS), bool)
-    pair, kept = example(cache, config, seed, row)
-    times, parts = ([part[0].numpy() for part in 2 * config.split(a)][:2]  # as evaluation sees them
-                    for a in (torch.from_numpy(t)[None, :, None], x))
-    times = [time[:, 0] for time in times]
-    apart = config.shift or config.disturbances or config.equal  # a view has a time of its own
-    if config.augment_p and not apart:
-        parts = pair
-    x, figure = x[0].numpy(), Figure((11, 9))
+    raw, every = mv - np.median(mv, axis=0), np.ones(len(LEADS), bool)
+    # what a first step of training with this record alone would see: the first window of each view
+    (batch,) = Feed(cache, config, seed, torch.device("cpu"))([(0, np.array([row]))])
+    pair = torch.cat(list(batch.cut(slice(0, 1)))[::config.windows]).numpy()  # (2, T', C)
+    kept = [every] * 2 if batch.keep is None else batch.keep[::config.windows, 0].numpy()
+    t = torch.arange(len(mv))[None, :, None] / rate
+    times = [part[0, :, 0].numpy() for part in 2 * config.split(t)][:2]
+    # disturbed views have times of their own: the beat is then of views as evaluation sees them
+    apart = config.shift or config.disturbances or config.equal
+    parts = [part[0].numpy() for part in 2 * config.split(x)][:2] if apart else pair
+    t, x, figure = t[0, :, 0].numpy(), x[0].numpy(), Figure((11, 9))
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes, offsets = top.subplots(1, 4), rows_apart(x, 0.5)
-    draw_leads_apart(axes[0], t, raw, every, rows_apart(raw, 0.2), "black")
-    draw_leads_apart(axes[1], t, x, every, offsets, "black")
-    axes[0].set_title("raw, medians aside; bar: 1 mV")
-    axes[1].set_title("normalised; bar: 5 deviations")
-    for axis, size in zip(axes, (1, 5)):
-        axis.plot([-0.4] * 2, [-size, 0], color="black", linewidth=3, solid_capstyle="butt")
-        axis.set_xlabel("time (s)")
+    for axis, title, traces, at, bar in (
+            (axes[0], "raw, medians aside; bar: 1 mV", raw, rows_apart(raw, 0.2), 1),
+            (axes[1], "normalised; bar: 5 deviations", x, offsets, 5)):
+        draw_leads_apart(axis, t, traces, every, at, "black")
+        axis.plot([-0.4] * 2, [-bar, 0], color="black", linewidth=3, solid_capstyle="butt")
+        axis.set_title(title)
     for i, axis in enumerate(axes[2:]):
-        start = times[i][0] if apart else 0
-        seconds = times[i][:len(pair[i])] - start
+        seconds = times[i][:len(pair[i])] - (times[i][0] if apart else 0)
         draw_leads_apart(axis, seconds, pair[i], kept[i], offsets, color)
-        axis.set(title=f"view {i + 1}: {kept[i].sum()} of 12 leads", ylim=axes[1].get_ylim(),
-                 xlabel="time from the view's start (s)" if apart else "time (s)")
+        axis.set(title=f"view {i + 1}: {kept[i].sum()} of 12 leads", ylim=axes[1].get_ylim())
+        if apart:
+            axis.set_xlabel("time from the view's start (s)")
     draw_beat(below.subplots(), x, zip(times, parts), r_peaks(signal, rate), color)
-    figure.suptitle(f"{textwrap.fill(config.describe(), 110)}\n{about}")
+    figure.suptitle(f"{textwrap.fill(config.describe(), 110)}\n{name_record(cache, row)}, "
+                    f"{rate} Hz")
     save_figure(figure, path, dict(millivolt=mv, normalized=x, views=pair, kept=kept, leads=LEADS))
 
 
 # Every figure
 
-def plots(args):
-    """Every figure of a run, in its folder; of several runs their curves of training together."""
-    folders, runs = [Path(run) for run in args.runs], {}
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError(f"the same run twice: {' '.join(args.runs)}")
-    for folder in folders:
-        saved, log = read_args(folder), read_log(folder)
-        unique = [other.name for other in folders].count(folder.name) == 1
-        name = folder.name if unique else str(folder)
-        runs[f"{name}, SYNTHETIC" if saved["data"]["synthetic"] else name] = saved, log
-    if len(folders) == 1:
-        return plot_run(folders[0], runs, args)
-    out = Path(args.out or "runs/plots")
-    plot_training(runs, out, args.format)
-    print(f"-> {out}/training-*")
-    finished = {name: folder for folder, (name, (saved, _)) in zip(folders, runs.items())
-                if (folder / "model.pt").exists() and saved["config"]["arch"] == "dualview"}
-    if finished:
-        compare_maps(finished, args, out)
-
-
-def compare_maps(folders, args, out):
-    """Attention of several runs {name: folder}: maps in one figure a stream, one table."""
-    seen, tables = {}, []
-    for name, folder in folders.items():
-        look, found, _, table = attend(folder, name, args)
-        seen[name] = look, found
-        tables.append(table.assign(run=name))
-    for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
-                            ("cross", ["time_to_channel", "channel_to_time"])):
-        plot_side_by_side(seen, streams, args.raw, out / f"attention-views-{figure}.{args.format}")
-    table = pd.concat(tables)
-    text = f"## Attention\n{look.subject}. {ABOUT}\n\n{attention_table(table, ['run'])}\n"
-    write_atomic(out / "attention-views.md", lambda tmp: tmp.write_text(text))
-    write_atomic(out / "attention-views.csv", lambda tmp: table.drop(columns="text").to_csv(
-        tmp, index=False, float_format="%.6g"))
-    print(f"{text}\n-> {out}/attention-views*")
-
-
-def plot_run(folder, runs, args):
-    """Every figure of one run; runs: {its name: (args.json, log)}."""
-    (saved, _), = runs.values()
+def plot_data(folder, saved, out, args):
+    """The figures of a run's data and of all views of a record, its own as it was trained."""
     trained, cache = open_data(folder, saved, args.cache)
-    row = choose(cache, args)[0]  # before anything is drawn, so that an error comes at once
+    row = choose(cache, args)[0]
     if cache.meta["fingerprint"] != saved["data"]["fingerprint"]:
         print(f"note: trained on {saved['data']['data']}, drawn with {cache.meta['data']}")
-    out, end, data = Path(args.out or folder / "figures"), args.format, describe_data(cache.meta)
-    plot_training(runs, out, end)
-    plot_ages(cache.index, data, out / f"data-ages.{end}")
-    plot_superclasses(cache.index, data, out / f"data-superclasses.{end}")
-    at = f"{data} at {cache.meta['rate']} Hz"
+    plot_ages(cache.index, describe_data(cache.meta), out / f"data-ages.{args.format}")
     for view in VIEWS:
         config = ViewConfig(view=view)
         if view == trained["view"]:
             config = from_args(ViewConfig, trained)
-        plot_views(cache, config, trained["seed"], row, f"{name_record(cache.index, row)}, {at}",
-                   out / f"views-{view}.{end}")
-    print(f"-> {out}: training-*, data-*, views-*")
-    if not (folder / "model.pt").exists():
-        print("note: no attention maps before the run is finished")
-    elif saved["config"]["arch"] != "dualview":
-        print(f"note: no attention maps: this run is of --arch {saved['config']['arch']}")
-    else:
-        maps(folder, args)
+        plot_views(cache, config, trained["seed"], row, out / f"views-{view}.{args.format}")
+
+
+def plots(args):
+    """Every figure of a run; of several runs those of training and attention, together."""
+    folders, runs, watched = [Path(run) for run in args.runs], {}, {}
+    names = [folder.resolve().name for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError(f"the same run twice: {' '.join(args.runs)}")
+    for folder, name in zip(folders, names):
+        saved, log = read_args(folder), read_log(folder)
+        name = name if names.count(name) == 1 else str(folder)
+        name += ", SYNTHETIC" * saved["data"]["synthetic"]
+        runs[name] = saved, log
+        if (folder / "model.pt").exists() and saved["config"]["arch"] == "dualview":
+            watched[name] = folder
+        else:
+            print(f"note: no attention maps of {name}: it is no finished run of --arch dualview")
+    out = Path(args.out or (folder / "figures" if len(folders) == 1 else "runs/plots"))
+    if len(folders) == 1:
+        plot_data(folder, saved, out, args)
+    for kind in TRAINING:
+        plot_training(kind, runs, out / f"training-{kind}.{args.format}")
+    if watched:
+        maps(watched, out, args)
+    print(f"-> {out}")
 
 
 def get_args(argv=None):
@@ -875,7 +658,8 @@ def get_args(argv=None):
 def main(args):
     with matplotlib.rc_context(STYLE):
         if args.command == "maps":
-            maps(args.run, args)
+            folder = Path(args.run)
+            maps({folder.resolve().name: folder}, Path(args.out or folder / "figures"), args)
         else:
             plots(args)
 

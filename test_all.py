@@ -61,7 +61,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.tensorboard
 import wfdb
-from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
@@ -453,12 +452,21 @@ def beats(rate, every=0.8, first=0.5):
     return np.repeat(np.rint(1000 * mv).astype(np.int16)[:, None], 12, axis=1), times
 
 
+def figures_of(*argv):
+    """What a command draws, {file name: (figure, numbers)}, unsaved; and what it prints."""
+    figures = {}
+
+    def keep(figure, path, numbers):
+        figures[path.stem] = figure, numbers
+
+    with mock.patch.object(attention, "save_figure", keep):
+        return figures, said(run_attention, *argv)
+
+
 @pytest.fixture(scope="session")
 def drawn(finished, tmp_path_factory):
-    """A copy of the finished run with every figure, and what was printed."""
-    run = Path(shutil.copytree(finished[0], tmp_path_factory.mktemp("drawn") / "one",
-                               ignore=shutil.ignore_patterns("figures")))
-    return run, said(run_attention, "plots", run)
+    """All that `plots` draws of the finished run, and what it prints."""
+    return figures_of("plots", finished[0], "--out", tmp_path_factory.mktemp("drawn"))
 
 
 class TestData:
@@ -2534,13 +2542,12 @@ class TestAttention:
             (name, layer), []).append(w[0].double().numpy()))
         found = attention.observe(m, x)
         assert list(found) == list(heads)
-        for key, at in found.items():
+        for key, (weights, entropy) in found.items():
             w = np.stack(heads[key])  # (H, N, M)
-            np.testing.assert_allclose(at["map"], w.mean(0), atol=1e-6)
-            np.testing.assert_allclose(at["map"].sum(1), 1, atol=1e-5)
-            np.testing.assert_allclose(at["received"], w.shape[2] * w.mean(1), atol=1e-5)
-            want = scipy.stats.entropy(w, axis=2).mean(1) / math.log(w.shape[2])
-            np.testing.assert_allclose(at["entropy"], want, atol=1e-5)
+            np.testing.assert_allclose(weights, w.mean(0), atol=1e-6)
+            np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+            want = scipy.stats.entropy(w, axis=2).mean() / math.log(w.shape[2])
+            assert entropy == pytest.approx(want, abs=1e-5)
 
     @pytest.mark.parametrize("rate", data.RATES)
     def test_r_peaks_are_found_where_they_are(self, rate):
@@ -2564,98 +2571,48 @@ class TestAttention:
             both, all_of_them = both + hits, all_of_them + len(a) + len(b) - hits
         assert both > .95 * all_of_them > 0, (both, all_of_them)
 
-    @pytest.mark.parametrize("stride", [1, 4])
-    def test_a_token_stands_at_the_mean_time_of_its_samples(self, stride):
-        t = np.arange(500) * .02  # an interleaved view of 10 s
-        np.testing.assert_allclose(attention.token_times(500, stride, 10),
-                                   t.reshape(-1, stride).mean(1))
-
-    def test_attention_on_peaks_is_1_by_chance_and_has_its_double_loop(self):
-        near = np.isin(np.arange(100), [10, 40])
-        assert attention.on_peaks(np.ones((2, 100)), near)[2] == pytest.approx(1)
-        received = np.random.default_rng(0).random((3, 100))
-        received *= 100 / received.sum(1, keepdims=True)
-        share, chance, ratio, shifted = attention.on_peaks(received, near)
-        np.testing.assert_allclose(share, [sum(row[j] for j in (10, 40)) / 100 for row in received])
-        np.testing.assert_allclose(ratio, share / .02)
-        assert chance == pytest.approx(.02)
-        null = [sum(received[:, (j + i) % 100].mean() for j in (10, 40)) / 2 for i in range(100)]
-        assert np.mean(null) == pytest.approx(1)
-        np.testing.assert_allclose(shifted, np.quantile(null, [.025, .975]))
-
-    def test_the_mean_beat_is_the_signal_around_whole_beats(self):
-        seconds = np.arange(1000) / 100
-        wave = np.cos(2 * np.pi * seconds)  # each full second is a peak
-        got = attention.around_peaks(wave, seconds, np.array([.1, 3., 7., 9.8]))
-        np.testing.assert_allclose(got, np.cos(2 * np.pi * attention.BEAT_S), atol=1e-3)
-        assert attention.around_peaks(wave, seconds, np.array([.1])) is None
-
-    def drawn_ecg(self, mv):
-        """The axis of an ECG, and how far from each other (0, 0), (1, 0) and (0, 1) are in mm."""
-        figure = Figure(attention.ecg_size(mv)[0], dpi=254)  # ten dots a millimetre
-        attention.draw_ecg(figure, mv, "")
-        (axis,) = figure.axes
-        at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
-        return axis, at[1:] - at[0]
-
-    @pytest.mark.parametrize("seconds", [10, 5])
-    def test_an_ecg_is_drawn_at_25_mm_a_second_and_10_mm_a_millivolt(self, seconds):
-        mv = beats(100)[0][:100 * seconds] / 1000. * np.arange(1, 13)
+    @pytest.mark.parametrize("gain, fits", [(1, True), (40, False)])  # mV; or z-scores, as it were
+    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt_or_what_fits_a_page(self, gain, fits):
+        mv = gain * beats(100)[0] / 1000. * np.arange(1, 13) / 12
         mv[:, 7] *= -.3
-        axis, scale = self.drawn_ecg(mv)
-        np.testing.assert_allclose(scale, [[25, 0], [0, attention.ecg_size(mv)[2]]], atol=.001)
-        _, rows, offsets = attention.ecg_rows(mv)
-        apart = (rows[:-1].clip(-4, 4).min(1) + offsets[:-1]) - (
-            rows[1:].clip(-4, 4).max(1) + offsets[1:])
-        np.testing.assert_allclose(apart, .6)
-        shown = [mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]] if seconds == 10 else [
-            mv[:, 1], mv[:, 7]]  # II aVL V2 V5 one after another; or II and V2 at the same time
-        middle = np.median(mv, axis=0)[[1, 4, 7, 10] if seconds == 10 else [1, 7]]
-        np.testing.assert_allclose(rows[1], np.concatenate(
-            [lead - m for lead, m in zip(shown, middle)]))
+        figure, _ = attention.draw_ecg(mv, "", 1)
+        figure.set_dpi(254)  # ten dots a millimetre
+        (axis,) = figure.subfigs[0].axes
+        at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
+        label = re.search(r"([0-9.]+) mm/mV(, not 10)?", axis.get_xlabel())
+        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, float(label[1])]], rtol=.05,
+                                   atol=1e-6)
+        assert (at[2, 1] - at[0, 1] == pytest.approx(10)) == fits == (not label[2])
+        assert figure.get_figheight() <= 1 + 297 / 25.4 + 1e-9
         assert {text.get_text() for text in axis.texts} == set(LEADS)
-
-    @pytest.mark.parametrize("gain, fits", [(1, True), (5, False)])  # mV; or z-scores, as it were
-    def test_a_record_taller_than_a_page_is_drawn_lower_and_says_so(self, gain, fits):
-        mv = gain * beats(100)[0][:500] / 1000.
-        assert attention.ecg_size(mv)[0][1] <= 297 / 25.4 + 1e-9
-        axis, scale = self.drawn_ecg(mv)
-        assert (scale[1, 1] == pytest.approx(10)) == fits
-        said = re.search(r"([0-9.]+) mm/mV(, not 10)?", axis.get_xlabel())
-        assert float(said[1]) == pytest.approx(scale[1, 1], rel=.05) and bool(said[2]) == (not fits)
-
-    def capture(self, monkeypatch, *argv):
-        """The figures that a command draws, by file name."""
-        figures = {}
-
-        def keep(figure, path, numbers):
-            figure.numbers, figures[path.stem] = numbers, figure
-
-        monkeypatch.setattr(attention, "save_figure", keep)
-        run_attention(*argv)
-        return figures
+        rows = np.stack([line.get_ydata() for line in axis.lines[1::2]])  # after a pulse each
+        want = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
+        want -= np.repeat(np.median(mv, axis=0)[[1, 4, 7, 10]], 250)  # II aVL V2 V5
+        np.testing.assert_allclose(rows[1] - rows[1, 0], want - want[0], atol=1e-9)
+        if fits:  # taller waves than 4 mV may touch
+            np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
 
     @pytest.mark.parametrize("flags, word, raw", [
         ([], "lead", ["--raw"]), (["--mix-leads"], "mixed channel token", [])])
-    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, monkeypatch,
-                                                             flags, word, raw):
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags, word,
+                                                             raw):
         run_train(cache, tmp_path, "--max-steps", 1, "--time-stride", 64, *flags)  # 7 tokens of 64
-        figures = self.capture(monkeypatch, "maps", "--run", tmp_path, "--ecg-id", 5, *raw)
+        figures, _ = figures_of("maps", "--run", tmp_path, "--ecg-id", 5, *raw)
         found = attention.observe(model.load_run(tmp_path)[0],
                                   normalized(data.open_cache(cache), [4])[:, ::2])
         end = 7 * 64 * .02  # s: an interleaved view has a sample each 20 ms
         pictures = {(name.split("-")[1], axis.get_title().split(":")[0]): axis
-                    for name, figure in figures.items()
-                    for sub in figure.subfigs for axis in sub.axes if axis.images}
+                    for name, (figure, _) in figures.items()
+                    for axis in figure.subfigs[1].axes if axis.images}
         wide, high = (0, end, 11.5, -.5), (-.5, 11.5, 11.5, -.5)
         for stream, title, key, keys, extent, x_label, y_label in (
                 ("time", "layer 1", ("time", 0), 7, (0, end, end, 0), "", "query: time (s)"),
                 ("channel", "layer 1", ("channel", 0), 12, high, "", f"query: {word}"),
-                ("cross", "time attends to channels, layer 1", ("time_to_channel", 0), 12, wide,
+                ("cross", "time attends to channels", ("time_to_channel", 0), 12, wide,
                  "query: time (s)", f"key: {word}"),
-                ("cross", "channels attend to time, layer 1", ("channel_to_time", 0), 7, wide,
+                ("cross", "channels attend to time", ("channel_to_time", 0), 7, wide,
                  "key: time (s)", f"query: {word}")):
-            axis, want = pictures[stream, title], found[key]["map"]
+            axis, want = pictures[stream, title], found[key][0]
             if not raw:
                 want = np.log2((want * keys).clip(1 / 16, 16))
             got = axis.images[0].get_array().data
@@ -2665,94 +2622,98 @@ class TestAttention:
             assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
         names = [text.get_text() for text in pictures["channel", "layer 1"].get_yticklabels()]
         assert names == list(LEADS) if word == "lead" else "aVR" not in names
-        figure = figures["attention-time-ecg5"]
+        figure, _ = figures["attention-time-ecg5"]
         curve = figure.subfigs[1].axes[1].lines[1]  # the first is at 1
         np.testing.assert_allclose(curve.get_xdata(), (np.arange(7) * 64 + 31.5) * .02)
-        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0]["map"].mean(0),
-                                   rtol=1e-5)
-        figure.set_dpi(254)  # the ECG that is saved is to scale too
+        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0][0].mean(0), rtol=1e-5)
+        figure.set_dpi(254)  # the layout leaves the ECG to scale
         figure.draw_without_rendering()
         at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
         np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
 
-    def test_plots_draws_a_superclass_its_intervals_and_chance(self, drawn, monkeypatch):
-        figures = self.capture(monkeypatch, "plots", drawn[0], "--superclass", "NORM", "--records",
-                               3, "--raw")
-        numbers, m = figures["attention-channel-NORM"].numbers, model.load_run(drawn[0])[0]
-        c = data.open_cache(json.loads((drawn[0] / "args.json").read_text())["args"]["cache"])
-        chosen = c.index[c.index.ecg_id.isin(numbers["ecg_id"])]
-        assert len(chosen) == 3 and chosen.patient_id.is_unique and (chosen.NORM == 1).all()
-        assert chosen.strat_fold.isin([9, 10]).all()
-        each = [attention.observe(m, normalized(c, [row])[:, ::2])["channel", 0]
-                for row in chosen.index]
+    def test_maps_of_a_superclass_are_means_with_intervals_beside_the_untrained(self, finished,
+                                                                                cache, tmp_path):
+        run, c = finished[0], data.open_cache(cache)
+        few = attention.get_args(["maps", "--superclass", "NORM", "--records", "2"])
+        assert len(attention.choose(c, few)) == 2
+        figures, _ = figures_of("maps", "--run", run, "--superclass", "MI", "--raw", "--out",
+                                tmp_path)
+        figure, numbers = figures["attention-channel-MI"]
+        found = c.index[c.index.strat_fold.isin([9, 10]) & (c.index.MI == 1)]
+        chosen = found[found.ecg_id.isin(numbers["ecg_id"])]
+        assert len(chosen) == chosen.patient_id.nunique() == found.patient_id.nunique() < len(found)
+        x = normalized(c, chosen.index)[:, ::2]
+        m, saved = model.load_run(run)
+        torch.manual_seed(saved["args"]["seed"])
+        fresh = model.Contrastive(model.Config(**saved["config"])).eval()
+        each, before = ([attention.observe(n, one[None]) for one in x] for n in (m, fresh))
+        weights, entropy = zip(*(seen["channel", 0] for seen in each))
 
         def interval(values):
-            return scipy.stats.t.interval(.95, 2, np.mean(values, 0), scipy.stats.sem(values))
+            return scipy.stats.t.interval(.95, len(x) - 1, np.mean(values, 0),
+                                          scipy.stats.sem(values))
 
-        low, high = interval([at["map"] for at in each])
+        low, high = interval(weights)
         np.testing.assert_allclose(numbers["map"][0], (low + high) / 2, atol=1e-6)
         np.testing.assert_allclose(numbers["map_half"][0], (high - low) / 2, atol=1e-6)
-        below = figures["attention-channel-NORM"].subfigs[0]
-        np.testing.assert_array_equal(below.axes[0].images[0].get_array(), numbers["map"][0])
-        bars = below.axes[1].containers[0][2][0].get_segments()
+        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), numbers["map"][0])
+        bars = figure.axes[1].containers[0][2][0].get_segments()
         np.testing.assert_allclose([bar[:, 1] for bar in bars], np.stack(interval(
-            [at["received"].mean(0) for at in each]), 1), rtol=1e-4)
-        row = pd.read_csv(drawn[0] / "figures" / "attention-NORM.csv").query(
-            "encoder == 'this run' and attention == 'channel stream'").iloc[0]
-        assert (row.quantity, row.records) == ("entropy", 3)
+            [12 * w.mean(0) for w in weights]), 1), rtol=1e-4)
+        on, chance = [], []  # of 25 tokens of .4 s those within .05 s of a peak
+        for record, seen in zip(c.signals[chosen.index], each):
+            near = [min(abs(.19 + .4 * i - p) for p in attention.r_peaks(record, 100)) <= .05
+                    for i in range(25)]
+            if any(near):
+                on.append(sum(w for w, hit in zip(seen["time", 0][0].mean(0), near) if hit))
+                chance.append(sum(near) / 25)
+        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index(
+            ["encoder", "attention", "quantity"]).sort_index()
+        row = table.loc["this run", "channel stream", "entropy"]
+        assert row.records == len(x)
+        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
+        np.testing.assert_allclose(
+            table.value["this run", "time stream"][["share", "chance", "ratio"]],
+            [np.mean(on), np.mean(chance), np.mean(np.divide(on, chance))], rtol=1e-4)
+        np.testing.assert_allclose(table.value["untrained", "channel stream", "entropy"], np.mean(
+            [seen["channel", 0][1] for seen in before]), rtol=1e-5)
+        assert table.value["untrained", "channel stream", "entropy"] != row.value
         one = attention.Mean()
-        one.add(each[0]["map"])
+        one.add(weights[0])
         assert np.isnan(one.half).all()  # a single record has no interval
-        np.testing.assert_allclose([row.low, row.high], interval(
-            [at["entropy"].mean() for at in each]), rtol=1e-4)
-        lines = figures["training-loss"].axes[0].lines
-        flat = sorted(line.get_ydata()[0] for line in lines if line.get_label().startswith("_"))
-        plan = json.loads((drawn[0] / "args.json").read_text())["in_effect"]
+
+    def test_every_figure_is_there_with_its_numbers(self, drawn, finished, cache):
+        index, (figures, out) = data.open_cache(cache).index, drawn
+        first = index[(index.strat_fold == 10) & (index.NORM == 1)
+                      & (index[list(CLASSES)].sum(axis=1) == 1)].ecg_id.iloc[0]
+        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in out
+        assert {name.replace(f"ecg{first}", "ID") for name in figures} == {
+            "training-loss", "training-gradients", "training-clustering", "data-ages",
+            *(f"views-{view}" for view in views.VIEWS),
+            "attention-time-ID", "attention-channel-ID", "attention-cross-ID"}
+        figure, numbers = figures["training-loss"]
+        assert list(numbers.val_loss) == [row["val_loss"] for row in log_of(finished[0])]
+        flat = sorted(line.get_ydata()[0] for line in figure.axes[0].lines
+                      if line.get_label().startswith("_"))
+        plan = json.loads((finished[0] / "args.json").read_text())["in_effect"]
         assert flat == pytest.approx(sorted([math.log(2 * plan["batch"] - 1),
                                              math.log(2 * plan["val_batch"] - 1)]))
 
-    def test_every_figure_is_there_with_its_numbers(self, drawn, cache):
-        folder, index = drawn[0] / "figures", data.open_cache(cache).index
-        first = index[(index.strat_fold == 10) & (index.NORM == 1)
-                      & (index[list(CLASSES)].sum(axis=1) == 1)].ecg_id.iloc[0]
-        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in drawn[1]
-        names = {path.stem for path in folder.glob("*.png")}
-        assert {name.replace(f"ecg{first}", "ID") for name in names} == {
-            "training-loss", "training-gradients", "training-clustering", "data-ages",
-            "data-superclasses", "views-stochastic", "views-contig", "views-noncontig",
-            "views-masking", "attention-time-ID", "attention-channel-ID",
-            "attention-cross-ID", "attention-beats-ID"}
-        for name in names:
-            assert (folder / f"{name}.csv").exists() or (folder / f"{name}.npz").exists(), name
-        loss = pd.read_csv(folder / "training-loss.csv")
-        np.testing.assert_allclose(loss.val_loss, [row["val_loss"] for row in log_of(drawn[0])],
-                                   rtol=1e-5)
-        table = pd.read_csv(folder / "data-superclasses.csv", index_col="superclass")
-        for a in CLASSES:
-            for b in CLASSES:
-                assert table[f"with_{b}"][a] == sum(r[a] and r[b] for _, r in index.iterrows())
-            others = index[[b for b in CLASSES if b != a]].any(axis=1)
-            assert table.alone[a] == sum(r[a] and not others[i] for i, r in index.iterrows())
-
-    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, cache):
-        saved = json.loads((drawn[0] / "args.json").read_text())["args"]
-        c = data.open_cache(cache)
-        with np.load(drawn[0] / "figures" / "views-noncontig.npz") as numbers:
-            row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
-                                     .all((1, 2)))[0])
-            x = normalized(c, [row])
-            for got, want in zip(numbers["views"], views.noncontig(x)):
-                np.testing.assert_allclose(got, want[0], atol=1e-6)
-            keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", saved["seed"], 0))
-            np.testing.assert_array_equal(numbers["kept"], keep[:, 0])
-        with np.load(drawn[0] / "figures" / "views-stochastic.npz") as numbers:
-            assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
-        axis = Figure().subplots()
-        attention.draw_leads_apart(axis, np.arange(1000), x[0].numpy(), keep[0, 0].numpy(),
-                                   np.arange(12), "red")
-        assert len(axis.texts) == (~keep[0, 0]).sum()
-        flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
-        assert len(flat) == len(axis.texts)
+    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, finished, cache):
+        seed, c = json.loads((finished[0] / "args.json").read_text())["args"]["seed"], (
+            data.open_cache(cache))
+        figure, numbers = drawn[0]["views-noncontig"]
+        row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
+                                 .all((1, 2)))[0])
+        for got, want in zip(numbers["views"], views.noncontig(normalized(c, [row]))):
+            np.testing.assert_allclose(got, want[0], atol=1e-6)
+        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", seed, 0))[:, 0]
+        np.testing.assert_array_equal(numbers["kept"], keep)
+        for axis, kept in zip(figure.subfigs[0].axes[2:], keep):
+            flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
+            assert len(axis.texts) == len(flat) == (~kept).sum()
+        numbers = drawn[0]["views-stochastic"][1]
+        assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
 
     def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
         index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
@@ -2761,17 +2722,24 @@ class TestAttention:
         assert rows[90] == 3 and rows[0] == 2 and rows[5] == 1 and rows[85] == 1 and rows[40] == 1
         assert rows.sum() == 8
 
-    def test_several_runs_share_the_figures_of_training(self, finished, drawn, tmp_path):
+    def test_several_runs_share_the_figures_of_training_and_of_attention(self, finished, tmp_path):
         other = Path(shutil.copytree(finished[0], tmp_path / "other"))
-        (other / "model.pt").unlink()  # as in the middle of training
-        run_attention("plots", drawn[0], other, "--out", tmp_path / "both")
-        table = pd.read_csv(tmp_path / "both" / "training-gradients.csv")
-        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC"} and len(table) == 4
-        assert {p.stem for p in (tmp_path / "both").iterdir()} == {
-            "training-loss", "training-gradients", "training-clustering", "attention-views",
-            "attention-views-time", "attention-views-channel", "attention-views-cross"}
+        half = Path(shutil.copytree(finished[0], tmp_path / "half"))
+        (half / "model.pt").unlink()  # as in the middle of training
+        figures, out = figures_of("plots", finished[0], other, half, "--out", tmp_path)
+        assert set(figures) == {
+            "training-loss", "training-gradients", "training-clustering", "attention-views-time",
+            "attention-views-channel", "attention-views-cross"}
+        table = figures["training-gradients"][1]
+        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC", "half, SYNTHETIC"}
+        assert len(table) == 6 and "no attention maps of half" in out
+        _, numbers = figures["attention-views-cross"]
+        for direction in ("time_to_channel", "channel_to_time"):
+            a, b = (numbers[f"{run}, SYNTHETIC/{direction}/map"] for run in ("one", "other"))
+            np.testing.assert_array_equal(a, b)
+        rows = pd.read_csv(tmp_path / "attention-views.csv")
+        assert set(rows.run) == {"one, SYNTHETIC", "other, SYNTHETIC"}
 
-    @slow
     def test_bad_input_is_named(self, finished, tmp_path):
         bare, broken = (Path(shutil.copytree(finished[0], tmp_path / name))
                         for name in ("bare", "broken"))
@@ -2789,16 +2757,19 @@ class TestAttention:
                 run_attention(*argv)
 
     @slow
-    def test_a_run_without_attention_has_the_other_figures(self, resnet_run):
+    def test_figures_are_files_also_of_a_run_without_attention(self, resnet_run, finished,
+                                                               tmp_path):
         with refused("--arch resnet18, which has no attention"):
             run_attention("maps", "--run", resnet_run)
         out = said(run_attention, "plots", resnet_run)
-        assert "no attention maps: this run is of --arch resnet18" in out
-        assert "no gradient norms" in out
-        assert (resnet_run / "figures" / "views-contig.png").exists()
+        assert "no attention maps of resnet" in out and "no gradient norms" in out
+        assert {path.name for path in (resnet_run / "figures").iterdir()} >= {
+            "data-ages.png", "data-ages.csv", "views-contig.png", "views-contig.npz",
+            "training-loss.png", "training-loss.csv"}
+        run_attention("maps", "--run", finished[0], "--superclass", "NORM", "--masked", "--format",
+                      "pdf", "--out", tmp_path)
+        assert len(list(tmp_path.glob("attention-*-NORM.pdf"))) == 3
 
-
-# Recordings of one's own
 
 def write_edf(path, uv, rate, leads):
     """Write an EDF file of one data record (its specification: www.edfplus.info): uv (T, n)."""
@@ -3613,18 +3584,17 @@ class TestMake:
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    @pytest.mark.parametrize("words", [
-        "demo test download cache pretrain eval compare plots attention study bench info clean",
-        "NPROC VIEW SEED RATE PRESET DATA RUN RUNS ARGS STUDY SEEDS JOBS EVAL OUT"])
-    def test_make_alone_lists_every_public_target_and_variable(self, words):
-        assert set(words.split()) <= set(re.findall(r"\w+", self.make()))
+    def test_make_alone_lists_every_public_target_and_variable(self):
+        text = (HERE / "Makefile").read_text()
+        targets = {*re.search(r"\.PHONY: (.*)", text)[1].split()} - {"help", "FORCE"}
+        wanted = targets | {*re.findall(r"^([A-Z]+) *\?=", text, re.M)}
+        assert len(wanted) > 30 and wanted - {*re.findall(r"\w+", self.make())} == set()
 
-    @pytest.mark.parametrize("alias", ALIASES)
-    def test_targets_chain_and_names_carry_the_canonical_view(self, alias):
-        out, view = self.make("-n", "pretrain", f"VIEW={alias}"), ALIASES[alias]
-        rate = 100 if view == "stochastic" else 500
-        steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
-        assert [s for s in steps if s not in out] == []
+    def test_targets_chain_and_names_carry_the_canonical_view(self):
+        for alias, view in ALIASES.items():
+            out, rate = self.make("-n", "pretrain", f"VIEW={alias}"), views.VIEWS[view].rate
+            steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
+            assert [s for s in steps if s not in out] == []
 
     def test_other_data_are_not_downloaded_and_an_unknown_view_stops_make_at_once(self):
         out = self.make("-n", "pretrain", "DATA=../elsewhere", "RATE=100")
@@ -3632,14 +3602,15 @@ class TestMake:
         out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
         assert all(name in out for name in ["zigzag", *views.VIEWS])
 
-    @pytest.mark.parametrize("script, command", [
-        (train, []), (model, []), (data, ["cache"]), (evaluate, ["run"]), (evaluate, ["compare"]),
-        (evaluate, ["study"]),
-        (attention, ["maps"]), (attention, ["plots"])])
-    def test_help(self, script, command, capsys):
-        with pytest.raises(SystemExit) as stop:
-            script.get_args([*command, "--help"])
-        assert stop.value.code == 0 and "show this help" in capsys.readouterr().out
+    def test_help(self, capsys):
+        for script, commands in (
+                (train, [""]), (model, [""]), (data, ["download", "cache", "synth", "info"]),
+                (evaluate, ["run", "embed", "export", "compare", "study"]),
+                (attention, ["maps", "plots"])):
+            for command in commands:
+                with pytest.raises(SystemExit, match="^0$"):
+                    script.get_args([*command.split(), "--help"])
+                assert "show this help" in capsys.readouterr().out
 
     @slow
     def test_importing_does_nothing_and_loading_a_run_needs_no_readers(self, finished, tmp_path):
