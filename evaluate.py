@@ -94,6 +94,7 @@ TRAINING = {"loss": "loss", "val_loss": "val_loss", "grad_norm_ratio": "channel/
 RATIOS = tuple(TRAINING)[2:4]
 COSTS = dict(list(TRAINING.items())[4:])
 TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
+SETTINGS = "readout", "amplitude", "first_view", "label_lr"  # runs that are compared share them
 KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
 CLASS_COLORS = dict(zip(CLASSES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
@@ -1738,7 +1739,7 @@ def read_evaluated(folders):
             about = json.loads((folder / "eval" / "about.json").read_text())
             runs.append(dict(folder=folder, table=table, about=about, saved=read_args(folder),
                              draws=read_arrays(folder / "eval" / "draws.npz")))
-            VIEWS[about["view"]], about["settings"]["readout"], about["data"]["index"]
+            VIEWS[about["view"]], about["data"]["index"], [about["settings"][k] for k in SETTINGS]
             overview({"": runs[-1:]}), runs[-1]["draws"]["official-pretrained"][0]  # as compare()
         except Exception as error:  # whatever a damaged file leads the libraries to
             raise InputError(f"{folder} is damaged ({error}); evaluate it again: make eval "
@@ -1759,8 +1760,7 @@ def group_runs(runs):
     """
     def settings(run):
         about, args = run["about"], with_defaults(run["saved"]["args"])
-        of_evaluation = {k: about["settings"][k] for k in (
-            "readout", "amplitude", "first_view", "label_lr")}
+        of_evaluation = {k: about["settings"][k] for k in SETTINGS}
         return of_evaluation | {k: v for k, v in args.items() if k not in NOT_A_RESULT | {"seed"}
                                 } | dict(data=about["data"]["fingerprint"][:6])
 
@@ -1913,8 +1913,11 @@ class Member:
 
 
 def plan_study(args):
-    """The Members of a study, seed by seed. Raises InputError before any of them is trained."""
-    rows, members = STUDIES[args.study].rows, []
+    """The Members of a study, seed by seed, but for rows whose flags do not go with the preset's.
+
+    Raises InputError, before any is trained, where no row is left.
+    """
+    rows, members, refused = STUDIES[args.study].rows, [], {}
     caches = {cache.meta["rate"]: cache for cache in map(open_cache, args.caches)}
     get_args(["run", *shlex.split(args.eval)])  # ends here when they are wrong
     for seed, (row, text) in product(range(args.seeds), rows.items()):
@@ -1926,12 +1929,20 @@ def plan_study(args):
         flags = text.format(more=round(usual.epochs * passes / 3), part=max(plan.batch // 4, 2),
                             tenth=max(usual.epochs // 10, 1), batch=plan.batch).split()
         parsed = vars(train_args([*common, *flags]))
-        views, _ = from_args(ViewConfig, parsed), from_args(Config, parsed)
+        try:
+            views, _ = from_args(ViewConfig, parsed), from_args(Config, parsed)
+        except InputError as error:  # such as late masking, with a stem of conv
+            refused[row] = error
+            continue
         rate = VIEWS[views.view].rate if args.study == "views" else min(caches)
         folder = Path(args.out) / f"{row}-s{seed}"
         members.append(Member(row, seed, folder, [
             *common, *flags, "--cache", str(caches.get(rate, first).folder), "--run", str(folder),
             "--device", args.device]))
+    if not members:
+        raise next(iter(refused.values()))
+    for row, error in refused.items():
+        print(f"note: row {row} is left out: {error}")
     return members
 
 
@@ -2021,7 +2032,8 @@ def write_study(args, members):
             markdown(["row", "flags", "Hz", "seeds"], [
                 [row, study.rows[row] or "none",
                  " ".join({str(read_args(m.folder)["data"]["rate"]) for m in some}) or "-",
-                 " ".join(str(m.seed) for m in some) or "**failed**"]
+                 " ".join(str(m.seed) for m in some) or (
+                     "**failed**" if row in {m.row for m in members} else "not with this preset")]
                 for row, some in rows.items()])]
     if lacking := ", ".join(m.folder.name for m in members if m.failed):
         text.append(f"**Not here**, for want of a finished run: {lacking}.")

@@ -112,6 +112,8 @@ class Config:
         if self.late_masking and (self.stem_width % C or self.time_stem != "linear"):
             problems.append(f"--late-masking needs --time-stem linear and a --stem-width that {C} "
                             f"divides, not {self.time_stem} and {self.stem_width}")
+        if self.mix_leads and self.channel_stem != "linear":
+            problems.append("--mix-leads needs --channel-stem linear: conv keeps leads apart")
         if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
             problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
         if self.arch == "resnet18" and any(getattr(self, name) for name in STREAM_OPTIONS):

@@ -1381,6 +1381,7 @@ class TestModel:
         (dict(heads=0), "heads: at least 1"), (dict(depth=-1), "depth: at least 1"),
         (dict(heads=5), "--heads 5 does not divide --width 24"), (dict(arch="vit"), "--arch vit"),
         (dict(stem_width=14, late_masking=True), "--late-masking needs .*that 12 divides, .*14"),
+        (dict(channel_stem="conv", mix_leads=True), "--mix-leads needs --channel-stem linear"),
         (dict(time_stem="conv"), "--width 24 --stem-width 12: conv stems need"),
         (dict(time_stem="conv", stem_width=16), "--time-stride 20: a conv stem needs 2, 4, 8"),
         (dict(arch="resnet18", readout="all"), "--readout z, all that resnet18 has"),
@@ -2449,6 +2450,14 @@ class TestStudy:
         for member in members:
             args = train.get_args(member.flags)
             assert args.seed == member.seed and Path(args.run) == member.folder
+
+    def test_rows_that_a_preset_cannot_have_are_left_out_and_said(self, cache, tmp_path, capsys):
+        flags = "--study", "streams", "--preset", "conv", "--seeds", "1"
+        _, members = self.plan(cache, tmp_path, *flags)
+        assert set(evaluate.STUDIES["streams"].rows) - {m.row for m in members} == {"late", "mix"}
+        assert "row late is left out: --late-masking needs" in capsys.readouterr().out
+        with refused("--mix-leads needs --channel-stem linear"):
+            self.plan(cache, tmp_path, *flags, "--train", "--mix-leads")
 
     def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
                                                                             tmp_path):
