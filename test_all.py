@@ -2457,7 +2457,7 @@ class TestStudy:
         assert set(evaluate.STUDIES["streams"].rows) - {m.row for m in members} == {"late", "mix"}
         assert "row late is left out: --late-masking needs" in capsys.readouterr().out
         with refused("--mix-leads needs --channel-stem linear"):
-            self.plan(cache, tmp_path, *flags, "--train", "--mix-leads")
+            self.plan(cache, tmp_path, *flags, "--train=--mix-leads")
 
     def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
                                                                             tmp_path):
