@@ -701,12 +701,12 @@ class RunFolder:
     def __init__(self, path, record):
         self.path, self.record, self.first = Path(path), record, ranks()[0] == 0
         self.log, self.writer, self.saved_at = [], None, time.monotonic()
-        refused = [None]
-        if self.first:
-            try:
+        refused = [None]  # by the first process, for all
+        try:
+            if self.first:
                 self.open()
-            except (InputError, OSError) as error:
-                refused = [error]
+        except (InputError, OSError) as error:
+            refused = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(refused)
         if refused[0]:
@@ -723,8 +723,7 @@ class RunFolder:
             raise InputError(f"{self.path}: another process trains there; wait for it, or give "
                              "another RUN= (--run)") from error
         if not any((self.path / name).exists() for name in (*SAVES, "model.pt")):
-            text = json.dumps(self.record, indent=1)  # nothing to lose yet
-            write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
+            self.write_record(self.path)  # nothing to lose yet
         old = read_args(self.path)
         old["args"] = with_defaults(old["args"])
         if lines := differences(old, self.record):
@@ -783,6 +782,11 @@ class RunFolder:
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
         write_atomic(self.path / "log.jsonl", lambda tmp: tmp.write_text(lines))
 
+    def write_record(self, folder):
+        """Write args.json."""
+        text = json.dumps(self.record, indent=1)
+        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
+
     def add(self, row):
         """Add the row of an epoch to the log, to TensorBoard and to the screen."""
         self.log.append(row)
@@ -800,10 +804,9 @@ class RunFolder:
     def keep(self, model, folder):
         """Write what evaluation needs: model.pt, and args.json in a folder other than the run's."""
         if self.first:
-            final = dict(model=model.state_dict(), config=asdict(model.config))
             if folder != self.path:
-                text = json.dumps(self.record, indent=1)
-                write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
+                self.write_record(folder)
+            final = dict(model=model.state_dict(), config=asdict(model.config))
             write_atomic(folder / "model.pt", lambda tmp: torch.save(final, tmp))
 
     def finish(self, model):
@@ -891,41 +894,38 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [--help] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = parser.add_argument_group("data and run")
-    g.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
-    g.add_argument("--run", help="run folder; by default runs/VIEW-sSEED")
-    g.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
-    add_shared(g, "device")
-    g.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
-                   help="processes that pass records through the pool ahead of the model; 0: none")
-    g.add_argument("--save-minutes", type=bounded(float, 0), default=10,
-                   help="last.pt is written after each epoch, and this often within one")
-    g.add_argument("--keep-every", type=bounded(int, 1), help="keep the weights of every so many "
-                   "epochs, each in a folder RUN/epoch-... that evaluate.py takes for a run")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
-    g.add_argument("--max-steps", type=bounded(int, 1), help="end after this many, with the whole "
-                   "schedule")
-    g.add_argument("--batch-size", type=bounded(int, 2), help=f"effective batch; by default "
-                   f"{BATCH}, or less when that leaves under {MIN_STEPS} steps an epoch")
-    g.add_argument("--micro-batch", type=bounded(int, 1), default=16, help="records in memory at "
-                   "once; halve it if memory runs out")
-    g.add_argument("--max-lr", type=bounded(float, 1e-12), default=3e-4, help="peak of the cycle; "
-                   "lower it if the loss jumps")
-    g.add_argument("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle "
-                   "(paper)")
-    g.add_argument("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up "
-                   "from 0 (paper)")
-    g.add_argument("--weight-decay", type=bounded(float, 0), default=0.0, help="decoupled (AdamW)")
-    g.add_argument("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: "
-                   "no clipping")
-    g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
-                   help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the "
-                   "loss's products too). auto: bfloat16 on GPUs that have it")
-    g.add_argument("--bf16-weights", action=argparse.BooleanOptionalAction, default=False,
-                   help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
-                   " the model: a minute or more at the start, and a C++ compiler on a CPU")
+    group = parser.add_argument_group("data and run")
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
+    add("--run", help="run folder; by default runs/VIEW-sSEED")
+    add("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
+    add_shared(group, "device")
+    add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
+        help="processes that pass records through the pool ahead of the model; 0: none")
+    add("--save-minutes", type=bounded(float, 0), default=10,
+        help="last.pt is written after each epoch, and this often within one")
+    add("--keep-every", type=bounded(int, 1), help="keep the weights of every so many epochs, each "
+        "in a folder RUN/epoch-... that evaluate.py takes for a run")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
+    add("--max-steps", type=bounded(int, 1), help="end after this many, with the whole schedule")
+    add("--batch-size", type=bounded(int, 2), help=f"effective batch; by default {BATCH}, or less "
+        f"when that leaves under {MIN_STEPS} steps an epoch")
+    add("--micro-batch", type=bounded(int, 1), default=16,
+        help="records in memory at once; halve it if memory runs out")
+    add("--max-lr", type=bounded(float, 1e-12), default=3e-4,
+        help="peak of the cycle; lower it if the loss jumps")
+    add("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle (paper)")
+    add("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up (paper)")
+    add("--weight-decay", type=bounded(float, 0), default=0.0, help="decoupled (AdamW)")
+    add("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: any")
+    add("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
+        help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the loss's "
+        "products too). auto: bfloat16 on GPUs that have it")
+    add("--bf16-weights", action=switch, default=False,
+        help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
+    add("--compile", action=switch, default=False, help="compile the model: a minute or more at "
+        "the start, and a C++ compiler on a CPU")
     add_flags(parser, "loss", Objective)
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)

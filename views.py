@@ -328,15 +328,13 @@ class ViewConfig:
 
     def describe(self):
         """The strategy in words, for the start of a run."""
-        masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
-                  else "no lead masking")
-        pooled = f", pool with p = {self.augment_p}" if self.augment_p else ""
-        equal = ", equal: 5 s at half the rate" if self.equal else ""
-        shifted = ", shifted" if self.shift else ""
-        disturbed = "".join(f", {name.replace('_', ' ')} {value:g}"
-                            for name, value in self.disturbances.items())
-        return (f"{self.view}: {VIEWS[self.view].words}; {masked}{pooled}{equal}{shifted}"
-                f"{disturbed}")
+        masked = f"masked with p = {self.mask_p}" if self.mask_leads else "kept"
+        parts = [f"{self.view}: {VIEWS[self.view].words}; each lead {masked}",
+                 f"pool with p = {self.augment_p}" * bool(self.augment_p),
+                 "equal: 5 s at half the rate" * self.equal, "shifted" * self.shift]
+        parts += [f"{name.replace('_', ' ')} {value:g}"
+                  for name, value in self.disturbances.items()]
+        return ", ".join(filter(None, parts))
 
     def split(self, x):
         """split() as this strategy is evaluated."""
