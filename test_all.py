@@ -14,8 +14,9 @@ Faults, what is promised then, and the tests of it:
     damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
     a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
     SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_stopped_*
-    torchrun killed, one is told  all stop, at the same step               *_processes_*
+    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
+    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
+    another device                goes on there                            *_gpu_*, *_device
     out of memory                 one line: what to halve                  *_out_of_memory_*
     a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
     damaged recordings            named; the others go on                  TestEmbed, TestFuzz
@@ -1185,7 +1186,8 @@ class TestModel:
             torch.manual_seed(3)
             return model.Dropout(p)(x)
 
-        x, kept = torch.ones(shape), dropped(.1) != 0
+        x = torch.ones(shape)
+        kept = dropped(.1) != 0
         torch.testing.assert_close(dropped(.1), kept / (1 - round(.1 * 2 ** 16) / 2 ** 16))
         if x.numel() > 1e5:  # a share within 5 standard deviations, also of each of 4 neighbours,
             flat = ~kept.flatten()  # which come from one draw, and of pairs of them
@@ -1232,21 +1234,14 @@ class TestModel:
             torch.testing.assert_close(torch.stack(seen, 1), weights, atol=1e-5, rtol=1e-5)
             ours.see = None
 
-    def test_torchs_own_encoder_layers_give_the_same_projections(self):
-        ours, theirs = tiny(depth=2).eval(), tiny(depth=2, arch="torchnn").eval()
-        assert model.n_parameters(ours) == model.n_parameters(theirs)
-        names = (("attention.qkv.", "self_attn.in_proj_"), ("attention.out", "self_attn.out_proj"),
-                 ("ff.0", "linear1"), ("ff.2", "linear2"))
-        state = {}
-        for key, value in ours.state_dict().items():
-            for mine, other in names if "_layers." in key else ():
-                key = key.replace(mine, other)
-            state[key] = value
-        theirs.load_state_dict(state)
-        x = torch.randn(3, 500, 12)
-        torch.testing.assert_close(ours(x)[1], theirs(x)[1], atol=1e-5, rtol=1e-4)
-        with pytest.raises(InputError, match="--arch torchnn has no gates"):
-            tiny(arch="torchnn", gate_channel=True)
+    def test_torchs_own_layer_is_ours(self):
+        config, x = model.Config(**TINY), torch.randn(3, 50, 24)
+        ours, theirs = model.Layer(config).eval(), model.torch_layer(config).eval()
+        parts = ours.attention, ours.ff, ours.norm1, ours.norm2
+        values = [p for part in parts for p in part.parameters()]
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+        assert {*map(type, tiny(arch="torchnn").encoder.time_layers)} == {type(theirs)}
 
     def test_operations_are_counted_as_by_hand(self):
         D, W, N, C, bins = 24, 12, 25, 12, 16  # TINY, at 500 samples
@@ -1257,11 +1252,16 @@ class TestModel:
             linear += [(n, D, D), (m, D, 2 * D), (n, D, D)]
         linear += [(1, 2 * D, 32), (1, 32, 16), (1, 2 * D, 16), (1, 16, 16), (1, 16, 8)]
         attention = sum(2 * 2 * n * m * D for n, m in ((N, N), (C, C), (N, C), (C, N)))
-        pool, lift, down = 2 * C * 125 * bins, 2 * N * C * 22 * W, 2 * C * 5 * (250 + 125)
-        want = sum(2 * a * b * c for a, b, c in linear) + attention + pool + lift + down
+        linear = sum(2 * a * b * c for a, b, c in linear)
+        pool, lift = 2 * C * 125 * bins, 2 * N * C * 22 * W
+        down = 2 * C * 250 * 5, 2 * C * 125 * 5
+        forward = linear + attention + pool + lift + sum(down)
+        # each product twice more in the backward pass, but for what leads to the signal or to the
+        # matrix that pools; PyTorch counts a depthwise convolution's weights as a dense one's
+        backward = 2 * (linear + attention) + pool + lift + 12 * sum(down) + down[1]
         for arch in ("dualview", "torchnn"):
-            forward, both = model.count_flops(model.Config(**TINY | dict(arch=arch)), 500)
-            assert forward == want and 2.9 < both / forward < 3.2
+            config = model.Config(**TINY | dict(arch=arch))
+            assert model.count_flops(config, 500) == (forward, forward + backward)
 
     def test_positions_are_sines_and_cosines(self):
         got = model.positions(50, 8, "cpu")
@@ -1312,14 +1312,13 @@ class TestModel:
         assert channel(torch.randn(0, 256, 12)).shape == (0, 12, 24)  # no record of one class
 
     def test_streams_hand_on_mean_and_maximum_and_lead_tokens_and_the_readout_takes_them(self):
-        m = tiny(**CONV).eval()
-        t, c, x = torch.randn(3, 31, 24), torch.randn(3, 12, 24), torch.randn(3, 256, 12)
+        m, t, c = tiny(**CONV).eval(), torch.randn(3, 31, 24), torch.randn(3, 12, 24)
         time, channel = m.encoder.hand_on(t, c)
         for i in range(3):
-            assert time[i].tolist() == pytest.approx(
-                [np.mean([row[d] for row in t[i].tolist()]) for d in range(24)]
-                + [max(row[d] for row in t[i].tolist()) for d in range(24)], abs=1e-6)
-            assert channel[i].tolist() == [v for row in c[i].tolist() for v in row]
+            mean, top = zip(*[(sum(column) / 31, max(column)) for column in t[i].T.tolist()])
+            assert time[i].tolist() == pytest.approx([*mean, *top], abs=1e-6)
+            assert channel[i].tolist() == sum(c[i].tolist(), [])
+        x = torch.randn(3, 256, 12)
         output = m.encoder(x)
         for m.readout, want in (("z", output[:1]), ("streams", output[1:]), ("all", output)):
             got = m.represent(x)
@@ -1383,24 +1382,21 @@ class TestModel:
                                    m.encoder(x[:, :500]).z)
 
     def test_watched_attention_is_that_of_each_module_and_changes_nothing(self):
-        m, x, seen, calls = tiny(depth=2).eval(), torch.randn(2, 500, 12), {}, {}
-        modules = {name.removeprefix("cross.").replace("_layers", "").replace(".attention", ""): a
-                   for name, a in m.encoder.named_modules() if isinstance(a, model.Attention)}
-        assert set(modules) == {"time.0", "time.1", "channel.0", "channel.1", "time_to_channel",
-                                "channel_to_time"}
-        for name, module in modules.items():  # what each is called with, q first
-            module.register_forward_pre_hook(lambda _, args, name=name: calls.update({name: args}))
-        want, out = m(x)[0].z, []
+        m, x, seen, out = tiny(depth=2).eval(), torch.randn(2, 500, 12), {}, []
+        for i, layer in enumerate(m.encoder.time_layers):  # attention alike everywhere: layer i
+            layer.attention.qkv.weight.data *= i
+        want = m(x)[0].z
         m.encoder.register_forward_hook(lambda module, args, output: out.append(output.z))
         model.watch_attention(m, x, lambda *key: seen.update({key[:3]: key[3]}))
         torch.testing.assert_close(out[0], want, atol=1e-5, rtol=1e-5)
-        assert len(seen) == 2 * len(modules) and all(a.see is None for a in modules.values())
-        for (stream, layer, head), weights in seen.items():
-            name = stream if "_to_" in stream else f"{stream}.{layer}"
-            w, b, part = modules[name].qkv.weight, modules[name].qkv.bias, 12 * head
-            q = calls[name][0] @ w[part:part + 12].T + b[part:part + 12]
-            k = calls[name][-1] @ w[24 + part:36 + part].T + b[24 + part:36 + part]
-            torch.testing.assert_close(weights, (q @ k.mT / math.sqrt(12)).softmax(-1))
+        sizes = dict(time=(25, 25), channel=(12, 12), time_to_channel=(25, 12),
+                     channel_to_time=(12, 25))
+        assert {key: (*weights.shape,) for key, weights in seen.items()} == {
+            (name, layer, head): (2, *size) for name, size in sizes.items() for head in (0, 1)
+            for layer in range(1 if "_to_" in name else 2)}
+        even = [key for key, w in seen.items() if key[0] == "time" and w.std() < 1e-6]
+        assert even == [("time", 0, 0), ("time", 0, 1)]
+        assert all(a.see is None for a in m.modules() if isinstance(a, model.Attention))
 
     def test_resnet_goes_through_the_same_interface(self):
         m = tiny(arch="resnet18")
@@ -1418,7 +1414,8 @@ class TestModel:
         (dict(time_stem="conv"), "--width 24 --stem-width 12: conv stems need"),
         (dict(time_stem="conv", stem_width=16), "--time-stride 20: a conv stem needs 2, 4, 8"),
         (dict(arch="resnet18", readout="all"), "--readout z, all that resnet18 has"),
-        (dict(arch="resnet18", aux_losses=True), "no streams"), (dict(dropout=1.), "--dropout")])
+        (dict(arch="resnet18", aux_losses=True), "no streams"), (dict(dropout=1.), "--dropout"),
+        (dict(arch="torchnn", gate_channel=True), "--arch torchnn has no gates")])
     def test_impossible_sizes_are_refused(self, bad, says):
         with pytest.raises(InputError, match=says):
             model.Config(**(TINY | bad))
@@ -1444,6 +1441,7 @@ def work_of_a_process(cache, folder):
     """One of two: step_of each case; BatchNorm's averages after two steps; each of TWO trained; how
     often it was asked whether to stop, until the second process got a SIGTERM; threads in the end.
     """
+    model.count_flops(model.Config(**TINY), 500)  # as train() does before it joins
     told, asked, device = train.listen(), [], train.join_processes("cpu")
     train.join_processes = lambda name: device  # one group for all runs
     found, m = [step_of(with_dropout(), *case) for case in CASES], tiny(arch="resnet18")
@@ -1847,19 +1845,11 @@ class TestRun:
             run_train(cache, tmp_path / "v", "--max-steps", 1, *wild)
         assert not (tmp_path / "v" / "last.pt").exists()
 
-    @slow
     def test_a_run_that_saved_nothing_may_begin_with_other_arguments(self, cache, tmp_path,
                                                                      finished):
-        run, steps = tmp_path / "r", ("--max-steps", 2)
-        run.mkdir()
-        shutil.copy(finished[0] / "args.json", run)
-        run_train(cache, run, *steps)
-        assert json.loads((run / "args.json").read_text())["args"]["max_steps"] == 2
-        (run / "model.pt").unlink()
-        for name, text in (("last.pt", ""), ("last.pt", "PK"), ("args.json", "{")):
-            (run / name).write_text(text)
-            with pytest.raises(InputError, match=f"{name}.* is damaged"):
-                run_train(cache, run, *steps)
+        shutil.copy(finished[0] / "args.json", tmp_path)
+        run_train(cache, tmp_path, "--max-steps", 2)
+        assert json.loads((tmp_path / "args.json").read_text())["args"]["max_steps"] == 2
 
     @pytest.mark.parametrize("saves, argv", [
         (1, ["--view", "contig", "--shift"]),  # the save at the end of an epoch
@@ -1919,12 +1909,9 @@ class TestRun:
                                  ("grad_norm", .01)):
                     assert a[key] == pytest.approx(b[key], rel=rel), (name, key)
 
-    def test_an_unfinished_run_cannot_be_loaded(self, finished, tmp_path):
-        for name, held, says in (("none", b"", "make pretrain"), ("last.pt", b"", "not finished"),
-                                 ("model.pt", (finished[0] / "model.pt").read_bytes()[:5000],
-                                  "model.pt is damaged")):
-            shutil.copy(finished[0] / "args.json", tmp_path)
-            (tmp_path / name).write_bytes(held)
+    def test_an_unfinished_run_cannot_be_loaded(self, tmp_path):
+        for name, says in (("none", "make pretrain"), ("last.pt", "not finished")):
+            (tmp_path / name).write_text("")
             with pytest.raises(InputError, match=says):
                 model.load_run(tmp_path)
 
@@ -3385,7 +3372,7 @@ class TestSurvives:
             train.train(train.get_args(argv_of(cache, run, *contig[2])), stopped_at(0))
             out = capsys.readouterr().out
             assert re.search(r"last.pt is damaged \(.*\); going on from the save before it, \S+"
-                             r"previous.pt(.|\n)*stopped at step 1[12] of", out), (how, out)
+                             r"previous.pt(.|\n)*stopped at step 11 of", out), (how, out)
         run_train(cache, run, *contig[2])
         assert_same(contig[0], run)
         assert not (run / "previous.pt").exists()
@@ -3406,18 +3393,17 @@ class TestSurvives:
         run_train(cache, cut, *contig[2])
         assert same_weights(contig[0], cut)
 
-    @pytest.mark.parametrize("how, says", [
-        ("byte", "is damaged"), ("cut", "is damaged"), ("bit", "has changed since"),
-        (dict(gate=math.inf), "gate is not finite"), (dict(other=1), "other"),
-        (dict(config=TINY | dict(depth=2000)), "depth 2000, but"),
-        (dict(config=TINY | dict(width=10 ** 6)), "size mismatch")], ids=str)
-    def test_a_model_pt_that_is_not_what_was_written_is_refused(self, contig, tmp_path, how, says):
-        for name in ("args.json", "model.pt"):
-            shutil.copy(contig[0] / name, tmp_path)
-        damage(tmp_path / "model.pt", how)
-        with pytest.raises(InputError, match=rf"model.pt is damaged, or of other code .*{says}" if
-                           says != "is damaged" else says):
-            model.load_run(tmp_path)
+    def test_a_model_pt_that_is_not_what_was_written_is_refused(self, contig, tmp_path):
+        shutil.copy(contig[0] / "args.json", tmp_path)
+        for how, says in (
+                ("byte", ""), ("cut", ""), ("bit", "has changed since"),
+                (dict(gate=math.inf), "gate is not finite"), (dict(other=1), "other"),
+                (dict(config=TINY | dict(depth=2000)), "depth 2000, but"),
+                (dict(config=TINY | dict(width=10 ** 6)), "size mismatch")):
+            shutil.copy(contig[0] / "model.pt", tmp_path)
+            damage(tmp_path / "model.pt", how)
+            with pytest.raises(InputError, match=f"model.pt is damaged, or of other code .*{says}"):
+                model.load_run(tmp_path)
 
     @pytest.mark.parametrize("change", [
         "", "{}", "[]", "5", '["args", "config", "in_effect", "data"]', '{"a":' * 10 ** 5, "\udcff",

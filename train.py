@@ -72,13 +72,14 @@ def train(args, told_to_stop=lambda device: False):
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
     rows, val_rows, samples = check_data(cache, config, size)
+    flops = count_flops(size, samples)  # what this imports would hold on to a group of processes
     device = join_processes(args.device)
     plan, notes = settle(args, len(rows), len(val_rows), ranks()[1])
     torch.manual_seed(args.seed)  # of the initial weights; all else has streams of its own
     model = Contrastive(size).to(device)
     model.precision = pick_precision(args.precision, device)
     run = RunFolder(args.run or f"runs/{config.view}-s{args.seed}",
-                    describe_run(args, model, cache, plan, samples))
+                    describe_run(args, model, cache, plan, samples, flops))
     if run.finished:
         return run.leave("finished, nothing to do; remove the folder to train again")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
@@ -654,7 +655,7 @@ def peak_mib(device):
 
 # The run folder
 
-def describe_run(args, model, cache, plan, samples):
+def describe_run(args, model, cache, plan, samples, flops):
     """What args.json holds: arguments, settings in effect, sizes, speed, versions, data."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -662,7 +663,7 @@ def describe_run(args, model, cache, plan, samples):
     except OSError:  # no git here
         commit = ""
     packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
-    forward, both = count_flops(model.config, samples)
+    forward, both = flops
     twice = args.negatives == "batch" and plan.batch > plan.micro * plan.processes
     return dict(args=vars(args), argv=sys.argv[1:], in_effect=asdict(plan),
                 config=asdict(model.config), n_parameters=n_parameters(model), samples=samples,
