@@ -388,7 +388,7 @@ def listen():
     asked, parent = [], os.getppid()
 
     def hear(number, _):
-        if asked and number == signal.SIGINT and not dist.is_initialized():  # torchrun repeats it
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
 
