@@ -3270,6 +3270,7 @@ class TestSurvives:
         try:
             assert not told(CPU)
             for number in (signal.SIGINT, signal.SIGTERM):
+                assert signal.getsignal(number) != signal.SIG_DFL  # of which we would die
                 os.kill(os.getpid(), number)
             assert told(CPU)
             with pytest.raises(KeyboardInterrupt):
