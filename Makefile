@@ -37,7 +37,7 @@ CACHE := $(CACHES)-$(RATE)
 STUDY_RATES := $(if $(filter-out file,$(origin RATE)),$(RATE),100 $(if $(filter views,$(STUDY)),$(if $(filter conv,$(PRESET)),,500)))
 OUT   ?= runs/study$(addprefix -,$(filter-out views,$(STUDY)))# of study: folder of its runs and report
 PY    := .venv/bin/python
-TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --)
+TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC) --shutdown-timeout 600 --)
 ifneq ($(words $(VIEW)) $(words $(RUN)),1 1)
 $(error VIEW and RUN are one word each, without spaces)
 endif

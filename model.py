@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -90,39 +90,39 @@ class Config:
                                  "not its signal; the channel stream still sees masked leads")
 
     def __post_init__(self):
-        problems = []
+        resnet, stride = self.arch == "resnet18", self.time_stride
+        conv = "conv" in (self.time_stem, self.channel_stem)
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
         if self.arch not in ARCHITECTURES:
-            problems.append(f"--arch {self.arch}: choose from {', '.join(ARCHITECTURES)}")
-        sizes = [f.name for f in fields(self) if f.type is int]
-        if small := [name for name in sizes if getattr(self, name) < 1]:
-            problems.append(f"{', '.join(small)}: at least 1")
-        elif self.width % self.heads or self.width % 2:
-            problems.append(f"--heads {self.heads} does not divide --width {self.width} (even)")
-        if self.arch == "resnet18" and self.stem_width < 3:
-            problems.append(f"--stem-width {self.stem_width}: at least 3 for resnet18")
-        if "conv" in (self.time_stem, self.channel_stem) and (
-                self.width % 8 or self.stem_width % 16):
-            problems.append(f"--width {self.width} --stem-width {self.stem_width}: conv stems need "
-                            "multiples of 8 and of 16")
-        if self.time_stem == "conv" and (self.time_stride < 2
-                                         or self.time_stride & self.time_stride - 1):
-            problems.append(f"--time-stride {self.time_stride}: a conv stem needs 2, 4, 8, ...")
-        if self.arch == "resnet18" and self.readout != "z":
-            problems.append(f"--readout {self.readout}: give --readout z, all that resnet18 has")
-        if self.late_masking and (self.stem_width % C or self.time_stem != "linear"):
-            problems.append(f"--late-masking needs --time-stem linear and a --stem-width that {C} "
-                            f"divides, not {self.time_stem} and {self.stem_width}")
-        if self.mix_leads and self.channel_stem != "linear":
-            problems.append("--mix-leads needs --channel-stem linear: conv keeps leads apart")
-        if not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1):
-            problems.append("--dropout and --channel-dropout must be at least 0 and below 1")
-        if self.arch == "resnet18" and any(getattr(self, name) for name in STREAM_OPTIONS):
-            problems.append("--arch resnet18 has no streams: leave out their options, and give "
-                            "--no-aux-losses where the preset has them")
-        if self.arch == "torchnn" and self.gate_channel:
-            problems.append("--arch torchnn has no gates: leave out --gate-channel")
-        if problems:
-            raise InputError("; ".join(problems))
+            raise InputError(f"--arch {self.arch}: choose from {', '.join(ARCHITECTURES)}")
+        if small := [name for name, size in sizes.items() if size < 1]:
+            raise InputError(f"{', '.join(small)}: at least 1")
+        for wrong, says in (
+                (self.width % self.heads or self.width % 2,
+                 f"--heads {self.heads} does not divide --width {self.width} (even)"),
+                (resnet and self.stem_width < 3,
+                 f"--stem-width {self.stem_width}: at least 3 for resnet18"),
+                (conv and (self.width % 8 or self.stem_width % 16),
+                 f"--width {self.width} --stem-width {self.stem_width}: conv stems need multiples "
+                 "of 8 and of 16"),
+                (self.time_stem == "conv" and (stride < 2 or stride & stride - 1),
+                 f"--time-stride {stride}: a conv stem needs 2, 4, 8, ..."),
+                (self.late_masking and (self.stem_width % C or self.time_stem != "linear"),
+                 f"--late-masking needs --time-stem linear and a --stem-width that {C} divides, "
+                 f"not {self.time_stem} and {self.stem_width}"),
+                (self.mix_leads and self.channel_stem != "linear",
+                 "--mix-leads needs --channel-stem linear: conv keeps leads apart"),
+                (not (0 <= self.dropout < 1 and 0 <= self.channel_dropout < 1),
+                 "--dropout and --channel-dropout must be at least 0 and below 1"),
+                (resnet and self.readout != "z",
+                 f"--readout {self.readout}: give --readout z, all that resnet18 has"),
+                (resnet and any(getattr(self, name) for name in STREAM_OPTIONS),
+                 "--arch resnet18 has no streams: leave out their options, and give "
+                 "--no-aux-losses where the preset has them"),
+                (self.arch == "torchnn" and self.gate_channel,
+                 "--arch torchnn has no gates: leave out --gate-channel")):
+            if wrong:
+                raise InputError(says)
 
     @property
     def widths(self):
@@ -465,6 +465,10 @@ class Contrastive(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
     def width(self):
         """Features of the representation."""
         z, *streams = self.config.widths
@@ -575,6 +579,15 @@ def count_flops(config, T):
     return forward.get_total_flops(), both.get_total_flops()
 
 
+@contextmanager
+def refusing(what, then):
+    """Whatever a damaged file leads the libraries to, as an InputError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what} ({str(error)[:80]!r}); {then}") from error
+
+
 # What args.json and a row of log.jsonl hold at least.
 SAVED = dict(
     args=dict(view=str, seed=int, cache=str, mask_leads=bool, aux_weight=(int, float),
@@ -590,7 +603,7 @@ def read_args(folder):
     if not path.exists():
         raise InputError(f"{folder} has no args.json: give a run folder, or train one: make "
                          "pretrain with the same VIEW or RUN")
-    try:
+    with refusing(f"{path} is damaged", f"mend it, or remove {folder} and train again"):
         saved = json.loads(path.read_text())
         for part, kinds in SAVED.items():
             for key, kind in kinds.items():
@@ -599,10 +612,7 @@ def read_args(folder):
         if saved["data"]["rate"] not in RATES:
             raise ValueError(f"rate {saved['data']['rate']}; {[*RATES]} are read")
         Config(**saved["config"])
-        return saved
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({repr(error)[:80]}); mend it, or remove {folder} and "
-                         "train again") from error
+    return saved
 
 
 def read_log(folder):
@@ -610,19 +620,16 @@ def read_log(folder):
     import pandas as pd  # here: loading an encoder needs no pandas
 
     path = Path(folder) / "log.jsonl"
-    try:
+    if not path.exists():
+        raise InputError(f"{folder} has no log.jsonl: give a run folder with at least one epoch "
+                         "done")
+    with refusing(f"{path} is empty or damaged", "mend it, or train again"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             if None in [row[key] for key in LOGGED] or not {*map(type, row.values())} <= {
                     int, float, type(None)}:
                 raise ValueError(f"not numbers: {row}")
         return pd.DataFrame(rows).set_index("epoch")
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no log.jsonl: give a run folder with at least one epoch "
-                         "done") from None
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"{path} is empty or damaged ({repr(error)[:80]}); mend it, or train again"
-                         ) from error
 
 
 def read_tensors(path, keys, device="cpu"):
@@ -663,13 +670,10 @@ def load_run(folder, device="cpu"):
             else "give a finished run's folder, or train one: make pretrain with the same VIEW or "
             "RUN"))
     saved = read_args(folder)
-    try:
+    with refusing(f"{folder / 'model.pt'} is damaged, or of other code", "remove it and run the "
+                  "command that made it: last.pt has the weights"):
         weights = read_tensors(folder / "model.pt", {"model", "config"}, device)
         model = assemble(weights["config"], weights["model"])
-    except Exception as error:  # whatever a damaged file leads torch to
-        raise InputError(f"{folder / 'model.pt'} is damaged, or of other code "
-                         f"({str(error)[:80]!r}); remove it and run the command that made it: "
-                         "last.pt has the weights") from error
     return model.to(device).eval(), saved
 
 
@@ -713,14 +717,11 @@ class Encoder:
                                         leads), self.rate, self.shortest)
         return normalize(torch.from_numpy(x)), torch.from_numpy(there).expand(len(x), -1)
 
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
-
     @torch.no_grad()
     def __call__(self, x, keep=None):
         """Representations of windows: x (W, T, C), keep (W, C) or None -> (W, d) float32."""
-        x, keep = x.to(self.device), None if keep is None else keep.to(self.device)
+        device = self.model.device
+        x, keep = x.to(device), None if keep is None else keep.to(device)
         if x.shape[1] == SECONDS * self.rate:
             return embed(self.model, x, self.views, keep, self.n_views).mean(1)
         seconds, samples = self.views.timing()  # the windows are single views
@@ -749,12 +750,9 @@ def load_encoder(folder, device="cpu"):
                  data="synthetic records" if data["synthetic"] else source_names(data))
     path, probe, n_views = folder / "eval" / "probe.npz", None, None
     if path.exists():
-        try:
+        with refusing(f"{path} is damaged", f"make it again: make eval RUN={folder}"):
             probe = read_arrays(path)
             model.readout, n_views = str(probe.pop("readout")), int(probe.pop("n_views")) or None
-        except Exception as error:  # whatever a damaged file leads the libraries to
-            raise InputError(f"{path} is damaged ({error}); make it again: make eval RUN={folder}"
-                             ) from error
     return Encoder(model, views, about, probe, n_views)
 
 
@@ -764,7 +762,7 @@ def load_export(folder, device="cpu"):
     from safetensors.torch import load_file
 
     path = folder / "encoder.safetensors"
-    try:
+    with refusing(f"{folder} is damaged, or of other code", "export it again: make export RUN=..."):
         about = json.loads((folder / "encoder.json").read_text())
         for key, valid in (("leads", [list(LEADS)]), ("classes", [list(CLASSES)]), (
                 "normalisation", [NORMALISATION]), ("rate", [*RATES]), ("readout", READOUTS), (
@@ -779,9 +777,6 @@ def load_export(folder, device="cpu"):
         model.readout = about["readout"]
         views = ViewConfig(view=about["view"], equal=about["equal"])
         return Encoder(model.to(device).eval(), views, about, probe or None, about["n_views"])
-    except Exception as error:  # whatever a damaged file leads the libraries to
-        raise InputError(f"{folder} is damaged, or of other code ({str(error)[:80]!r}); export it "
-                         "again: make export RUN=...") from error
 
 
 def export(encoder, folder, card):

@@ -8,11 +8,11 @@ Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on) an
     python train.py --cache cache/ptbxl-500 --view noncontig
     python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
 
-Everything random is a function of (seed, step), dropout and disturbances of the slice of a batch
-too: a resumed run repeats the interrupted one.
-train() at the end is the method. One step: Feed draws the rows of a batch and cuts two views of
-each; backward() projects them without a graph, takes NT-Xent over the whole batch and its gradient
-at the projections, and projects again, part by part, to hand that gradient on; then clip and Adam.
+The method comes first: train(), and under it what a step calls. Feed draws the rows of a batch and
+cuts two views of each; backward() projects them without a graph, takes NT-Xent over the whole batch
+and its gradient at the projections, and projects again, part by part, to hand that gradient on;
+then clip and Adam. Everything random is a function of (seed, step), dropout and disturbances of the
+slice of a batch too: a resumed run repeats the interrupted one.
 """
 import argparse
 import fcntl
@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -38,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,8 +46,8 @@ from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, 
                   writing)
 from model import (PRESETS, Config, Contrastive, add_model_flags, barlow_twins, compile_blocks,
                    count_flops, embed, n_parameters, nt_xent, parse, read_args, read_tensors)
-from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
-                   pool, shift)
+from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
+                   shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -60,7 +60,152 @@ SIGNALS = signal.SIGTERM, signal.SIGINT  # SLURM or a spot machine ask to stop s
 NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes", "keep_every"}
 
 
-# Settings of a run
+# The method
+
+def train(args, told_to_stop=lambda device: False):
+    """Pretrain and write the run folder. Raises InputError, before work starts, for bad input.
+
+    told_to_stop: asked in each step; then the state is saved, and the same command goes on from it
+    """
+    config, size, objective = (from_args(cls, vars(args))
+                               for cls in (ViewConfig, Config, Objective))
+    vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
+    cache = open_cache(args.cache)
+    rows, val_rows, samples = check_data(cache, config, size)
+    flops = count_flops(size, samples)  # what this imports would hold on to a group of processes
+    device = join_processes(args.device)
+    plan, notes = settle(args, len(rows), len(val_rows), ranks()[1])
+    torch.manual_seed(args.seed)  # of the initial weights; all else has streams of its own
+    model = Contrastive(size).to(device)
+    model.precision = pick_precision(args.precision, device)
+    run = RunFolder(args.run or f"runs/{config.view}-s{args.seed}",
+                    describe_run(args, model, cache, plan, samples, flops))
+    if run.finished:
+        return run.leave("finished, nothing to do; remove the folder to train again")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
+    if args.bf16_weights:
+        hold_in_bf16(model)
+        optimizer.register_step_post_hook(lambda *_: hold_in_bf16(model))
+    start, sums = run.restore(model, optimizer)
+    if run.first:
+        announce(run, len(rows), len(val_rows), notes, start)
+    if args.compile:
+        compile_blocks(model)
+    feed = Feed(cache, config, args.seed, device, args.workers)
+    bar = tqdm(total=plan.total, initial=start, desc=run.path.name, unit="step",
+               disable=None if run.first else True)
+
+    tick = time.monotonic()
+    for step, batch in enumerate(feed(epoch_order(rows, plan, args.seed, start)), start):
+        lr = learning_rate(step, plan.total, plan.warmup, args.max_lr, args.final_lr)
+        optimizer.param_groups[0]["lr"] = lr
+        averages = {key: b.clone() for key, b in model.named_buffers()}  # BatchNorm's, of before
+        model.train()
+        loss, norms = backward(model, batch, objective, plan.micro)
+        stats = dict(n=1, loss=loss) | stream_statistics(model, norms)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise diverged(f"loss {loss}, gradient norm {norm}", step, plan)
+        stopping = told_to_stop(device)
+        if stopping or time.monotonic() - run.saved_at > 60 * args.save_minutes:
+            run.save(model.state_dict() | averages, optimizer, step, sums)  # its loss is finite
+        if stopping:
+            bar.close()
+            return run.leave(f"stopped at step {step} of {plan.total}; the same command goes on "
+                             "from here")
+        optimizer.step()
+
+        stats |= dict(grad_norm=norm, seconds=time.monotonic() - tick, waited=feed.waited)
+        sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update()
+        if (step + 1) % plan.steps == 0 or step + 1 == plan.total:  # the end of an epoch
+            row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr)
+            run.add(row | summary(sums, run.record)
+                    | validate(model, feed, val_rows, plan, objective, step))
+            sums = {}
+            if args.keep_every and row["epoch"] % args.keep_every == 0:
+                run.keep(model, run.path / f"epoch-{row['epoch']:03}")
+            run.save(model.state_dict(), optimizer, step + 1, sums)
+        tick, feed.waited = time.monotonic(), 0.0
+    bar.close()
+    run.finish(model)
+
+
+def backward(model, batch, objective, micro):
+    """Set .grad to the gradient of one effective batch; return its loss and the streams' norms.
+
+    negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
+    Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
+    respect to the projections of all processes; project again with a graph and the same
+    randomness, and back-propagate. A process with one part projects it once, and keeps the graph.
+    "micro": plain accumulation, negatives from the micro-batch alone (the paper).
+    ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
+    """
+    parts, processes = parts_of(batch.size, micro), ranks()[1]
+    # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    sums, kept = torch.zeros(3, device=model.device), None  # loss, squared norms at the streams
+    if objective.negatives == "batch":
+        # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
+        if len(parts) == 1:
+            kept = project(model, batch, parts[0])
+        cached = project_all(model, batch, parts, kept).requires_grad_()
+        whole = objective(cached)
+        (grad,) = torch.autograd.grad(whole, cached)
+        sums[0] = whole.detach() / processes  # each process counts its share
+    for part in parts:
+        output, projections = kept or project(model, batch, part)
+        streams = [h for h in (output.time, output.channel) if h is not None]
+        for h in streams:
+            h.retain_grad()
+        if objective.negatives == "batch":
+            projections.backward(grad[:, :, part])
+        else:
+            loss = objective(projections) * micro / batch.size
+            loss.backward()
+            sums[0] += loss.detach()
+        for j, h in enumerate(streams, 1):
+            sums[j] += h.grad.float().square().sum()
+    averages = [b.div_(processes) for b in model.buffers() if b.is_floating_point()]  # BatchNorm's
+    add_up([*(p.grad for p in model.parameters()), *averages, sums])
+    loss, *squares = sums.tolist()
+    return loss, [math.sqrt(s) for s in squares]
+
+
+def project(model, batch, part):
+    """Output and projections (1 or 3, V, b, proj_dim) of a slice of a batch.
+
+    The same each time, dropout included: its seed follows from the batch's key and the slice.
+    """
+    seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
+    torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
+    keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
+    output, projections = model(torch.cat(batch.cut(part)), keep)
+    return output, projections.unflatten(1, (batch.n_views, -1))
+
+
+@torch.no_grad()
+def project_all(model, batch, parts, kept=None):
+    """Projections (1 or 3, V, B, proj_dim) of a batch, of which this process makes some parts.
+
+    Without a graph. BatchNorm normalises as in training, but its running averages stand still.
+    kept: what project() gave for the only part, if it is there already
+    """
+    before = [b.clone() for b in model.buffers()]
+    out = torch.zeros(len(model.heads), batch.n_views, batch.size, model.config.proj_dim,
+                      device=model.device)
+    for part in parts:
+        out[:, :, part] = (kept or project(model, batch, part))[1]
+    if not kept:  # the graph of what is kept needs its buffers as they are
+        for b, old in zip(model.buffers(), before):
+            b.copy_(old)
+    add_up([out])
+    return out
+
+
+# What is in effect: the loss, batches and steps, the learning rate, the device
 
 @dataclass(frozen=True)
 class Objective:
@@ -96,6 +241,10 @@ class Plan:
     total: int  # steps of the run
     warmup: int
 
+    @property
+    def epochs(self):
+        return math.ceil(self.total / self.steps)
+
 
 def settle(args, n_train, n_val, processes=1):
     """The Plan for so many records and processes, and notes on what differs from the arguments.
@@ -108,22 +257,19 @@ def settle(args, n_train, n_val, processes=1):
     if n_train < 4 * processes or n_val < 2 * processes:
         raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
                          "are needed for each process; see: python data.py info")
-    batch, notes = args.batch_size or BATCH, []
-    chosen = args.batch_size is not None and batch <= n_train
+    wanted, notes = args.batch_size or BATCH, []
+    batch, chosen = wanted, args.batch_size is not None and wanted <= n_train
     if chosen and batch % processes:
         raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
                          f"--batch-size that they can, such as "
                          f"{max(processes, batch - batch % processes)}")
     if not chosen and batch * MIN_STEPS > n_train:
         batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
-        notes.append(f"batch {batch} instead of {args.batch_size or BATCH}: {n_train} training "
-                     f"records, and an epoch needs some {MIN_STEPS} steps")
+        notes.append(f"batch {batch} instead of {wanted}: {n_train} training records, and an epoch "
+                     f"needs some {MIN_STEPS} steps")
     batch = max(batch - batch % processes, processes)
     mine = batch // processes
     micro = max(n for n in range(1, min(args.micro_batch, mine) + 1) if mine % n == 0)
-    if 4 * micro < min(args.micro_batch, mine):
-        raise InputError(f"--micro-batch {args.micro_batch}: the {mine} records that a process has "
-                         f"of a batch are divided by {micro} at most; give another --batch-size")
     if micro < min(args.micro_batch, batch):
         notes.append(f"micro-batch {micro} instead of {args.micro_batch}, so that it divides the "
                      f"{mine} records that a process has of a batch")
@@ -166,11 +312,8 @@ def chance(args, plan):
 def pick_device(name):
     """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {error}; --device cpu always works") from error
@@ -187,6 +330,13 @@ def pick_precision(name, device):
     return name
 
 
+@torch.no_grad()
+def hold_in_bf16(model):
+    """Round the weights to bfloat16, in place."""
+    for p in model.parameters():
+        p.copy_(p.bfloat16())
+
+
 # Processes: torchrun starts several of this script, each with a device and a share of every batch.
 
 def ranks():
@@ -198,6 +348,12 @@ def share(n):
     """The slice of n items that this process works on; all of them without torchrun."""
     rank, processes = ranks()
     return slice(rank * n // processes, (rank + 1) * n // processes)
+
+
+def parts_of(n, micro):
+    """The same in slices of at most `micro` items."""
+    mine = share(n)
+    return [slice(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
 
 
 def join_processes(name):
@@ -319,59 +475,47 @@ class Feed:
         self.device, self.workers, self.waited = device, workers, 0.0
 
     def __call__(self, order):
-        order, config = list(order), self.config
-        sources = self.passes(order) if config.augment_p else self.records(order)
-        n_views = 2 * config.windows
+        order, n_views = list(order), 2 * self.config.windows
+        sources = self.passes(order) if self.config.augment_p else (
+            partial(self.records, rows) for _, rows in order)
         for (step, rows), source in zip(order, sources):
-            keep, cut = None, partial(self.views, source, step, len(rows))
-            if config.mask_leads:
-                shape = n_views, len(rows), len(LEADS)
-                keep = draw_leads(shape, config.mask_p,
+            keep = None
+            if self.config.mask_leads:
+                keep = draw_leads((n_views, len(rows), len(LEADS)), self.config.mask_p,
                                   generator("mask", self.seed, step)).to(self.device)
-            if config.disturbances:
-                cut = partial(self.disturbed, cut, step)
+            cut = partial(self.cut, source, step, len(rows))
             yield Batch(len(rows), cut, keep, (self.seed, step), n_views)
 
-    def views(self, source, step, size, part):
-        """The pair of views of a slice, each cut from its own of source(part)'s two records."""
-        config, (first, second) = self.config, source(part)
-        T = first.shape[1]
+    def cut(self, source, step, size, part):
+        """The views of a slice of a batch: the same each time, for the same slices.
 
-        def starts(purpose, n, *shape):
+        source(part) gives each record of the slice twice, (b, T, C): one for each view.
+        """
+        def starts(purpose, n, *shape):  # drawn for the whole batch
             at = generator(purpose, self.seed, step).integers(n, size=(*shape, size))
             return torch.from_numpy(at[..., part]).to(self.device)
 
+        config, (first, second) = self.config, source(part)
         cut = VIEWS[config.view].cut
         if config.equal:
-            cut = partial(equal_pair, view=config.view, starts=starts("equal", T // 2 + 1))
+            cut = partial(equal_pair, view=config.view,
+                          starts=starts("equal", first.shape[1] // 2 + 1))
         one = cut(first)
         pair = [one[0], (one if second is first else cut(second))[-1]]
         if config.shift:
             pair = [shift(view, at) for view, at in zip(pair, starts("shift", pair[0].shape[1], 2))]
-        return pair
-
-    def disturbed(self, cut, step, part):
-        """The views of cut(part), disturbed: the same each time, for the same slices."""
+        if not config.disturbances:
+            return pair
         seed = int(generator("disturb", self.seed, step, part.start).integers(2 ** 63))
         rng = torch.Generator(self.device).manual_seed(seed)
-        return [disturb(view, self.config, rng) for view in cut(part)
-                for _ in range(self.config.windows)]
+        return [disturb(view, config, rng) for view in pair for _ in range(config.windows)]
 
-    @contextmanager
-    def waiting(self):
+    def records(self, rows, part):
+        """A slice of some records, twice the same."""
         began = time.monotonic()
-        yield
+        x = fetch(self.cache, rows[part], self.device)
         self.waited += time.monotonic() - began
-
-    def records(self, order):
-        """Yield for each batch the function that gives a slice of it, twice the same."""
-        def get(rows, part):
-            with self.waiting():
-                x = fetch(self.cache, rows[part], self.device)
-            return [normalize(x)] * 2
-
-        for _, rows in order:
-            yield partial(get, rows)
+        return [normalize(x)] * 2
 
     def passes(self, order):
         """Yield for each batch the function that gives a slice of it, two passes of the pool."""
@@ -385,8 +529,9 @@ class Feed:
             return x[part.start - first:part.stop - first].unbind(1)
 
         for (_, rows), keys in zip(order, mine):
-            with self.waiting():  # x: (b, 2, T, C)
-                x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(self.device)
+            began = time.monotonic()  # x: (b, 2, T, C)
+            x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(self.device)
+            self.waited += time.monotonic() - began
             yield partial(get, x, share(len(rows)).start)
 
 
@@ -400,84 +545,7 @@ def epoch_order(rows, plan, seed, start):
         yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
 
 
-# The loss of one effective batch, and its exact gradient in the memory of a micro-batch
-
-def project(model, batch, part):
-    """Output and projections (1 or 3, V, b, proj_dim) of a slice of a batch.
-
-    The same each time, dropout included: its seed follows from the batch's key and the slice.
-    """
-    seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
-    torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
-    keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
-    output, projections = model(torch.cat(batch.cut(part)), keep)
-    return output, projections.unflatten(1, (batch.n_views, -1))
-
-
-@torch.no_grad()
-def project_all(model, batch, parts, kept=None):
-    """Projections (1 or 3, V, B, proj_dim) of a batch, of which this process makes some parts.
-
-    Without a graph. BatchNorm normalises as in training, but its running averages stand still.
-    kept: what project() gave for the only part, if it is there already
-    """
-    before = [b.clone() for b in model.buffers()]
-    out = torch.zeros(len(model.heads), batch.n_views, batch.size, model.config.proj_dim,
-                      device=next(model.parameters()).device)
-    for part in parts:
-        out[:, :, part] = (kept or project(model, batch, part))[1]
-    if not kept:
-        for b, old in zip(model.buffers(), before):
-            b.copy_(old)
-    add_up([out])
-    return out
-
-
-def backward(model, batch, objective, micro):
-    """Add the gradient of one effective batch to .grad; return its loss and the streams' norms.
-
-    negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
-    Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
-    respect to the projections of all processes; project again with a graph and the same
-    randomness, and back-propagate. A process with one part projects it once, and keeps the graph.
-    "micro": plain accumulation, negatives from the micro-batch alone (the paper).
-    ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
-    """
-    mine, exact = share(batch.size), objective.negatives == "batch"
-    device = next(model.parameters()).device
-    parts = [slice(i, i + micro) for i in range(mine.start, mine.stop, micro)]
-    # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    loss, squares, kept = 0.0, [0.0, 0.0], None
-    if exact:
-        # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        if len(parts) == 1:
-            kept = project(model, batch, parts[0])
-        cached = project_all(model, batch, parts, kept).requires_grad_()
-        whole = objective(cached)
-        (grad,) = torch.autograd.grad(whole, cached)
-        loss = whole.detach() / ranks()[1]  # each process counts its share
-    for part in parts:
-        output, projections = kept or project(model, batch, part)
-        kept, streams = None, [h for h in (output.time, output.channel) if h is not None]
-        for h in streams:
-            h.retain_grad()
-        if exact:
-            projections.backward(grad[:, :, part])
-        else:
-            part_loss = objective(projections) * micro / batch.size
-            part_loss.backward()
-            loss += part_loss.detach()
-        for j, h in enumerate(streams):
-            squares[j] += h.grad.float().square().sum()
-        del output, projections, streams  # before the next part's graph is made
-    averages = [b.div_(ranks()[1]) for b in model.buffers() if b.is_floating_point()]  # BatchNorm's
-    sums = torch.tensor([loss, *squares], device=device)
-    add_up([*(p.grad for p in model.parameters()), *averages, sums])
-    loss, *squares = sums.tolist()
-    return loss, [math.sqrt(s) for s in squares]
-
+# Statistics, representations and validation
 
 def stream_norms(norms, n_tokens):
     """Gradient norms at the streams as the paper logged them, and corrected for token counts.
@@ -503,8 +571,6 @@ def stream_statistics(model, norms):
         found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
     return found
 
-
-# Representations and validation
 
 @torch.no_grad()
 def extract(function, cache, rows, device, size=64):
@@ -545,12 +611,9 @@ def validate(model, feed, rows, plan, objective, step):
     Raises FloatingPointError, naming the step, when one of them is not finite.
     """
     model.eval()
-    B, mine, losses = plan.val_batch, share(plan.val_batch), []
-    parts = [slice(j, min(j + plan.micro, mine.stop))
-             for j in range(mine.start, mine.stop, plan.micro)]
+    B, parts = plan.val_batch, parts_of(plan.val_batch, plan.micro)
     order = [(VAL_STEP + i, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
-    for batch in feed(order):
-        losses.append(float(objective(project_all(model, batch, parts))))
+    losses = [float(objective(project_all(model, batch, parts))) for batch in feed(order)]
     labels = feed.cache.index.loc[rows, list(CLASSES)].to_numpy()
     single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
     mine = share(single.sum())
@@ -570,17 +633,11 @@ def validate(model, feed, rows, plan, objective, step):
 def matmul_peak(device, precision):
     """FLOP/s of a large matrix product here, of all processes: what no training step exceeds."""
     n = 1024 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    matrix, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(6):
-        began = time.monotonic()
-        matrix @ matrix
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.monotonic() - began)
-    total = torch.tensor(2 * n ** 3 / best, device=device)
+    matrix = torch.randn(n, n, device=device,
+                         dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    timer = Timer("m @ m", globals=dict(m=matrix), num_threads=torch.get_num_threads())
+    total = torch.tensor(2 * n ** 3 / min(timer.timeit(1).mean for _ in range(6)), device=device)
     add_up([total])
-    del matrix
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return float(total)
@@ -598,7 +655,7 @@ def peak_mib(device):
 
 # The run folder
 
-def describe_run(args, model, cache, plan, samples):
+def describe_run(args, model, cache, plan, samples, flops):
     """What args.json holds: arguments, settings in effect, sizes, speed, versions, data."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -606,32 +663,32 @@ def describe_run(args, model, cache, plan, samples):
     except OSError:  # no git here
         commit = ""
     packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
-    device = next(model.parameters()).device
-    forward, both = count_flops(model.config, samples)
+    forward, both = flops
     twice = args.negatives == "batch" and plan.batch > plan.micro * plan.processes
     return dict(args=vars(args), argv=sys.argv[1:], in_effect=asdict(plan),
                 config=asdict(model.config), n_parameters=n_parameters(model), samples=samples,
                 tokens=[samples // model.config.time_stride, len(LEADS)],
                 flop_per_record=2 * args.windows * (both + forward * twice),
-                peak_flops=matmul_peak(device, model.precision), precision=model.precision,
-                start_mib=peak_mib(device),
-                device=str(device), threads=torch.get_num_threads(),
+                peak_flops=matmul_peak(model.device, model.precision), precision=model.precision,
+                start_mib=peak_mib(model.device),
+                device=str(model.device), threads=torch.get_num_threads(),
                 git_commit=commit.strip() or None,
                 versions={"python": platform.python_version(), **{p: version(p) for p in packages}},
                 data=cache.meta)
 
 
-def differences(*records):
+def differences(old, new):
     """In which arguments, settings and data two args.json differ, a line each."""
-    then, now = ({f"--{key.replace('_', '-')}": value for key, value in record["args"].items()
-                  if key not in NOT_A_RESULT} | {
-        "micro-batch in effect (NPROC?)": record["in_effect"]["micro"]} for record in records)
-    lines = [f"{key}: {then[key]} then, {now[key]} now" for key in now
-             if then.get(key, now[key]) != now[key]]
-    old, new = (record["data"] for record in records)
-    if old["fingerprint"] != new["fingerprint"]:
-        lines.append(f"data: {old['data']} at {old['rate']} Hz then, {new['data']} at "
-                     f"{new['rate']} Hz now")
+    lines = [f"--{key.replace('_', '-')}: {old['args'][key]} then, {value} now"
+             for key, value in new["args"].items()
+             if key not in NOT_A_RESULT and old["args"].get(key, value) != value]
+    then, now = old["in_effect"]["micro"], new["in_effect"]["micro"]
+    if then != now:
+        lines.append(f"micro-batch in effect (NPROC?): {then} then, {now} now")
+    then, now = old["data"], new["data"]
+    if then["fingerprint"] != now["fingerprint"]:
+        lines.append(f"data: {then['data']} at {then['rate']} Hz then, {now['data']} at "
+                     f"{now['rate']} Hz now")
     return lines
 
 
@@ -645,12 +702,12 @@ class RunFolder:
     def __init__(self, path, record):
         self.path, self.record, self.first = Path(path), record, ranks()[0] == 0
         self.log, self.writer, self.saved_at = [], None, time.monotonic()
-        refused = [None]
-        if self.first:
-            try:
+        refused = [None]  # by the first process, for all
+        try:
+            if self.first:
                 self.open()
-            except (InputError, OSError) as error:
-                refused = [error]
+        except (InputError, OSError) as error:
+            refused = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(refused)
         if refused[0]:
@@ -659,9 +716,6 @@ class RunFolder:
 
     def open(self):
         """Lock the folder, and compare args.json with the arguments of today."""
-        if any(path.is_file() for path in (self.path, *self.path.parents)):
-            raise InputError(f"--run {self.path}: it, or a folder above it, is a file; give "
-                             "another")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")  # held while it is open
         try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
@@ -670,8 +724,7 @@ class RunFolder:
             raise InputError(f"{self.path}: another process trains there; wait for it, or give "
                              "another RUN= (--run)") from error
         if not any((self.path / name).exists() for name in (*SAVES, "model.pt")):
-            text = json.dumps(self.record, indent=1)  # nothing to lose yet
-            write_atomic(self.path / "args.json", lambda tmp: tmp.write_text(text))
+            self.write_record(self.path)  # nothing to lose yet
         old = read_args(self.path)
         old["args"] = with_defaults(old["args"])
         if lines := differences(old, self.record):
@@ -730,12 +783,19 @@ class RunFolder:
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
         write_atomic(self.path / "log.jsonl", lambda tmp: tmp.write_text(lines))
 
+    def write_record(self, folder):
+        """Write args.json."""
+        text = json.dumps(self.record, indent=1)
+        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
+
     def add(self, row):
         """Add the row of an epoch to the log, to TensorBoard and to the screen."""
         self.log.append(row)
         if self.first:
-            plan = self.record["in_effect"]
-            show(row, math.ceil(plan["total"] / plan["steps"]))
+            parts = [f"epoch {row['epoch']:>3}/{Plan(**self.record['in_effect']).epochs}"]
+            for key, (name, form) in SHOWN.items():
+                parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
+            tqdm.write("  ".join(parts))
             with writing(self.path / "tensorboard"):
                 for key, value in row.items():
                     if value is not None:
@@ -745,83 +805,74 @@ class RunFolder:
     def keep(self, model, folder):
         """Write what evaluation needs: model.pt, and args.json in a folder other than the run's."""
         if self.first:
-            final = dict(model=model.state_dict(), config=asdict(model.config))
             if folder != self.path:
-                text = json.dumps(self.record, indent=1)
-                write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
+                self.write_record(folder)
+            final = dict(model=model.state_dict(), config=asdict(model.config))
             write_atomic(folder / "model.pt", lambda tmp: torch.save(final, tmp))
 
     def finish(self, model):
         """Write model.pt and let go of the folder."""
+        self.keep(model, self.path)
         if self.first:
-            self.keep(model, self.path)
             (self.path / SAVES[1]).unlink(missing_ok=True)
-            self.leave(f"{self.path / 'model.pt'}: finished, "
-                       f"{self.record['in_effect']['total']} steps")
+        self.leave(f"finished, {self.record['in_effect']['total']} steps")
 
     def leave(self, text):
         """Let go of the folder, and say why."""
         if self.first:
-            self.writer.close()
+            if self.writer:
+                self.writer.close()
             self.lock.close()
-            print(text)
+            print(f"{self.path}: {text}")
 
 
 def summary(sums, record):
     """The row of an epoch: means over its steps, from the sums of their statistics."""
     mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
-    if STREAM_NORMS[0] in mean:
-        mean |= stream_norms([mean[name] for name in STREAM_NORMS], record["tokens"])
-        if record["config"]["max_pool"] or record["config"]["lead_tokens"]:  # not the mean alone
-            mean |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
-    else:  # a ResNet has no streams
-        mean |= dict.fromkeys(stream_norms((1, 1), (1, 1)))
-    seconds, flop = mean.pop("seconds"), record["flop_per_record"]
+    norms = stream_norms([mean.get(name, 0) for name in STREAM_NORMS], record["tokens"])
+    if STREAM_NORMS[0] not in mean:  # a ResNet has no streams
+        norms = dict.fromkeys(norms)
+    elif record["config"]["max_pool"] or record["config"]["lead_tokens"]:  # not the mean alone
+        norms |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
+    seconds, waited, flop = mean.pop("seconds"), mean.pop("waited"), record["flop_per_record"]
     speed = record["in_effect"]["batch"] / seconds
-    return mean | dict(
-        records_per_second=speed, data_share=mean.pop("waited") / seconds,
+    return mean | norms | dict(
+        records_per_second=speed, data_share=waited / seconds,
         gflop_per_record=flop / 1e9, of_peak=speed * flop / record["peak_flops"],
         peak_mib=peak_mib(torch.device(record["device"])))
 
 
-def announce(record, n_train, n_val, notes):
+def announce(run, n_train, n_val, notes, start):
     """Print what is about to be trained, on what, with which settings in effect."""
-    args, plan, meta = record["args"], record["in_effect"], record["data"]
-    synthetic = "SYNTHETIC, " if meta["synthetic"] else ""
-    epochs = math.ceil(plan["total"] / plan["steps"])
-    validated = n_val // plan["val_batch"] * plan["val_batch"]
-    for what, text in (
-            ("view", from_args(ViewConfig, args).describe()),
-            ("data", f"{synthetic}{meta['data']} at {meta['rate']} Hz: {n_train} training records "
-             f"(folds 1-8), {n_val} validation (fold 9, the loss on {validated} of them)"
-             + f"; {len(meta['left_out'])} left out" * bool(meta["left_out"])),
-            ("model", "{arch}, {n_parameters:,} parameters, {samples} samples a view, on {device} "
-             "in {precision}".format(arch=args["arch"], **record)
-             + (", compiled" if args["compile"] else "")),
-            ("batch", "{batch} in micro-batches of {micro}".format(**plan)
-             + f", negatives from the {args['negatives']}"),
-            ("schedule", f"{plan['total']} steps in {epochs} epochs of {plan['steps']}, warm-up "
-             f"{plan['warmup']}, rate up to {args['max_lr']:g}, then down to {args['final_lr']:g}"),
-            ("chance", "a loss of {:.2f}, in validation {:.2f}".format(*chance(args, plan))),
-            *(("note", note) for note in notes)):
+    record, args, plan = run.record, run.record["args"], Plan(**run.record["in_effect"])
+    meta, validated = record["data"], n_val // plan.val_batch * plan.val_batch
+    lines = dict(
+        view=from_args(ViewConfig, args).describe(),
+        data=("SYNTHETIC, " if meta["synthetic"] else "") + f"{meta['data']} at {meta['rate']} Hz: "
+        f"{n_train} training records (folds 1-8), {n_val} validation (fold 9, the loss on "
+        f"{validated} of them); {len(meta['left_out'])} left out",
+        model=f"{args['arch']}, {record['n_parameters']:,} parameters, {record['samples']} samples "
+        f"a view, on {record['device']} in {record['precision']}",
+        batch=f"{plan.batch} in micro-batches of {plan.micro}, negatives from the "
+        f"{args['negatives']}",
+        schedule=f"{plan.total} steps in {plan.epochs} epochs of {plan.steps}, warm-up "
+        f"{plan.warmup}, rate up to {args['max_lr']:g}, then down to {args['final_lr']:g}",
+        chance="a loss of {:.2f}, in validation {:.2f}".format(
+            *chance(args, record["in_effect"])))
+    if start:
+        notes = [*notes, f"resumed at step {start} of {plan.total}"]
+    for what, text in (*lines.items(), *(("note", note) for note in notes),
+                       ("note", f"writing to {run.path}")):
         print(f"{what:10} {text}")
 
 
-def show(row, epochs):
-    """One aligned line for an epoch."""
-    parts = [f"epoch {row['epoch']:>3}/{epochs}"]
-    for key, name, form in (
-            ("loss", "loss", ".4f"), ("val_loss", "val", ".4f"), ("lr", "lr", ".1e"),
-            ("grad_norm_ratio", "channel/time", ".2f"),
-            ("grad_norm_ratio_corrected", "corrected", ".2f"), ("silhouette", "sil", "+.3f"),
-            ("davies_bouldin", "DB", ".2f"), ("calinski_harabasz", "CH", ".2f"),
-            ("records_per_second", "rec/s", ".0f"), ("of_peak", "of peak", ".0%"),
-            ("data_share", "data", ".1%"), ("peak_mib", "MiB", ".0f")):
-        parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
-    tqdm.write("  ".join(parts))
+SHOWN = dict(  # of a row on the screen: name there, format
+    loss=("loss", ".4f"), val_loss=("val", ".4f"), lr=("lr", ".1e"),
+    grad_norm_ratio=("channel/time", ".2f"), grad_norm_ratio_corrected=("corrected", ".2f"),
+    silhouette=("sil", "+.3f"), davies_bouldin=("DB", ".2f"), calinski_harabasz=("CH", ".2f"),
+    records_per_second=("rec/s", ".0f"), of_peak=("of peak", ".0%"), data_share=("data", ".1%"),
+    peak_mib=("MiB", ".0f"))
 
-
-# Training
 
 def check_data(cache, config, size):
     """Rows of folds 1-8, rows of fold 9, samples of a view; raise InputError for what lacks."""
@@ -838,125 +889,44 @@ def check_data(cache, config, size):
     return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
 
 
-@torch.no_grad()
-def hold_in_bf16(model):
-    """Round the weights to bfloat16, in place."""
-    for p in model.parameters():
-        p.copy_(p.bfloat16())
-
-
-def train(args, told_to_stop=lambda device: False):
-    """Pretrain and write the run folder. Raises InputError, before work starts, for bad input.
-
-    told_to_stop: asked in each step; then the state is saved, and the same command goes on from it
-    """
-    config, size, objective = (from_args(cls, vars(args))
-                               for cls in (ViewConfig, Config, Objective))
-    vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
-    cache = open_cache(args.cache)
-    rows, val_rows, samples = check_data(cache, config, size)
-    device = join_processes(args.device)
-    plan, notes = settle(args, len(rows), len(val_rows), ranks()[1])
-    torch.manual_seed(args.seed)  # of the initial weights; all else has streams of its own
-    model = Contrastive(size).to(device)
-    model.precision = pick_precision(args.precision, device)
-    record = describe_run(args, model, cache, plan, samples)
-    run = RunFolder(args.run or f"runs/{config.view}-s{args.seed}", record)
-    if run.finished:
-        if run.first:
-            print(f"{run.path}: finished, nothing to do; remove the folder to train again")
-        return
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    if args.bf16_weights:
-        hold_in_bf16(model)
-        optimizer.register_step_post_hook(lambda *_: hold_in_bf16(model))
-    start, sums = run.restore(model, optimizer)
-    if run.first:
-        where = [f"resumed at step {start} of {plan.total}"] if start else []
-        announce(record, len(rows), len(val_rows), [*notes, *where, f"writing to {run.path}"])
-    if args.compile:
-        compile_blocks(model)
-    feed = Feed(cache, config, args.seed, device, args.workers)
-    bar = tqdm(total=plan.total, initial=start, desc=run.path.name, unit="step",
-               disable=None if run.first else True)
-
-    tick = time.monotonic()
-    for step, batch in enumerate(feed(epoch_order(rows, plan, args.seed, start)), start):
-        lr = learning_rate(step, plan.total, plan.warmup, args.max_lr, args.final_lr)
-        optimizer.param_groups[0]["lr"] = lr
-        averages = {key: b.clone() for key, b in model.named_buffers()}  # BatchNorm's, of before
-        model.train()
-        optimizer.zero_grad(set_to_none=False)  # backward() wants them allocated
-        loss, norms = backward(model, batch, objective, plan.micro)
-        stats = dict(n=1, loss=loss, **stream_statistics(model, norms))
-        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(
-            model.parameters(), args.clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(stats["grad_norm"])):
-            raise diverged(f"loss {loss}, gradient norm {stats['grad_norm']}", step, plan)
-        stopping = told_to_stop(device)
-        if stopping or time.monotonic() - run.saved_at > 60 * args.save_minutes:
-            run.save(model.state_dict() | averages, optimizer, step, sums)  # its loss is finite
-        if stopping:
-            bar.close()
-            return run.leave(f"stopped at step {step} of {plan.total}; the same command goes on "
-                             "from here")
-        optimizer.step()
-
-        stats |= dict(seconds=time.monotonic() - tick, waited=feed.waited)
-        sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update()
-        if (step + 1) % plan.steps == 0 or step + 1 == plan.total:
-            row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr) | summary(sums, record)
-            run.add(row | validate(model, feed, val_rows, plan, objective, step))
-            sums = {}
-            if args.keep_every and row["epoch"] % args.keep_every == 0:
-                run.keep(model, run.path / f"epoch-{row['epoch']:03}")
-            run.save(model.state_dict(), optimizer, step + 1, sums)
-        tick, feed.waited = time.monotonic(), 0.0
-    bar.close()
-    run.finish(model)
-
+# The command line
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [--help] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = parser.add_argument_group("data and run")
-    g.add_argument("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
-    g.add_argument("--run", help="run folder; by default runs/VIEW-sSEED")
-    g.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
-    add_shared(g, "device")
-    g.add_argument("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
-                   help="processes that pass records through the pool ahead of the model; 0: none")
-    g.add_argument("--save-minutes", type=bounded(float, 0), default=10,
-                   help="last.pt is written after each epoch, and this often within one")
-    g.add_argument("--keep-every", type=bounded(int, 1), help="keep the weights of every so many "
-                   "epochs, each in a folder RUN/epoch-... that evaluate.py takes for a run")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
-    g.add_argument("--max-steps", type=bounded(int, 1), help="end after this many, with the whole "
-                   "schedule")
-    g.add_argument("--batch-size", type=bounded(int, 2), help=f"effective batch; by default "
-                   f"{BATCH}, or less when that leaves under {MIN_STEPS} steps an epoch")
-    g.add_argument("--micro-batch", type=bounded(int, 1), default=16, help="records in memory at "
-                   "once; halve it if memory runs out")
-    g.add_argument("--max-lr", type=bounded(float, 1e-12), default=3e-4, help="peak of the cycle; "
-                   "lower it if the loss jumps")
-    g.add_argument("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle "
-                   "(paper)")
-    g.add_argument("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up "
-                   "from 0 (paper)")
-    g.add_argument("--weight-decay", type=bounded(float, 0), default=0.0, help="decoupled (AdamW)")
-    g.add_argument("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: "
-                   "no clipping")
-    g.add_argument("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
-                   help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the "
-                   "loss's products too). auto: bfloat16 on GPUs that have it")
-    g.add_argument("--bf16-weights", action=argparse.BooleanOptionalAction, default=False,
-                   help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile"
-                   " the model: a minute or more at the start, and a C++ compiler on a CPU")
+    group = parser.add_argument_group("data and run")
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--cache", default="cache/ptbxl-500", help="folder of: python data.py cache")
+    add("--run", help="run folder; by default runs/VIEW-sSEED")
+    add("--seed", type=bounded(int, 0), default=0, help="same seed, same run")
+    add_shared(group, "device")
+    add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1),
+        help="processes that pass records through the pool ahead of the model; 0: none")
+    add("--save-minutes", type=bounded(float, 0), default=10,
+        help="last.pt is written after each epoch, and this often within one")
+    add("--keep-every", type=bounded(int, 1), help="keep the weights of every so many epochs, each "
+        "in a folder RUN/epoch-... that evaluate.py takes for a run")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
+    add("--max-steps", type=bounded(int, 1), help="end after this many, with the whole schedule")
+    add("--batch-size", type=bounded(int, 2), help=f"effective batch; by default {BATCH}, or less "
+        f"when that leaves under {MIN_STEPS} steps an epoch")
+    add("--micro-batch", type=bounded(int, 1), default=16,
+        help="records in memory at once; halve it if memory runs out")
+    add("--max-lr", type=bounded(float, 1e-12), default=3e-4,
+        help="peak of the cycle; lower it if the loss jumps")
+    add("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle (paper)")
+    add("--warmup", type=bounded(int, 0), default=20, help="steps of linear warm-up (paper)")
+    add("--weight-decay", type=bounded(float, 0), default=0.0, help="decoupled (AdamW)")
+    add("--clip", type=bounded(float, 0), default=1.0, help="largest gradient norm; 0: any")
+    add("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
+        help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the loss's "
+        "products too). auto: bfloat16 on GPUs that have it")
+    add("--bf16-weights", action=switch, default=False,
+        help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
+    add("--compile", action=switch, default=False, help="compile the model: a minute or more at "
+        "the start, and a C++ compiler on a CPU")
     add_flags(parser, "loss", Objective)
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)
@@ -965,14 +935,10 @@ def get_args(argv=None):
 
 def with_defaults(saved):
     """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
-    if "equal" not in saved:  # a run of before: flags that did nothing were taken and saved
-        pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
-        idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
-        saved = {key: value for key, value in saved.items() if key not in idle}
-    preset = saved.get("preset", "paper")
-    if preset not in [*PRESETS]:
-        raise InputError(f"args.json is damaged (preset: {preset!r}); mend it, or train again")
-    usual = vars(get_args(["--preset", preset]))
+    if saved.get("preset", "paper") not in [*PRESETS]:
+        raise InputError(f"args.json is damaged (preset: {saved['preset']!r}); mend it, or train "
+                         "again")
+    usual = vars(get_args(["--preset", saved.get("preset", "paper")]))
     kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
     for key, value in saved.items():
         if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):

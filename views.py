@@ -93,14 +93,17 @@ VIEWS = {
 }
 
 
+def list_views():
+    """Names and aliases, for help and errors."""
+    return ", ".join(key + f" (or {view.alias})" * bool(view.alias) for key, view in VIEWS.items())
+
+
 def resolve_view(name):
     """The canonical name of a view; raise InputError that lists names and aliases."""
-    names = {view.alias: key for key, view in VIEWS.items() if view.alias} | {v: v for v in VIEWS}
-    if name not in names:
-        valid = ", ".join(key + f" (or {view.alias})" * bool(view.alias)
-                          for key, view in VIEWS.items())
-        raise InputError(f"unknown VIEW {name!r}; choose one of {valid}")
-    return names[name]
+    for key, view in VIEWS.items():
+        if name and name in (key, view.alias):
+            return key
+    raise InputError(f"unknown VIEW {name!r}; choose one of {list_views()}")
 
 
 def split(x, view, equal=False):
@@ -250,8 +253,7 @@ POOL = "warp", "crop", "band_low", "band_high", "noise", "scale", "shipped_filte
 class ViewConfig:
     """The view strategy and its strengths. Defaults of the pool are ecgmentations' own."""
 
-    view: str = setting("noncontig", "view strategy, or its alias: " + ", ".join(
-        key + f" ({view.alias})" * bool(view.alias) for key, view in VIEWS.items()))
+    view: str = setting("noncontig", f"view strategy, or its alias: {list_views()}")
     mask_leads: bool = setting(None, "random lead masking of each view; by default as the view "
                                "has it: off for stochastic alone, as in the paper")
     mask_p: float = setting(0.5, "probability that a lead of a view is masked",
@@ -328,15 +330,13 @@ class ViewConfig:
 
     def describe(self):
         """The strategy in words, for the start of a run."""
-        masked = (f"each lead masked with p = {self.mask_p}" if self.mask_leads
-                  else "no lead masking")
-        pooled = f", pool with p = {self.augment_p}" if self.augment_p else ""
-        equal = ", equal: 5 s at half the rate" if self.equal else ""
-        shifted = ", shifted" if self.shift else ""
-        disturbed = "".join(f", {name.replace('_', ' ')} {value:g}"
-                            for name, value in self.disturbances.items())
-        return (f"{self.view}: {VIEWS[self.view].words}; {masked}{pooled}{equal}{shifted}"
-                f"{disturbed}")
+        masked = f"masked with p = {self.mask_p}" if self.mask_leads else "kept"
+        parts = [f"{self.view}: {VIEWS[self.view].words}; each lead {masked}",
+                 f"pool with p = {self.augment_p}" * bool(self.augment_p),
+                 "equal: 5 s at half the rate" * self.equal, "shifted" * self.shift]
+        parts += [f"{name.replace('_', ' ')} {value:g}"
+                  for name, value in self.disturbances.items()]
+        return ", ".join(filter(None, parts))
 
     def split(self, x):
         """split() as this strategy is evaluated."""
