@@ -1633,7 +1633,7 @@ def lead_attention(encoder, x, keep):
     x: (1, T, C) a window; keep: (1, C). None for encoders whose channel tokens are no leads.
     """
     model, views = encoder.model, encoder.views
-    x, keep = x.to(encoder.device), keep.to(encoder.device)
+    x, keep = x.to(encoder.model.device), keep.to(encoder.model.device)
     if model.config.arch != "dualview" or model.config.mix_leads:
         return None
     maps, seconds = [], views.timing()[0] * SECONDS
@@ -1929,8 +1929,9 @@ def plan_study(args):
         flags = text.format(more=round(usual.epochs * passes / 3), part=max(plan.batch // 4, 2),
                             tenth=max(usual.epochs // 10, 1), batch=plan.batch).split()
         parsed = vars(train_args([*common, *flags]))
+        views = from_args(ViewConfig, parsed)
         try:
-            views, _ = from_args(ViewConfig, parsed), from_args(Config, parsed)
+            from_args(Config, parsed)
         except InputError as error:  # such as late masking, with a stem of conv
             refused[row] = error
             continue
