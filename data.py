@@ -220,8 +220,8 @@ def fetch_file(session, url, path, digest=None, wait=time.sleep):
         else:
             problem = f"HTTP {answer.status_code} {answer.reason}"
             with suppress(InvalidHeader, ValueError, OverflowError):  # seconds, or a date
-                pause = Retry(retry_after_max=MAX_WAIT_S).parse_retry_after(
-                    answer.headers.get("Retry-After", ""))
+                pause = min(MAX_WAIT_S, Retry().parse_retry_after(
+                    answer.headers.get("Retry-After", "")))
             if answer.status_code < 500 and answer.status_code != 429:
                 break  # asking again does not help
     raise InputError(f"{url}: {problem}")
@@ -252,8 +252,8 @@ def download(folder, rate, url=URL, workers=8):
     """
     import requests
 
-    folder, url, session = Path(folder), url.rstrip("/") + "/", requests.Session()
-    fetch_file(session, url + "SHA256SUMS.txt", folder / "SHA256SUMS.txt")
+    folder, url, local = Path(folder), url.rstrip("/") + "/", threading.local()
+    fetch_file(requests.Session(), url + "SHA256SUMS.txt", folder / "SHA256SUMS.txt")
     sums = read_sums(folder / "SHA256SUMS.txt")
     if not set(TABLES) <= set(sums):
         raise InputError(f"{url} does not list {' and '.join(TABLES)}: not a PTB-XL folder")
@@ -267,7 +267,8 @@ def download(folder, rate, url=URL, workers=8):
 
     def ensure(name):
         if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
-            fetch_file(session, url + name, folder / name, sums[name], stop.wait)
+            local.session = getattr(local, "session", None) or requests.Session()  # keeps alive
+            fetch_file(local.session, url + name, folder / name, sums[name], stop.wait)
 
     pool, failed, stop = ThreadPoolExecutor(workers), [], threading.Event()
     try:
@@ -335,7 +336,7 @@ def load_tables(folder):
     codes = table.scp_codes.map(parse_codes)
     refuse(table.scp_codes, codes.isna(), "a dict such as {'NORM': 100.0}")
     check_people(folder / TABLES[0], table)
-    explained = statements.index.to_series()
+    explained = statements.index.to_series(name="code")
     refuse_cells(folder / TABLES[1], explained, explained.duplicated(keep=False), "each once")
     # coerced: one cell that is no number would make text of all, and lose every label
     is_diagnostic = pd.to_numeric(statements.diagnostic, errors="coerce") == 1
@@ -419,8 +420,8 @@ def read_record(path, rate):
             raise InputError(f"{path.name}: {problem}")
 
     try:
-        record = open_wfdb(header)
-        names = [(name or "?").strip().upper() for name in record.sig_name]
+        record = our_wfdb().rdheader(str(path))  # first: samples are read only if there is room
+        names = [(name or "?").strip().upper() for name in record.sig_name or ()]
         need(sorted(names) == sorted(lead.upper() for lead in LEADS),
              f"{len(names)} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
         need(record.fs == rate and record.sig_len == T,
@@ -437,6 +438,7 @@ def read_record(path, rate):
              f"samples in {' '.join(sorted(set(record.file_name)))[:200]}; needs {file.name}")
         need(set(record.fmt) != {"16"} or file.stat().st_size == 2 * T * C,
              f"the header tells of {2 * T * C} bytes, the file has {file.stat().st_size}")
+        record = open_wfdb(header)
         sums, said = record.d_signal.sum(0), record.checksum
         need(None in said or not ((sums - said) % 65536).any(),
              "the samples do not add up to the header's checksum")
@@ -910,8 +912,8 @@ def join_sources(paths, rate, reading):
         synthetic=any((source.path / SYNTHETIC).exists() for source in sources))
 
 
-def write_signals(results, names, file):
-    """Write what try_record() gave of each recording, but no samples twice.
+def write_signals(results, names, file, written):
+    """Write what try_record() gave of each recording, but no samples twice; `written` digests it.
 
     ->  a table with a row a signal: number of its recording, has_flat_lead, limbs_agree, size (mV);
     what was unusable; what was there already
@@ -930,6 +932,7 @@ def write_signals(results, names, file):
                 continue
             seen[digest] = names[i]
             file.write(signal)
+            written.update(signal)
             rows.append(dict(number=i, has_flat_lead=(signal == signal[:1]).all(0).any(),
                              limbs_agree=limb_leads_agree(signal),
                              size=np.median(np.ptp(signal[:, signal.any(0)], axis=0)) / 1000))
@@ -957,6 +960,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
     out.parent.mkdir(parents=True, exist_ok=True)
     check_room(out.parent, cache_bytes(len(items), rate))
 
+    written = hashlib.sha256()  # of what is in memory: a disk's fault is told from it
     with new_folder(out.resolve()) as tmp:  # out may be a link to another disk
         # Ctrl-C is for this process alone, which then cancels what has not begun.
         with (ProcessPoolExecutor(workers, None, signals.signal,
@@ -965,7 +969,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
                                chunksize=32)) as results,
               open(tmp / "signals.int16", "wb") as file):
             bar = tqdm(results, "cache", len(items), unit="record", disable=None)
-            found, bad, twice = write_signals(bar, table.record, file)
+            found, bad, twice = write_signals(bar, table.record, file, written)
         if bad and (not skip_bad or found.empty):
             raise InputError(f"{len(bad)} of {len(items)} records cannot be used; mend them, "
                              "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
@@ -973,9 +977,10 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, reading=()):
         if "record" in columns:
             index = index.assign(ecg_id=np.arange(1, len(found) + 1))
         index[columns].to_csv(tmp / "index.csv", index=False)
+        written.update((tmp / "index.csv").read_bytes())
         meta |= dict(records=len(found), records_with_a_flat_lead=int(found.has_flat_lead.sum()),
                      left_out=bad + twice, index=sha256(tmp / "index.csv"),
-                     fingerprint=sha256(tmp / "signals.int16", tmp / "index.csv"))
+                     fingerprint=written.hexdigest())
         (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
     print(f"{out}: {len(found)} records at {rate} Hz, {meta['records_with_a_flat_lead']} with a "
           f"flat lead, {len(meta['left_out'])} left out")

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,8 +45,8 @@ from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, 
                   writing)
 from model import (PRESETS, Config, Contrastive, add_model_flags, barlow_twins, compile_blocks,
                    count_flops, embed, n_parameters, nt_xent, parse, read_args, read_tensors)
-from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
-                   shift)
+from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
+                   pool, shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -145,7 +144,7 @@ def backward(model, batch, objective, micro):
     parts, processes = parts_of(batch.size, micro), ranks()[1]
     # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     sums, kept = torch.zeros(3, device=model.device), None  # loss, squared norms at the streams
     if objective.negatives == "batch":
         # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
@@ -168,6 +167,7 @@ def backward(model, batch, objective, micro):
             sums[0] += loss.detach()
         for j, h in enumerate(streams, 1):
             sums[j] += h.grad.float().square().sum()
+        del output, projections, streams  # before the next part's graph is made
     averages = [b.div_(processes) for b in model.buffers() if b.is_floating_point()]  # BatchNorm's
     add_up([*(p.grad for p in model.parameters()), *averages, sums])
     loss, *squares = sums.tolist()
@@ -270,6 +270,9 @@ def settle(args, n_train, n_val, processes=1):
     batch = max(batch - batch % processes, processes)
     mine = batch // processes
     micro = max(n for n in range(1, min(args.micro_batch, mine) + 1) if mine % n == 0)
+    if 4 * micro < min(args.micro_batch, mine):
+        raise InputError(f"--micro-batch {args.micro_batch}: the {mine} records that a process has "
+                         f"of a batch are divided by {micro} at most; give another --batch-size")
     if micro < min(args.micro_batch, batch):
         notes.append(f"micro-batch {micro} instead of {args.micro_batch}, so that it divides the "
                      f"{mine} records that a process has of a batch")
@@ -312,8 +315,11 @@ def chance(args, plan):
 def pick_device(name):
     """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        name = "cuda" if torch.cuda.is_available() else (
+            "mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {error}; --device cpu always works") from error
@@ -635,8 +641,15 @@ def matmul_peak(device, precision):
     n = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=device,
                          dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    timer = Timer("m @ m", globals=dict(m=matrix), num_threads=torch.get_num_threads())
-    total = torch.tensor(2 * n ** 3 / min(timer.timeit(1).mean for _ in range(6)), device=device)
+    best = math.inf
+    for _ in range(6):
+        began = time.monotonic()
+        matrix @ matrix
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = min(best, time.monotonic() - began)
+    del matrix  # before the peak is reset: it is none of training's memory
+    total = torch.tensor(2 * n ** 3 / best, device=device)
     add_up([total])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -716,7 +729,10 @@ class RunFolder:
 
     def open(self):
         """Lock the folder, and compare args.json with the arguments of today."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # such as a file of that name
+            raise InputError(f"--run {self.path}: {error}; give another folder") from error
         self.lock = open(self.path / ".lock", "a")  # held while it is open
         try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -938,6 +954,10 @@ def with_defaults(saved):
     if saved.get("preset", "paper") not in [*PRESETS]:
         raise InputError(f"args.json is damaged (preset: {saved['preset']!r}); mend it, or train "
                          "again")
+    if "equal" not in saved:  # older runs saved flags that do nothing, which are refused today
+        pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
+        idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
+        saved = {key: value for key, value in saved.items() if key not in idle}
     usual = vars(get_args(["--preset", saved.get("preset", "paper")]))
     kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
     for key, value in saved.items():
