@@ -270,7 +270,8 @@ def draw_maps(axes, layers, stream, look, raw):
         values, x, y = values.swapaxes(1, 2), y, x
     ends = dict(time=(0, look.end), lead=(-0.5, len(LEADS) - 0.5))
     for i, (axis, shown, means) in enumerate(zip(axes, values, layers)):
-        image = axis.imshow(shown, aspect="auto", extent=(*ends[x[1]], *ends[y[1]][::-1]), **style)
+        image = axis.imshow(shown, aspect="auto", interpolation="nearest",
+                            extent=(*ends[x[1]], *ends[y[1]][::-1]), **style)
         what = f"layer {i + 1}" if query == key else words
         axis.set_title(f"{what}: entropy / ln(keys) {means['entropy'].mean:.3f}")
         name_axis(axis, "x", *x, look)
@@ -464,6 +465,9 @@ def draw_curves(axis, runs, columns):
         if "loss" in columns:
             for level, style in zip(chance(saved["args"], saved["in_effect"]), (":", "--")):
                 axis.axhline(level, linestyle=style, linewidth=0.8, color=color)
+    if not any(log[column].notna().any() for _, log in runs.values() for column in columns):
+        axis.text(0.5, 0.5, "not of this model:\nits streams hand on\nmore than a mean",
+                  ha="center", va="center", transform=axis.transAxes, color="0.4")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -651,6 +651,8 @@ def in_leads(recording):
         notes.append(f"{cut / r.rate:.1f} s of zeros or NaN at its ends are cut off")
     finite = (np.abs(x) < 1e15).all(0)  # squares of more leave float32
     x[:, ~finite] = 0
+    if strange := [str(text) for text, name in zip(r.leads, names) if not name]:
+        notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
     named = np.array([lead in here for lead in LEADS])
     there = named & finite & (x.std(0) >= FLAT_UV)
     for why, at in (("not there", ~named), ("not finite", named & ~finite),

@@ -1553,8 +1553,9 @@ def nearest_records(run, z, n):
         train = np.isin(saved["strat_fold"], TRAIN_FOLDS)
         known, labels, ids = saved["z"].mean(1)[train], saved["labels"][train], saved["ecg_id"]
     except Exception as error:  # whatever a damaged file leads the libraries to
-        raise InputError(f"--neighbours needs {path} ({str(error)[:80]}): give a run folder, after "
-                         "make eval; if it has that file, remove it and evaluate again") from error
+        raise InputError(f"--neighbours needs {path}, which an export has not: give a run folder, "
+                         "after make eval; if it is there but damaged, remove it and evaluate "
+                         "again") from error
     scaler, words = StandardScaler().fit(known), np.array(CLASSES)
     search = NearestNeighbors(n_neighbors=min(n, len(known)), metric="cosine")
     found = search.fit(scaler.transform(known)).kneighbors(scaler.transform(z))
@@ -1582,8 +1583,10 @@ def embed_recordings(args):
     """
     encoder, found = load_encoder(args.run, pick_device(args.device)), list_recordings(args.ecg)
     given = dict(rate=args.source_rate, unit=args.unit, leads=args.leads)
-    loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list,
-                        num_workers=args.workers if len(found) > 32 else 0)
+    workers = args.workers if len(found) > 32 else 0
+    if workers:  # a core for them: where cores are short, threads would wait for one another
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, os.cpu_count() - 1)))
+    loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list, num_workers=workers)
     rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
     for items in tqdm(loader, unit=" recordings", unit_scale=32,
                       disable=None if len(found) > 32 else True):
@@ -1963,7 +1966,9 @@ def work_on(member, args, children):
             child.wait()
             children.remove(child)
         if child.returncode:
-            raise RuntimeError(f"{script}: {log.read_text().strip()[-300:]}")
+            said = log.read_text().strip()
+            said = said[max(said.rfind("error: "), 0):][:300]  # an error of ours is one message
+            raise RuntimeError(f"{script}, see {log}: {said}")
 
     log, study = Path(args.out) / "logs" / f"{member.folder.name}.txt", STUDIES[args.study]
     try:

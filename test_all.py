@@ -1,6 +1,6 @@
 """The tests: each compares with an oracle (a double loop, a closed form, another library).
 
-    make test                       # everything, some eight minutes on two cores
+    make test                       # everything, some four minutes on two cores
     make test FAST=1                # without the slow ones, some two minutes
     make test PTBXL=../shared/ptbxl500     # with real records, in PTB-XL's layout
 
@@ -2959,8 +2959,8 @@ class TestEmbed:
         assert not got[:, :, ~there].any()
         for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
             np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
-        assert notes == ["III, aVL, aVF, V3, V4, V5, V6 not there: masked",
-                         "aVR not finite: masked", "V1 flat: masked"]
+        assert notes == ["RESP not among the 12 leads: not used",
+                         "III, aVL, aVF, V3, V4, V5, V6 not there: masked", "aVR not finite: masked", "V1 flat: masked"]
         full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
         cut, keep = encoder.prepare(x, 100, "mV", names)
         full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
