@@ -2960,7 +2960,8 @@ class TestEmbed:
         for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
             np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
         assert notes == ["RESP not among the 12 leads: not used",
-                         "III, aVL, aVF, V3, V4, V5, V6 not there: masked", "aVR not finite: masked", "V1 flat: masked"]
+                         "III, aVL, aVF, V3, V4, V5, V6 not there: masked",
+                         "aVR not finite: masked", "V1 flat: masked"]
         full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
         cut, keep = encoder.prepare(x, 100, "mV", names)
         full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
