@@ -262,7 +262,8 @@ def download(folder, rate, url=URL, workers=8):
     new = [name for name in wanted if not (folder / name).exists()]
     # SHA256SUMS.txt has no sizes: a data file is known from the rate, a header takes a disk block
     size = sum(cache_bytes(1, rate) if name.endswith(".dat") else 4096 for name in new)
-    print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB", flush=True)
+    print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB: at 5 MB/s some "
+          f"{math.ceil(size / 5e6 / 60)} min", flush=True)
     check_room(folder, size)
 
     def ensure(name):

@@ -785,7 +785,7 @@ class TestDownload:
         with pytest.raises(InputError, match="d has no room for 0.6 MB: 0.1 MB are free; make roo"):
             data.download(tmp_path / "d", 100, server.url)
         assert server.asked == ["SHA256SUMS.txt"]
-        assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
+        assert "43 files, 43 to come, 0.6 MB: at 5 MB/s some 1 min" in capsys.readouterr().out
 
     def test_a_full_disk_ends_a_download_in_one_line_and_it_goes_on(self, twenty, tmp_path,
                                                                     monkeypatch):
