@@ -1361,6 +1361,8 @@ def plot_confusion(results, title, path):
                                          display_labels=CLASSES)
         display.plot(ax=axis, cmap="Blues", colorbar=False, values_format=".2f",
                      im_kw=dict(vmin=0, vmax=1))
+        for text in display.text_[counts.sum(1) == 0].flat:
+            text.set_text("-")  # no record has the class
         axis.tick_params(labelsize=7)
         axis.set_title(ROWS[row], fontsize=8)
         rows += [dict(row=row, true=CLASSES[i], predicted=CLASSES[j], records=n)
