@@ -423,8 +423,8 @@ def read_record(path, rate):
     try:
         record = our_wfdb().rdheader(str(path))  # first: samples are read only if there is room
         names = [(name or "?").strip().upper() for name in record.sig_name or ()]
-        need(sorted(names) == sorted(lead.upper() for lead in LEADS),
-             f"{len(names)} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
+        need(sorted(names) == sorted(lead.upper() for lead in LEADS) and record.n_sig == C,
+             f"{record.n_sig} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
         need(record.fs == rate and record.sig_len == T,
              f"{record.sig_len} samples at {record.fs:g} Hz; needs {T} at {rate} Hz")
         need(set(record.units) == {"mV"},
@@ -439,7 +439,7 @@ def read_record(path, rate):
              f"samples in {' '.join(sorted(set(record.file_name)))[:200]}; needs {file.name}")
         need(set(record.fmt) != {"16"} or file.stat().st_size == 2 * T * C,
              f"the header tells of {2 * T * C} bytes, the file has {file.stat().st_size}")
-        record = open_wfdb(header)
+        record = our_wfdb().rdrecord(str(path), physical=False)
         sums, said = record.d_signal.sum(0), record.checksum
         need(None in said or not ((sums - said) % 65536).any(),
              "the samples do not add up to the header's checksum")
@@ -457,7 +457,10 @@ def read_record(path, rate):
 
 
 def all_leads(x):
-    """I, II and V1 to V6 (..., 8) -> LEADS (..., 12), by Einthoven's and Goldberger's equations."""
+    """I, II and V1 to V6 (..., 8) -> LEADS (..., 12), by Einthoven's and Goldberger's equations.
+
+    Of I and II alone (..., 2) it makes the six limb leads.
+    """
     x = np.asarray(x, float)
     I, II = x[..., 0], x[..., 1]
     limb = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2], axis=-1)
@@ -471,7 +474,7 @@ def limb_leads_agree(signal):
     """
     if not signal[:, :6].any(0).all():  # some are not there
         return True
-    off = np.abs(signal - all_leads(np.delete(signal, range(2, 6), axis=1)))[:, 2:6]
+    off = np.abs(signal[:, :6] - all_leads(signal[:, :2]))
     return (off.max(1) <= EINTHOVEN_UV).mean() > .5  # most: a spike in one lead is no exchange
 
 

@@ -62,8 +62,9 @@ from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, Inp
                   bounded, from_args, list_recordings, load_tables, normalize, open_cache, prepare,
                   read_arrays, read_recording, run_script, sha256, source_names, write_atomic)
 from model import (PRESETS, READOUTS, STREAM_OPTIONS, C, Config, Contrastive, embed, export,
-                   load_encoder, load_run, n_parameters, read_args, read_log, watch_attention)
-from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, extract, pick_device,
+                   load_encoder, load_run, n_parameters, read_args, read_log, refusing,
+                   watch_attention)
+from train import (NOT_A_RESULT, VAL_STEP, Feed, clustering, extract, parts_of, pick_device,
                    pick_precision, project, settle, train, with_defaults)
 from train import get_args as train_args
 from views import VIEWS, ViewConfig, draw_leads, generator, shift, whole
@@ -561,12 +562,10 @@ class Run:
                 del depends[of_a_run]
         key = json.dumps(depends | dict(weights=self.weights.get(row)), sort_keys=True)
         if path.exists():
-            try:
+            with refusing(f"{path} is damaged", "remove it"):
                 old = read_arrays(path)
                 if old["key"] == key:
                     return old
-            except Exception as error:  # whatever a damaged file leads the libraries to
-                raise InputError(f"{path} is damaged ({error}); remove it") from error
         print(f"  {name}", flush=True)
         arrays = {k: np.asarray(v) for k, v in make().items()} | dict(key=np.array(key))
         save_arrays(path, arrays)
@@ -1011,8 +1010,8 @@ def two_views(run, model):
     rows = run.cache.rows([TEST_FOLD])
     feed = Feed(run.cache, run.views, run.trained["seed"], run.device)
     (batch,), windows = feed([(VAL_STEP, rows)]), feed.config.windows  # of these the first
-    z = [project(model, batch, slice(i, min(i + run.micro, len(rows))))[0].z.unflatten(
-        0, (2 * windows, -1))[::windows] for i in range(0, len(rows), run.micro)]
+    z = [project(model, batch, part)[0].z.unflatten(0, (2 * windows, -1))[::windows]
+         for part in parts_of(len(rows), run.micro)]
     return torch.cat(z, dim=1).float().cpu()
 
 
@@ -2197,10 +2196,10 @@ def draw_study(args, groups):
     Returns the Markdown that shows them.
     """
     first, figures = {row: runs[0] for row, runs in groups.items()}, Path(args.out) / "figures"
-    for run in first.values():
-        run["tsne"] = read_arrays(run["folder"] / "eval" / "tsne.npz")
-    points = {"untrained": next(iter(first.values()))["tsne"]["untrained"]} | {
-        row: run["tsne"]["pretrained"] for row, run in first.items()}
+    tsne = {row: read_arrays(run["folder"] / "eval" / "tsne.npz") for row, run in first.items()}
+    points = {"untrained": next(iter(tsne.values()))["untrained"]} | {
+        row: of_run["pretrained"] for row, of_run in tsne.items()}
+    *_, run = first.values()  # the records are those of all
     saved, about = read_arrays(run["folder"] / "eval" / "embeddings-pretrained.npz"), run["about"]
     at = (saved["labels"].sum(1) == 1) & np.isin(saved["strat_fold"], (VAL_FOLD, TEST_FOLD))
     plot_tsne(points, saved["labels"][at].argmax(1), saved["ecg_id"][at],
