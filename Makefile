@@ -120,5 +120,9 @@ data/synth/SHA256SUMS.txt: | .venv/.done
 $(CACHES)-%/meta.json: $(SOURCE) FORCE | .venv/.done
 	$(PY) data.py cache $(READ) --data $(DATA) --rate $* --out $(CACHES)-$*
 
+# What names the run folder is not among ARGS, or the folder would say another thing than it holds.
+NAMING := $(filter --view% --seed% --run% --cache%,$(ARGS))
+
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
+	$(if $(NAMING),$(error $(NAMING) in ARGS: give VIEW=, SEED=, RUN= or DATA= of make instead))
 	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

@@ -253,30 +253,33 @@ def name_axis(axis, along, role, kind, look):
         axis.tick_params(axis=along, labelsize=7, rotation=90 if along == "x" else 0)
 
 
-def draw_maps(axes, layers, stream, look, raw):
-    """A stream's maps (N, M), a layer an axis, on one scale: weights, or log2(weight x M), which is
-    0 where attention is uniform. Keys are along x, but time is where there is one."""
-    values = np.stack([means["map"].mean for means in layers])
-    uniform, label = 1 / values.shape[2], "weight; line: uniform"
-    style = dict(cmap="cividis", vmin=0, vmax=np.quantile(values, 0.995))
-    if not raw:
-        values = np.log2((values / uniform).clip(1 / 16, 16))
-        limit = np.abs(np.quantile(values, (0.005, 0.995))).max()
-        style = dict(cmap="PuOr_r", vmin=-limit, vmax=limit)
-        uniform, label = 0, "log2(attention / uniform)"
-    words, query, key = STREAMS[stream]
+def shades(layers, raw):
+    """A stream's maps (layers, N, M) as drawn: weights, or log2(weight x M), 0 where uniform."""
+    weights = np.stack([means["map"].mean for means in layers])
+    return weights if raw else np.log2((weights * weights.shape[2]).clip(1 / 16, 16))
+
+
+def draw_maps(axes, layers, stream, look, raw, limit):
+    """A stream's maps, a layer an axis, in colours up to `limit`; keys are along x, but time is
+    where there is one.
+    """
+    values, (words, query, key) = shades(layers, raw), STREAMS[stream]
+    style, uniform = dict(cmap="PuOr_r", vmin=-limit), 0
+    if raw:
+        style, uniform = dict(cmap="cividis", vmin=0), 1 / values.shape[2]
     x, y = ("key", key), ("query", query)
     if stream == "time_to_channel":
         values, x, y = values.swapaxes(1, 2), y, x
     ends = dict(time=(0, look.end), lead=(-0.5, len(LEADS) - 0.5))
     for i, (axis, shown, means) in enumerate(zip(axes, values, layers)):
-        image = axis.imshow(shown, aspect="auto", interpolation="nearest",
+        image = axis.imshow(shown, aspect="auto", interpolation="nearest", vmax=limit,
                             extent=(*ends[x[1]], *ends[y[1]][::-1]), **style)
         what = f"layer {i + 1}" if query == key else words
         axis.set_title(f"{what}: entropy / ln(keys) {means['entropy'].mean:.3f}")
         name_axis(axis, "x", *x, look)
         name_axis(axis, "y", *y, look)
-    bar = axis.figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label=label)
+    bar = axis.figure.colorbar(image, ax=axes, shrink=0.8, extend="both", label=(
+        "weight; line: uniform" if raw else "log2(attention / uniform)"))
     bar.ax.axhline(uniform, color="white")
 
 
@@ -341,16 +344,18 @@ def plot_maps(seen, streams, raw, path):
         below.suptitle(f"{title}. {look.title}{legend}")
         for axis, key in zip(axes[1], keys):
             draw_received(axis, found[key]["received_ratio"], STREAMS[key[0]][2], look)
-    for row, (run, (look, found)) in zip(axes, seen.items()):
-        for stream in streams:
-            here = {axis: found[key] for axis, key in zip(row, keys)
-                    if key[0] == stream and key in found}
-            draw_maps([*here], [*here.values()], stream, look, raw)
+    for stream in streams:
+        layers = {run: [means for (of, _), means in found.items() if of == stream]
+                  for run, (_, found) in seen.items()}
+        columns = [i for i, key in enumerate(keys) if key[0] == stream]
+        limit = max(np.quantile(np.abs(shades(some, raw)), 0.99) for some in layers.values())
+        for row, (run, (look, _)) in zip(axes, seen.items()):
+            draw_maps(row[columns][:len(layers[run])], layers[run], stream, look, raw, limit)
             prefix = f"{run}/" * several + f"{stream}/" * (several or cross)
-            numbers |= {prefix + key: value
-                        for key, value in arrays([*here.values()], look).items()}
-        if several:
-            row[0].set_ylabel(f"{run}\n{row[0].get_ylabel()}")
+            numbers |= {prefix + key: value for key, value in arrays(layers[run], look).items()}
+    if several:
+        for axis, run in zip(axes[:, 0], seen):
+            axis.set_ylabel(f"{run}\n{axis.get_ylabel()}")
     if not (several or cross):
         for axis in axes.flat:
             axis.label_outer()
