@@ -666,7 +666,7 @@ class TestSynth:
         """A noiseless beat (T, C) in mV around its R peak at sample 250, at 500 Hz."""
         rng, t = np.random.default_rng(0), (np.arange(500) - 250) / 500
         dipole = sum(np.exp(-((t - at) / width) ** 2 / 2)[:, None] * vector
-                     for at, width, vector in data.mild(data.diseased(codes, rng), 1))
+                     for at, width, *vector in data.mild(data.diseased(codes, rng), 1))
         return dict(zip(LEADS, data.all_leads(dipole @ data.DOWER).T))
 
     def test_each_diagnosis_changes_what_it_changes_in_patients(self):
@@ -686,16 +686,16 @@ class TestSynth:
         waves = data.diseased(["CRBBB", "IMI"], np.random.default_rng(0))
         for none, full, (name, sick) in zip(data.mild(waves, 0), data.mild(waves, 1),
                                             waves.items()):
-            for got, want in zip(none, data.WAVES.get(name, (*sick[:2], np.zeros(3)))):
-                np.testing.assert_allclose(got, want)
-            np.testing.assert_allclose(full[2], sick[2])
+            np.testing.assert_allclose(none, data.WAVES.get(name, (*sick[:2], 0, 0, 0)))
+            np.testing.assert_allclose(full, sick)
 
     def test_it_refuses_a_folder_of_something_else_and_too_few_records(self, tmp_path):
         (tmp_path / "thesis.txt").touch()
-        for folder, n, says in ((tmp_path, 20, "holds no synthetic data"),
-                                (tmp_path / "few", 3, "at least 20")):
-            with pytest.raises(InputError, match=says):
-                data.synthesize(folder, n)
+        with pytest.raises(InputError, match="holds no synthetic data"):
+            data.synthesize(tmp_path, 20)
+        for flag, says in (("--records=3", "at least 20"), ("--seed=-1", "at least 0")):
+            with refused(says):
+                data.get_args(["synth", flag])
 
     def test_every_fold_and_class_occurs_some_patients_return_and_it_says_what_it_is(self, synth):
         table = data.load_tables(synth)
