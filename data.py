@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # diagnostic superclasses, in PTB-XL's order
+COLUMNS = "patient_id", "strat_fold", "age", "sex", *CLASSES  # of index.csv, after ecg_id
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
 FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
@@ -567,7 +568,7 @@ def read_wfdb(path):
     else:
         stem = str(path.with_suffix(""))
         header = our_wfdb().rdheader(stem)
-        size = sum((path.parent / name).stat().st_size for name in set(header.file_name))
+        size = sum((path.parent / name).stat().st_size for name in set(header.file_name or ()))
         # a byte a sample is the least; samples are read only if they are there: they take memory
         if header.n_sig * (header.sig_len or 0) > size:
             raise ValueError(f"{header.n_sig} leads of {header.sig_len} samples in {size} bytes")
@@ -584,8 +585,9 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     the file does not tell. Raises InputError for what lacks or cannot be.
     """
     path = Path(path)
-    name, kind = path.stem if row is None else f"{path.stem}-{row}", path.suffix.lower()
-    read = {".hea": read_wfdb, ".edf": read_wfdb, ".csv": read_table}.get(kind, open_arrays)
+    name = path.stem if row is None else f"{path.stem}-{row}"
+    read = {".hea": read_wfdb, ".edf": read_wfdb, ".csv": read_table}.get(
+        path.suffix.lower(), open_arrays)
     try:
         told = read(path)
         signal, ids, rate = told["signal"], told.get("ids", ()), told.get("rate", [rate])[0]
@@ -646,8 +648,8 @@ def in_leads(recording):
     if strange := [str(text) for text, name in zip(r.leads, names) if not name]:
         notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
     named = np.array([lead in here for lead in LEADS])
-    there = named & finite & (x.std(0) >= FLAT_UV)
-    for why, at in (("not there", ~named), ("not finite", named & ~finite),
+    there = x.std(0) >= FLAT_UV  # what lacks, or is not finite, is zeros by now
+    for why, at in (("not there", ~named), ("not finite", ~finite),
                     ("flat", named & finite & ~there)):
         if at.any():
             notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
@@ -755,12 +757,11 @@ def open_source(path, rate):
             table = pd.read_csv(path).rename(columns=dict(subject_id="patient_id"))
         except ValueError as error:
             raise InputError(f"{path} is no table ({error}); mend it") from error
-        known = ["patient_id", "strat_fold", "age", "sex", *CLASSES]
         if "path" not in table or table.empty:
             raise InputError(f"{path}: a table of recordings needs a column path (and, if known, "
-                             f"{', '.join(known)}); it has {len(table)} rows of "
+                             f"{', '.join(COLUMNS)}); it has {len(table)} rows of "
                              f"{', '.join(table)[:200]}")
-        if unused := ", ".join(sorted(set(table) - {"path", *known})):
+        if unused := ", ".join(sorted(set(table) - {"path", *COLUMNS})):
             print(f"note: {path}: columns that are not used: {unused}")
         items = list_recordings(path.parent / str(name) for name in table.path)
         if len(items) != len(table):
@@ -893,8 +894,7 @@ def join_sources(paths, rate, reading):
     items = [item for source in sources for item in source.items]
     table = pd.concat([source.table.assign(source=source.name) for source in sources],
                       ignore_index=True)
-    columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", *CLASSES]
-    digest = sources[0].digest
+    columns, digest = ["ecg_id", *COLUMNS], sources[0].digest
     if len(sources) > 1 or not isinstance(items[0], Path):  # else all is as PTB-XL has it
         columns += ["source", "record"]
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
@@ -1090,7 +1090,7 @@ def diseased(codes, rng):
 
 def mild(waves, severity):
     """[(time, width, x, y, z)] between the normal beat (severity 0) and the diseased one (1)."""
-    normal = {name: (*wave[:2], 0, 0, 0) for name, wave in waves.items()} | WAVES  # 0: R' has none
+    normal = {name: (*wave[:2], 0, 0, 0) for name, wave in waves.items()} | WAVES
     return [normal[name] + severity * (wave - normal[name]) for name, wave in waves.items()]
 
 

@@ -1071,8 +1071,8 @@ class TestViews:
         for seed in range(20):
             found = []
             for warp in (views.TimeWrap, ecgmentations.RandomTimeWrap):
-                with views.numpy_state(np.random.default_rng(seed)):
-                    found.append(warp(wrap_limit=limit, p=1)(ecg=x)["ecg"])
+                np.random.seed(seed)
+                found.append(warp(wrap_limit=limit, p=1)(ecg=x)["ecg"])
             np.testing.assert_allclose(*found, atol=1e-4)
             assert found[0].dtype == np.float32 and np.abs(found[0] - x).max() > .01
 

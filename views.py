@@ -10,7 +10,6 @@ Out: x1, x2 with the same number of records; full length, half as many samples, 
 A view of your own is a function and an entry in VIEWS.
 """
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Optional
 
@@ -361,21 +360,14 @@ def pool(config, rate):
         E.AmplitudeScale(scaling_range=(-config.scale, config.scale), p=p)])
 
 
-@contextmanager
-def numpy_state(rng):
-    """Seed NumPy's global state, which ecgmentations draws from, and put it back after."""
-    state = np.random.get_state()
-    np.random.seed(rng.integers(2 ** 32, size=4))
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
 def augment(x, transforms, rng):
     """Two random passes of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
-    with numpy_state(rng):
+    before = np.random.get_state()  # NumPy's global one, which ecgmentations draws from
+    np.random.seed(rng.integers(2 ** 32, size=4))
+    try:
         return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
+    finally:
+        np.random.set_state(before)
 
 
 if __name__ == "__main__":
