@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # diagnostic superclasses, in PTB-XL's order
+COLUMNS = "patient_id", "strat_fold", "age", "sex", *CLASSES  # of index.csv, after ecg_id
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
 FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
@@ -232,13 +233,12 @@ def read_sums(path):
 
     A file outside the folder of SHA256SUMS.txt is refused: a server must not choose where to write.
     """
-    home, sums = os.path.realpath(Path(path).parent), {}
-    real = lru_cache(lambda folder: Path(os.path.realpath(os.path.join(home, folder))))
+    home, sums = Path(path).parent.resolve(), {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
         if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)
-                and real(os.path.dirname(name)).is_relative_to(home)):
+                and (home / name).parent.resolve().is_relative_to(home)):
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
                              "folder, links followed; is the address right, or a folder a link?")
         sums[name] = digest
@@ -393,21 +393,6 @@ def our_wfdb():
     return wfdb
 
 
-def open_wfdb(path):
-    """The wfdb.Record of a header, with d_signal; raises whatever wfdb meets in a broken file.
-
-    A header that tells of more samples than its files can hold would cost memory, and is refused.
-    """
-    lines = [line for line in path.read_text(errors="replace").splitlines()
-             if line.strip() and not line.startswith("#")]
-    _, leads, *rest = lines[0].split()
-    names = {line.split()[0] for line in lines[1:]}
-    size = sum((path.parent / name).stat().st_size for name in names)
-    if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
-        raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
-    return our_wfdb().rdrecord(str(path.with_suffix("")), physical=False)
-
-
 def read_record(path, rate):
     """One WFDB record as (T, C) int16 microvolt, leads in the order of LEADS, found by name.
 
@@ -481,7 +466,8 @@ def limb_leads_agree(signal):
 # Recordings from anywhere
 
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
-ENDS = ".hea", ".edf", ".npy", ".npz", ".csv", ".h5", ".hdf5"  # of files that hold recordings
+ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
+ENDS = ".hea", ".edf", ".csv", *ARRAYS
 KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
         "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
@@ -519,8 +505,8 @@ def list_recordings(paths):
                              f" in {' '.join(ENDS)} (a .mat file needs its .hea)")
         for file in files:
             shape = ()
-            if file.suffix.lower() in ENDS[2:4] + ENDS[5:]:
-                with suppress(InputError):  # it is said when the file is read
+            if file.suffix.lower() in ARRAYS:
+                with suppress(Exception):  # it is said when the file is read
                     shape = open_arrays(file)["signal"].shape
             found += [(file, i) for i in range(shape[0])] if len(shape) == 3 else [(file, None)]
     return found
@@ -538,28 +524,25 @@ def is_about(path):
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
 def open_arrays(path):
     """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
-    try:
-        if path.suffix == ".npy":
-            arrays = dict(signal=np.load(path, mmap_mode="r"))
-        elif path.suffix == ".npz":
-            arrays = read_arrays(path)
-        else:
-            import h5py
+    kind = path.suffix.lower()
+    if kind == ".npy":
+        arrays = dict(signal=np.load(path, mmap_mode="r"))
+    elif kind == ".npz":
+        arrays = read_arrays(path)
+    else:
+        import h5py
 
-            file = h5py.File(path)  # stays open: its arrays are read when they are asked for
-            arrays = dict(file.attrs) | {k: v for k, v in file.items() if hasattr(v, "shape")}
-            for of_array in [dict(v.attrs) for v in arrays.values() if hasattr(v, "attrs")]:
-                arrays |= of_array
-        signals = [k for k, v in arrays.items() if len(getattr(v, "shape", ())) in (2, 3)]
-        if len(signals) != 1:
-            raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
-                             "(time, leads), or several of these")
-        return dict(signal=arrays[signals[0]]) | {
-            key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
-            if name in arrays}
-    except Exception as error:  # whatever a damaged file leads the libraries to
-        problem = "it holds no plain arrays" if "pickle" in str(error) else str(error)[:200]
-        raise InputError(f"{path.name}: unreadable: {problem}") from error
+        file = h5py.File(path)  # stays open: its arrays are read when they are asked for
+        arrays = dict(file.attrs) | {k: v for k, v in file.items() if hasattr(v, "shape")}
+        for of_array in [dict(v.attrs) for v in arrays.values() if hasattr(v, "attrs")]:
+            arrays |= of_array
+    signals = [k for k, v in arrays.items() if len(getattr(v, "shape", ())) in (2, 3)]
+    if len(signals) != 1:
+        raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
+                         "(time, leads), or several of these")
+    return dict(signal=arrays[signals[0]]) | {
+        key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
+        if name in arrays}
 
 
 def read_table(path):
@@ -583,7 +566,13 @@ def read_wfdb(path):
         record = read_edf(str(path))
         signal = record.p_signal
     else:
-        record = open_wfdb(path)
+        stem = str(path.with_suffix(""))
+        header = our_wfdb().rdheader(stem)
+        size = sum((path.parent / name).stat().st_size for name in set(header.file_name or ()))
+        # a byte a sample is the least; samples are read only if they are there: they take memory
+        if header.n_sig * (header.sig_len or 0) > size:
+            raise ValueError(f"{header.n_sig} leads of {header.sig_len} samples in {size} bytes")
+        record = our_wfdb().rdrecord(stem, physical=False)
         signal = record.dac()
     return dict(signal=signal, rate=[record.fs], leads=record.sig_name,
                 unit=[unit or "?" for unit in record.units])
@@ -596,32 +585,33 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     the file does not tell. Raises InputError for what lacks or cannot be.
     """
     path = Path(path)
-    name, kind = path.stem if row is None else f"{path.stem}-{row}", path.suffix.lower()
-    read = {".hea": read_wfdb, ".edf": read_wfdb, ".csv": read_table}.get(kind, open_arrays)
+    name = path.stem if row is None else f"{path.stem}-{row}"
+    read = {".hea": read_wfdb, ".edf": read_wfdb, ".csv": read_table}.get(
+        path.suffix.lower(), open_arrays)
     try:
-        told = dict(read(path))
-        signal, ids = told.pop("signal"), told.pop("ids", ())
+        told = read(path)
+        signal, ids, rate = told["signal"], told.get("ids", ()), told.get("rate", [rate])[0]
         if row is not None:
             signal, name = signal[row], str(ids[row]) if len(ids) == len(signal) else name
-        if unit and not {str(u).lower() for u in told.get("unit", ())} & set(UNITS):
-            told["unit"] = [unit]  # those that are there are none
-        if leads and not any(lead_name(str(t)) for t in told.get("leads", ())):
-            told["leads"] = leads
-        told = dict(rate=[rate], unit=[unit], leads=leads or [None]) | told
-        asked = [flag for key, flag in (("rate", "--source-rate 500"), ("unit", "--unit mV"), (
-            "leads", "--leads I II")) if told[key][0] is None]
+        units, names = ([t.decode() if isinstance(t, bytes) else str(t) for t in told.get(key, ())]
+                        for key in ("unit", "leads"))
+        if unit and not any(text.lower() in UNITS for text in units):  # none, or none that we know
+            units = [unit]
+        if leads and not any(map(lead_name, names)):
+            names = list(leads)
+        asked = (["--source-rate 500"] * (rate is None) + ["--unit mV"] * (not units)
+                 + ["--leads I II"] * (not names))
         if asked:
             raise InputError(f"{path.name} does not tell all; give such as {' '.join(asked)}")
-        unit, leads = ([t.decode() if isinstance(t, bytes) else str(t) for t in told[key]]
-                       for key in ("unit", "leads"))
-        signal, rate = np.asarray(signal), float(told["rate"][0])
+        signal, rate = np.asarray(signal), float(rate)
     except InputError:
         raise
     except Exception as error:  # whatever a damaged file leads the libraries to
-        raise InputError(f"{path.name}: unreadable: {str(error)[:200]}") from error
-    if signal.ndim == 2 and signal.shape[1] != len(leads) == signal.shape[0]:
+        problem = "it holds no plain arrays" if "pickle" in str(error) else str(error)[:200]
+        raise InputError(f"{path.name}: unreadable: {problem}") from error
+    if signal.ndim == 2 and signal.shape[1] != len(names) == signal.shape[0]:
         signal = signal.T
-    return Recording(name, signal, rate, unit, leads)
+    return Recording(name, signal, rate, units, names)
 
 
 def lead_name(text):
@@ -658,8 +648,8 @@ def in_leads(recording):
     if strange := [str(text) for text, name in zip(r.leads, names) if not name]:
         notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
     named = np.array([lead in here for lead in LEADS])
-    there = named & finite & (x.std(0) >= FLAT_UV)
-    for why, at in (("not there", ~named), ("not finite", named & ~finite),
+    there = x.std(0) >= FLAT_UV  # what lacks, or is not finite, is zeros by now
+    for why, at in (("not there", ~named), ("not finite", ~finite),
                     ("flat", named & finite & ~there)):
         if at.any():
             notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
@@ -767,12 +757,11 @@ def open_source(path, rate):
             table = pd.read_csv(path).rename(columns=dict(subject_id="patient_id"))
         except ValueError as error:
             raise InputError(f"{path} is no table ({error}); mend it") from error
-        known = ["patient_id", "strat_fold", "age", "sex", *CLASSES]
         if "path" not in table or table.empty:
             raise InputError(f"{path}: a table of recordings needs a column path (and, if known, "
-                             f"{', '.join(known)}); it has {len(table)} rows of "
+                             f"{', '.join(COLUMNS)}); it has {len(table)} rows of "
                              f"{', '.join(table)[:200]}")
-        if unused := ", ".join(sorted(set(table) - {"path", *known})):
+        if unused := ", ".join(sorted(set(table) - {"path", *COLUMNS})):
             print(f"note: {path}: columns that are not used: {unused}")
         items = list_recordings(path.parent / str(name) for name in table.path)
         if len(items) != len(table):
@@ -905,8 +894,7 @@ def join_sources(paths, rate, reading):
     items = [item for source in sources for item in source.items]
     table = pd.concat([source.table.assign(source=source.name) for source in sources],
                       ignore_index=True)
-    columns = ["ecg_id", "patient_id", "strat_fold", "age", "sex", *CLASSES]
-    digest = sources[0].digest
+    columns, digest = ["ecg_id", *COLUMNS], sources[0].digest
     if len(sources) > 1 or not isinstance(items[0], Path):  # else all is as PTB-XL has it
         columns += ["source", "record"]
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
@@ -1049,10 +1037,10 @@ DOWER = np.array([  # dipole to I, II and V1 to V6
     [.632, .235, -.515, .044, .882, 1.213, 1.125, .831],
     [-.235, 1.066, .157, .164, .098, .127, .127, .076],
     [.059, -.132, -.917, -1.387, -1.277, -.601, -.086, .230]])
-# wave: time from R (s), width (s), dipole (mV)
-WAVES = {"P": (-.16, .022, (.05, .11, -.02)), "Q": (-.022, .009, (-.13, -.05, -.25)),
-         "R": (.0, .012, (1., .7, .25)), "S": (.028, .010, (-.15, -.1, .40)),
-         "ST": (.11, .035, (.0, .0, .0)), "T": (.27, .05, (.26, .24, -.14))}
+# wave: time from R (s), width (s), dipole x, y, z (mV)
+WAVES = {"P": (-.16, .022, .05, .11, -.02), "Q": (-.022, .009, -.13, -.05, -.25),
+         "R": (.0, .012, 1., .7, .25), "S": (.028, .010, -.15, -.1, .40),
+         "ST": (.11, .035, .0, .0, .0), "T": (.27, .05, .26, .24, -.14)}
 TERRITORIES = {"AMI": (.25, .0, -1.), "IMI": (-.1, 1., .1), "LMI": (1., -.2, .0)}  # infarct faces
 SCP_CLASS = {"NORM": "NORM", "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISC_": "STTC", "NDT": "STTC",
              "CRBBB": "CD", "CLBBB": "CD", "LVH": "HYP"}
@@ -1064,46 +1052,46 @@ DIAGNOSES = {"NORM": .40, "AMI": .04, "IMI": .05, "LMI": .02, "ISC_": .08, "NDT"
 
 
 def diseased(codes, rng):
-    """The waves {name: [time, width, dipole]} of a beat, changed as each SCP code changes them."""
-    w = {name: [time, width, np.array(dipole)] for name, (time, width, dipole) in WAVES.items()}
+    """A beat's waves {name: (time, width, x, y, z)}, changed as each SCP code changes them."""
+    waves = {name: np.array(wave) for name, wave in WAVES.items()}
+    q, r, s, st, t = (waves[name][2:] for name in ("Q", "R", "S", "ST", "T"))  # their dipoles
     if "CRBBB" in codes:  # late activation of the right ventricle: rSR' in V1, wide S in I and V6
-        w["R'"] = [.062, .018, rng.uniform(.7, 1.1) * np.array([-.55, .1, -.75])]
-        w["T"][2] += .1, .0, .12
+        waves["R'"] = np.array([.062, .018, *rng.uniform(.7, 1.1) * np.array([-.55, .1, -.75])])
+        t += .1, .0, .12
     if "CLBBB" in codes:  # no septal Q, broad notched R to the left, T against it
-        w["R"] = [-.005, .022, w["R"][2] * (.9, .6, 1.6)]
-        w["R'"] = [.048, .024, rng.uniform(.8, 1.1) * np.array([1., .2, .7])]
-        w["Q"][2] *= 0
-        w["S"][2] *= 0
-        w["ST"][2] += -.12, -.03, -.12
-        w["T"][2] *= -1., -.3, 2.
+        waves["R"][:2] = -.005, .022
+        waves["R'"] = np.array([.048, .024, *rng.uniform(.8, 1.1) * np.array([1., .2, .7])])
+        q *= 0
+        r *= .9, .6, 1.6
+        s *= 0
+        st += -.12, -.03, -.12
+        t *= -1., -.3, 2.
     if "LVH" in codes:  # high voltage to the left and back, with strain
         gain = rng.uniform(1.7, 2.3)
-        w["R"][2] *= gain * np.array([1.1, .8, 1.6])
-        w["S"][2] *= gain
-        w["ST"][2] += -.10, -.04, .05
-        w["T"][2] *= -.6, .2, -.4
+        r *= gain * np.array([1.1, .8, 1.6])
+        s *= gain
+        st += -.10, -.04, .05
+        t *= -.6, .2, -.4
     for code in set(codes) & set(TERRITORIES):  # lost muscle: the dipole points away at first
         face, size = np.array(TERRITORIES[code]), rng.uniform(.7, 1.2)
-        w["Q"] = [-.020, .013, w["Q"][2] - .55 * size * face]
-        w["R"][2] -= .45 * size * face * (face @ w["R"][2]) / (face @ face)
         acute = rng.uniform(.2, 1.)  # ST elevation over the territory, less of it when old
-        w["ST"][2] += .25 * size * acute * face
-        w["T"][2] -= .35 * size * (1.2 - acute) * face
+        waves["Q"][:2] = -.020, .013
+        q -= .55 * size * face
+        r -= .45 * size * face * (face @ r) / (face @ face)
+        st += .25 * size * acute * face
+        t -= .35 * size * (1.2 - acute) * face
     if "ISC_" in codes:  # subendocardial ischaemia: ST depression in the lateral leads
-        w["ST"][2] -= rng.uniform(.12, .25) * np.array([1., .6, -.4])
-        w["T"][2] *= rng.uniform(-.5, .3)
+        st -= rng.uniform(.12, .25) * np.array([1., .6, -.4])
+        t *= rng.uniform(-.5, .3)
     if "NDT" in codes:  # flat or inverted T without much ST change
-        w["T"][2] *= rng.uniform(-.8, .15)
-    return w
+        t *= rng.uniform(-.8, .15)
+    return waves
 
 
 def mild(waves, severity):
-    """[(time, width, dipole)] between the normal beat (severity 0) and the diseased one (1)."""
-    beat = []
-    for name, wave in waves.items():
-        normal = WAVES.get(name, (*wave[:2], (0, 0, 0)))  # of a wave that only disease has
-        beat.append([n + severity * np.subtract(d, n) for n, d in zip(normal, wave)])
-    return beat
+    """[(time, width, x, y, z)] between the normal beat (severity 0) and the diseased one (1)."""
+    normal = {name: (*wave[:2], 0, 0, 0) for name, wave in waves.items()} | WAVES
+    return [normal[name] + severity * (wave - normal[name]) for name, wave in waves.items()]
 
 
 def synth_record(codes, heart, rng):
@@ -1120,7 +1108,7 @@ def synth_record(codes, heart, rng):
                     + .015 * rng.standard_normal(n))  # respiratory and random variability
     beats = np.cumsum(rr) - rng.uniform(1, 2) * mean_rr  # some before 0, some after the end
     dipole = np.zeros((len(t), 3))
-    for start, width, vector in mild(diseased(codes, rng), rng.uniform(.25, 1)):
+    for start, width, *vector in mild(diseased(codes, rng), rng.uniform(.25, 1)):
         late = start > .08  # ST and T follow the rate (Bazett), the QRS does not
         at = beats + start * (np.sqrt(rr) if late else heart["width"])
         width = width * (np.sqrt(mean_rr) if late else heart["width"])
@@ -1168,8 +1156,6 @@ def synthesize(out, records, seed=0):
     out = Path(out)
     if out.is_file() or out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
         raise InputError(f"{out} is not empty and holds no synthetic data; give another --out")
-    if records < 20 or seed < 0:
-        raise InputError(f"--records {records} --seed {seed}: at least 20 (two a fold) and 0")
     rng = np.random.default_rng(seed)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -1180,7 +1166,7 @@ def synthesize(out, records, seed=0):
     for ecg_id in range(1, records + 1):
         if heart is None or rng.random() > 1 / 6:
             patient, heart = patient + 1, random_heart(rng)
-            codes = [*DIAGNOSES][rng.choice(len(share), p=share / share.sum())].split()
+            codes = rng.choice([*DIAGNOSES], p=share / share.sum()).split()
             who = dict(patient_id=patient, age=int(np.clip(rng.normal(60, 16), 18, 89)),
                        sex=int(rng.integers(2)), strat_fold=1 + (patient - 1) % 10)
         names = {RATES[rate]: f"records{rate}/{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}_{end}"
@@ -1239,8 +1225,8 @@ def get_args(argv=None):
     p.add_argument("--skip-bad", action="store_true", help="leave out records that are unusable")
     p = commands.add_parser("synth", help="synthetic records in the same layout", **style)
     p.add_argument("--out", default="data/synth", help="folder to write")
-    p.add_argument("--records", type=int, default=400, help="how many")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same records")
+    p.add_argument("--records", type=bounded(int, 20), default=400, help="how many")
+    p.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same records")
     p = commands.add_parser("info", help="counts by fold and superclass", **style)
     p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="sources, as of cache")
     return parser.parse_args(argv)

@@ -590,8 +590,8 @@ def refusing(what, then):
 
 # What args.json and a row of log.jsonl hold at least.
 SAVED = dict(
-    args=dict(view=str, seed=int, cache=str, mask_leads=bool, aux_weight=(int, float),
-              aux_losses=bool, negatives=str),
+    args=dict(view=str, seed=int, cache=str, preset=str, mask_leads=bool, loss=str,
+              aux_weight=(int, float), aux_losses=bool, negatives=str),
     in_effect=dict(batch=int, micro=int, val_batch=int, total=int),
     data=dict(data=str, rate=int, records=int, synthetic=bool, fingerprint=str))
 LOGGED = "epoch", "step", "loss", "val_loss", "records_per_second"

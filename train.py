@@ -44,9 +44,10 @@ from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, 
                   bounded, from_args, normalize, open_cache, run_script, setting, write_atomic,
                   writing)
 from model import (PRESETS, Config, Contrastive, add_model_flags, barlow_twins, compile_blocks,
-                   count_flops, embed, n_parameters, nt_xent, parse, read_args, read_tensors)
-from views import (POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator,
-                   pool, shift)
+                   count_flops, embed, load_run, n_parameters, nt_xent, parse, read_args,
+                   read_tensors)
+from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
+                   shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
@@ -308,7 +309,7 @@ def chance(args, plan):
     terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
     seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
     one = dict(ntxent=lambda n: math.log(2 * n - 1), decoupled=lambda n: math.log(2 * n - 2),
-               barlow=lambda n: 1.0)[args.get("loss", "ntxent")]
+               barlow=lambda n: 1.0)[args["loss"]]
     return [terms * one(n) for n in (seen, plan["val_batch"])]
 
 
@@ -694,7 +695,7 @@ def differences(old, new):
     """In which arguments, settings and data two args.json differ, a line each."""
     lines = [f"--{key.replace('_', '-')}: {old['args'][key]} then, {value} now"
              for key, value in new["args"].items()
-             if key not in NOT_A_RESULT and old["args"].get(key, value) != value]
+             if key not in NOT_A_RESULT and old["args"][key] != value]
     then, now = old["in_effect"]["micro"], new["in_effect"]["micro"]
     if then != now:
         lines.append(f"micro-batch in effect (NPROC?): {then} then, {now} now")
@@ -748,6 +749,8 @@ class RunFolder:
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))
         if old.get("git_commit") != self.record["git_commit"]:
             print(f"note: the code was at {old.get('git_commit')} when this run began")
+        if (self.path / "model.pt").exists():
+            load_run(self.path)  # a damaged one is no finished run
 
     def restore(self, model, optimizer):
         """Load the last save that is whole, if any: (steps done, sums since the log's last row)."""
@@ -951,19 +954,12 @@ def get_args(argv=None):
 
 def with_defaults(saved):
     """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
-    if saved.get("preset", "paper") not in [*PRESETS]:
-        raise InputError(f"args.json is damaged (preset: {saved['preset']!r}); mend it, or train "
-                         "again")
-    if "equal" not in saved:  # older runs saved flags that do nothing, which are refused today
-        pool = (*POOL, "augment_p") if saved["view"] != "stochastic" else ()
-        idle = [*pool, *["mask_p"] * (not saved["mask_leads"])]
-        saved = {key: value for key, value in saved.items() if key not in idle}
-    usual = vars(get_args(["--preset", saved.get("preset", "paper")]))
+    usual = vars(get_args([]))
     kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
     for key, value in saved.items():
         if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):
             raise InputError(f"args.json is damaged ({key}: {value!r}); mend it, or train again")
-    return usual | saved
+    return usual | PRESETS.get(saved["preset"], {}) | saved
 
 
 def main():

@@ -10,7 +10,6 @@ Out: x1, x2 with the same number of records; full length, half as many samples, 
 A view of your own is a function and an entry in VIEWS.
 """
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Optional
 
@@ -295,9 +294,6 @@ class ViewConfig:
     def __post_init__(self):
         self.view = resolve_view(self.view)
         view = VIEWS[self.view]
-        if not callable(view.cut):
-            raise InputError(f"the entry of {self.view} in VIEWS has no function that cuts a "
-                             "record; give it one: x (B, T, C) -> two views, or one")
         if self.mask_leads is None:
             self.mask_leads = view.masked
         if self.augment_p is None:
@@ -314,13 +310,12 @@ class ViewConfig:
                 raise InputError(f"--equal: views of {self.view} span {10 * seconds:g} s, at "
                                  f"{samples / seconds:g} of the rate; it is for 5 s or more, at "
                                  "the whole rate or half of it")
-        idle = [name for name in POOL if not self.augment_p] + ["mask_p"] * (not self.mask_leads)
-        for name in idle:
-            if (value := getattr(self, name)) != getattr(ViewConfig, name):
-                raise InputError(f"--{name.replace('_', '-')} {value} does nothing for this "
-                                 f"{self.view} view: " + (
-                                     "leave it out, or give --mask-leads" if name == "mask_p" else
-                                     "it is of the pool; leave it out, or give --augment-p 0.5"))
+        for names, used, flag in ((POOL, self.augment_p, "--augment-p 0.5"),
+                                  (("mask_p",), self.mask_leads, "--mask-leads")):
+            for name in names:
+                if not used and (value := getattr(self, name)) != getattr(ViewConfig, name):
+                    raise InputError(f"--{name.replace('_', '-')} {value} does nothing for this "
+                                     f"{self.view} view: leave it out, or give {flag}")
 
     @property
     def disturbances(self):
@@ -365,21 +360,14 @@ def pool(config, rate):
         E.AmplitudeScale(scaling_range=(-config.scale, config.scale), p=p)])
 
 
-@contextmanager
-def numpy_state(rng):
-    """Seed NumPy's global state, which ecgmentations draws from, and put it back after."""
-    state = np.random.get_state()
-    np.random.seed(rng.integers(2 ** 32, size=4))
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
 def augment(x, transforms, rng):
     """Two random passes of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
-    with numpy_state(rng):
+    before = np.random.get_state()  # NumPy's global one, which ecgmentations draws from
+    np.random.seed(rng.integers(2 ** 32, size=4))
+    try:
         return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
+    finally:
+        np.random.set_state(before)
 
 
 if __name__ == "__main__":
