@@ -294,6 +294,9 @@ class ViewConfig:
     def __post_init__(self):
         self.view = resolve_view(self.view)
         view = VIEWS[self.view]
+        if not callable(view.cut):
+            raise InputError(f"the entry of {self.view} in VIEWS has no function that cuts a "
+                             "record; give it one: x (B, T, C) -> two views, or one")
         if self.mask_leads is None:
             self.mask_leads = view.masked
         if self.augment_p is None:
