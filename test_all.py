@@ -3465,8 +3465,8 @@ class TestFuzz:
         first, _, last = os.environ.get("FUZZ", "1000").rpartition(":")
         whole = {kind: plain(read(given)) for kind, (_, given, read) in kinds.items()}
         table, faults = {kind: dict(right=0, refused=0, wrong=0, other=0) for kind in kinds}, []
-        files, peak, before = {*tmp_path.rglob("*")}, train.peak_mib(CPU), signal.signal(
-            signal.SIGALRM, mock.Mock(side_effect=Killed("it hangs")))
+        files, peak = {*tmp_path.rglob("*")}, train.peak_mib(CPU)
+        before = signal.signal(signal.SIGALRM, mock.Mock(side_effect=Killed("it hangs")))
         for case in range(int(first or 0), int(last)):
             kind = [*kinds][case % len(kinds)]
             path, given, read = kinds[kind]
