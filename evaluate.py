@@ -55,7 +55,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
@@ -1505,33 +1505,27 @@ def evaluate(args):
 
 # Recordings of one's own, and an encoder for others
 
-class Prepared(Dataset):
-    """Recordings of list_recordings() as an encoder takes them.
+def read_prepared(found, rate, shortest, given):
+    """Recordings [(file, row)] as an encoder takes them, a tuple of each.
 
-    An item: name, x (W, T, C) float32 z-scored, leads that are there (C,), notes. One that cannot
-    be used has no window, no lead, and the reason as its note.
+    name, x (W, T, C) float32 z-scored, leads that are there (C,), notes. One that cannot be used
+    has no window, no lead, and the reason as its note.
     """
-
-    def __init__(self, found, encoder, given):
-        self.found, self.given = found, given
-        self.rate, self.shortest = encoder.rate, encoder.shortest
-
-    def __len__(self):
-        return len(self.found)
-
-    def __getitem__(self, i):
-        path, row = self.found[i]
+    items = []
+    for path, row in found:
         try:
-            recording = read_recording(path, row, **self.given)
-            x, there, notes = prepare(recording, self.rate, self.shortest)
-            return recording.name, normalize(torch.from_numpy(x)).numpy(), there, notes
+            recording = read_recording(path, row, **given)
+            x, there, notes = prepare(recording, rate, shortest)
+            x = normalize(torch.from_numpy(x)).numpy()
+            items.append((recording.name, x, there, notes))
         except InputError as error:
             name = path.stem if row is None else f"{path.stem}-{row}"
-            return name, np.empty((0, 0, C)), np.zeros(C, bool), [str(error)]
+            items.append((name, np.empty((0, 0, C)), np.zeros(C, bool), [str(error)]))
+    return items
 
 
 def encode(encoder, items):
-    """Representations (n, d) of recordings, items of Prepared: means over the windows of each."""
+    """Representations (n, d) of what read_prepared() gives: means over the windows of each."""
     z = torch.zeros(len(items), encoder.model.width)
     for length in {x.shape[1] for _, x, *_ in items}:  # windows of a length go through it together
         at = [i for i, (_, x, *_) in enumerate(items) if x.shape[1] == length]
@@ -1584,8 +1578,8 @@ def embed_recordings(args):
     many = len(found) > 32
     if many and args.workers:  # a core for them: else threads would wait for one another
         torch.set_num_threads(min(torch.get_num_threads(), max(1, os.cpu_count() - 1)))
-    loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list,
-                        num_workers=args.workers if many else 0)
+    loader = DataLoader(found, 32, num_workers=args.workers if many else 0, collate_fn=partial(
+        read_prepared, rate=encoder.rate, shortest=encoder.shortest, given=given))  # in the workers
     rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
     for items in tqdm(loader, unit=" recordings", unit_scale=32, disable=None if many else True):
         z += encode(encoder, [item for item in items if len(item[1])])
@@ -1651,7 +1645,7 @@ def draw_traces(axis, x, there, seconds, title):
 
 
 def draw_recording(encoder, item, near, path, run):
-    """The first window of a recording, an item of Prepared, with each lead's attention over time.
+    """The first window of an item of read_prepared(), with each lead's attention over time.
 
     Beside it the nearest training record of the run, if `near` names one, and the recording's
     probabilities, if the encoder has a probe.
