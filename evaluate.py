@@ -595,7 +595,7 @@ class Run:
         else:
             of_each = iter(torch.from_numpy(keep).expand(len(rows), C).to(self.device))
 
-            def of_batch(x):
+            def of_batch(x):  # extract() takes the rows in their order
                 return function(x, torch.stack([next(of_each) for _ in x]))
 
         return extract(of_batch, self.cache, rows, self.device, self.micro)
@@ -1719,15 +1719,15 @@ def read_evaluated(folders):
             print(f"note: {folder} has no metrics.csv and is left out; make eval RUN={folder}")
             continue
         with refusing(f"{folder} is damaged", f"evaluate it again: make eval RUN={folder}"):
+            about = json.loads((folder / "eval" / "about.json").read_text())
+            if about["format"] != FORMAT:
+                raise ValueError("evaluated by other code")
             table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(NUMBERS, float))
             if list(table) != [*KEYS, *NUMBERS]:
                 raise ValueError("metrics.csv has other columns")
             draws = read_arrays(folder / "eval" / "draws.npz")
             table["draws"] = [draws.get(name_line(line)) for _, line in table.iterrows()]
-            (n_draws,) = {len(some) for some in table.draws.dropna()}
-            about = json.loads((folder / "eval" / "about.json").read_text())
-            if about["format"] != FORMAT:
-                raise ValueError("evaluated by other code")
+            (n_draws,) = {len(some) for some in table.draws.dropna()}  # an error if there are none
             runs.append(dict(folder=folder, table=table, about=about, saved=read_args(folder),
                              n_draws=n_draws))
             overview(group_runs(runs[-1:]))  # looks at what compare() will look at
