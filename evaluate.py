@@ -29,7 +29,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, combinations, product
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -55,7 +55,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared,
@@ -70,7 +70,7 @@ from train import get_args as train_args
 from views import VIEWS, ViewConfig, draw_leads, generator, shift, whole
 
 K = len(CLASSES)
-FORMAT = 2  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
+FORMAT = 3  # raise it when the meaning of a piece in eval/ changes: older ones are then made anew
 STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe chooses from
 LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
 THERE = {n: np.isin(LEADS, names) for n, names in LEAD_SETS.items()}  # (C,) each
@@ -80,23 +80,14 @@ MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its reco
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 LOW_IS_GOOD = ("davies_bouldin", "shift", "alignment", "uniformity", "stream_cka")
 QUALITY = ("shift", "alignment", "uniformity", "rankme", "stream_cka")
-COMPARED = ("official", "cv", "paper", "table3", "clustering", "streams", "streams-masked",
-            "labels", "labels-paper", "labels-cv", "leads-cv")  # protocols with paired differences
-SHORTCUTS = {"heart_rate": "heart rate (R²)", "device": "recorder (AUROC)",
-             "noise": "noise (AUROC)"}
-NOISES = ("baseline_drift", "static_noise", "burst_noise", "electrodes_problems")  # of PTB-XL
-STREAMS = ("both streams", *(f"{stream} stream sees {what}" for stream in ("time", "channel")
-                             for what in ("another record", "nothing")))
-STREAM_PAIRS = [(("", STREAMS[0]), ("", row)) for row in STREAMS[1:]]
-TRAINING = {"loss": "loss", "val_loss": "val_loss", "grad_norm_ratio": "channel/time as in the "
-            "paper", "grad_norm_ratio_corrected": "corrected", "records_per_second": "records/s",
-            "gflop_per_record": "GFLOP a record", "of_peak": "of peak", "data_share": "waiting",
-            "peak_mib": "MiB above the start"}
-RATIOS = tuple(TRAINING)[2:4]
-COSTS = dict(list(TRAINING.items())[4:])
-TABLE3_MEASURES = (*(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1")
-SETTINGS = "readout", "amplitude", "first_view", "label_lr"  # runs that are compared share them
+STREAMS = ("both streams", "time stream sees another record", "time stream sees nothing",
+           "channel stream sees another record", "channel stream sees nothing")
+COSTS = dict(records_per_second="records/s", gflop_per_record="GFLOP a record", of_peak="of peak",
+             data_share="waiting", peak_mib="MiB above the start")
+TRAINING = dict(loss="loss", val_loss="val_loss", grad_norm_ratio="channel/time as in the paper",
+                grad_norm_ratio_corrected="corrected", **COSTS)
 KEYS = ["protocol", "row", "labels", "seed", "metric"]  # of a line of metrics.csv
+NUMBERS = ["value", "low", "high"]  # the rest of it
 # Okabe and Ito's colours, safe for the colour-blind: one a class and one a row, in every figure.
 CLASS_COLORS = dict(zip(CLASSES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
 ROWS = {"majority": "the most frequent classes, always",
@@ -105,7 +96,6 @@ ROWS = {"majority": "the most frequent classes, always",
         "resnet18": "ResNet-18 pretrained, probed", "finetuned": "this run, fine-tuned",
         "supervised": "this encoder, from scratch",
         "resnet18-supervised": "ResNet-18, from scratch"}
-PROBED = ("majority", "rocket", "untrained", "pretrained", "resnet18")
 NETWORKS = ("finetuned", "supervised", "resnet18-supervised")  # they learn from labels
 SLOW = {"resnet18", *NETWORKS}  # rows that train networks: --fast leaves them out
 ROW_COLORS = dict(zip(ROWS, ("#999999", "#000000", "#56B4E9", "#0072B2", "#009E73", "#D55E00",
@@ -229,6 +219,11 @@ def aurocs(y, p):
                      for a, b in zip(y.T, p.T)])
 
 
+def macro_auroc(y, p):
+    """Mean AUROC of the classes that y (n, K) tells apart, from scores p (n, K)."""
+    return mean_of_known(aurocs(y, p))
+
+
 def score(y, p, predicted):
     """AUROC and F1 of each class and their means, accuracy (all classes right); all in 0..1.
 
@@ -272,7 +267,7 @@ def bootstrap(y, p, predicted, patients, n, seed=0):
 def interval(draws):
     """95 % percentile interval of bootstrap draws, without those that could not be computed."""
     draws = np.asarray(draws)[np.isfinite(draws)]
-    return np.percentile(draws, (2.5, 97.5)).tolist() if len(draws) else None
+    return np.percentile(draws, (2.5, 97.5)).tolist() if len(draws) else (None, None)
 
 
 # Label-free quality
@@ -387,13 +382,12 @@ def fit_probe(z, y, strength, single):
     return probe.predict_proba
 
 
-def choose_probe(z, task, rows=None):
-    """The probe on features z (N, S, d) whose cross-entropy on `choose` is least: (scores, C).
+def choose_probe(z, task, rows):
+    """The probe that learns from `rows` and whose cross-entropy on `choose` is least: (probe, C).
 
-    rows: the records to train on, by default those of the protocol. scores is a function
-    z (n, d) -> (n, K).
+    z: features (N, S, d) of all records. The probe is a function z (n, d) -> scores (n, K).
     """
-    x, rows = task.samples(z, task.train if rows is None else rows)
+    x, rows = task.samples(z, rows)
     x_choose, choose = task.samples(z, task.choose)
     best = math.inf
     for strength in STRENGTHS:
@@ -412,14 +406,13 @@ def choose_probe(z, task, rows=None):
 class Classifier(nn.Module):
     """An encoder with a logit for each class: x (B, T, C), keep (B, C) or None -> (B, 1, K)."""
 
-    def __init__(self, model, views, n_views):
+    def __init__(self, model, views):
         super().__init__()
-        self.model, self.views, self.n_views = model, views, n_views
+        self.model, self.views = model, views
         self.head = nn.Linear(model.width, K)
 
     def forward(self, x, keep=None):
-        z = embed(self.model, x, self.views, keep, self.n_views)
-        return self.head(z.mean(1, keepdim=True))
+        return self.head(embed(self.model, x, self.views, keep).mean(1, keepdim=True))
 
 
 def fit_network(net, run, task, rows, rates, seed):
@@ -458,7 +451,7 @@ def fit_network(net, run, task, rows, rates, seed):
         schedule.step()
         if (step + 1) % (steps // 10) == 0:
             p = run.see(net.eval(), task.choose)[:, 0]
-            auroc = mean_of_known(aurocs(task.y[task.choose], p))
+            auroc = macro_auroc(task.y[task.choose], p)
             if not auroc <= best:
                 best, state = auroc, deepcopy(net.state_dict())
     net.load_state_dict(state)
@@ -526,7 +519,7 @@ def describe(saved, meta):
 
 @dataclass
 class Run:
-    """A finished run and the records that it is tested on; evaluate() fills in the last four."""
+    """A finished run and the records that it is tested on; evaluate() fills in the dicts."""
 
     folder: Path
     out: Path  # where the results go: the folder, or one within it for other data than its own
@@ -538,16 +531,28 @@ class Run:
     tasks: dict
     settings: Namespace
     depends: dict  # what every piece of work depends on
+    amplitude: Optional[np.ndarray] = None  # log deviation of each lead (N, C), with --amplitude
     weights: dict = field(default_factory=dict)  # row -> digest, what its pieces depend on besides
     models: dict = field(default_factory=dict)  # row -> Contrastive
     encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
     features: dict = field(default_factory=dict)  # row -> dict of z (N, S, d), seconds
-    amplitude: Optional[np.ndarray] = None  # log deviation of each lead (N, C), with --amplitude
+
+    def alike(self, model):
+        """A model that computes as this run's does: its precision and, if it can, its readout."""
+        own = self.models["pretrained"]
+        model.precision = own.precision
+        if model.config.arch != "resnet18":
+            model.readout = own.readout
+        return model
 
     @property
     def micro(self):
         """Records in memory at once, without a graph."""
         return max(self.trained["micro_batch"], 16)
+
+    def seeds(self, budget):
+        """Seeds of the draws of so many labels; all of them are drawn once."""
+        return range(1 if budget == "100%" else self.settings.seeds)
 
     def piece(self, name, row, make, **depends):
         """Arrays that make() gives, kept in eval/NAME.npz while what they depend on is the same.
@@ -558,8 +563,7 @@ class Run:
         path, depends = self.out / "eval" / f"{name}.npz", self.depends | depends
         if row == "rocket" and os.access(self.cache.folder, os.W_OK):
             path = self.cache.folder / f"rocket-s{self.trained['seed']}" / f"{name}.npz"
-            for of_a_run in ("model", "first_view", "readout"):
-                del depends[of_a_run]
+            del depends["model"], depends["readout"]
         key = json.dumps(depends | dict(weights=self.weights.get(row)), sort_keys=True)
         if path.exists():
             with refusing(f"{path} is damaged", "remove it"):
@@ -591,7 +595,7 @@ class Run:
         else:
             of_each = iter(torch.from_numpy(keep).expand(len(rows), C).to(self.device))
 
-            def of_batch(x):
+            def of_batch(x):  # extract() takes the rows in their order
                 return function(x, torch.stack([next(of_each) for _ in x]))
 
         return extract(of_batch, self.cache, rows, self.device, self.micro)
@@ -610,10 +614,6 @@ class Run:
 def open_run(args):
     """The Run that the arguments name; raise InputError for settings that it cannot have."""
     folder, device = Path(args.run), pick_device(args.device)
-    for budget in args.labels:
-        if not re.fullmatch(r"[1-9]\d*(shot)?|(100|[1-9]\d?)%", budget):
-            raise InputError(f"--labels {budget}: give such as 10, for 10 records in all, 10shot, "
-                             "for 10 a class, or 1%, 10%, 100% of the training records")
     if (folder / "encoder.json").exists():
         raise InputError(f"{folder} is an export, without what a run was trained with: evaluate "
                          "the run that it was made of; on recordings use it with make embed")
@@ -630,9 +630,9 @@ def open_run(args):
                              "out")
         tasks["cv"] = replace(tasks["official"], name="cv", train=known, test=known)
     depends = dict(
-        format=FORMAT, model=sha256(folder / "model.pt"), first_view=args.first_view,
-        data=cache.meta["fingerprint"], precision=model.precision,
-        readout=model.readout, leads=list(LEAD_SETS.values()),
+        format=FORMAT, model=sha256(folder / "model.pt"),
+        data=cache.meta["fingerprint"], precision=model.precision, readout=model.readout,
+        leads=list(LEAD_SETS.values()),
         labels=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH], strengths=STRENGTHS.tolist())
     other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
     out = folder / f"on-{cache.folder.name}" if other else folder
@@ -642,7 +642,7 @@ def open_run(args):
         amplitude = np.log1p(deviation).astype(np.float32)
     views = from_args(ViewConfig, trained)
     return Run(folder, out, saved, trained, views, cache, device, tasks, args, depends,
-               models=dict(pretrained=model), amplitude=amplitude)
+               amplitude, models=dict(pretrained=model))
 
 
 def resnet_config(config):
@@ -666,11 +666,10 @@ def pretrain_resnet(run):
 
 def make_encoders(run):
     """For each row that is probed what turns x (B, T, C), keep (B, C) or None into features."""
-    n_views = 1 if run.settings.first_view else None
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
     encoders = {"rocket": lambda x, keep=None: rocket(x if keep is None else x * keep[:, None])}
     for row, model in run.models.items():
-        encoders[row] = lambda x, keep=None, model=model: embed(model, x, run.views, keep, n_views)
+        encoders[row] = lambda x, keep=None, model=model: embed(model, x, run.views, keep)
     return encoders
 
 
@@ -761,13 +760,14 @@ def network_row(run, row, task, budget, seed):
     rows = draw_labels(task, budget, seed)
     seed += 1000 * run.trained["seed"]  # other runs, other weights; the labels drawn are the same
     torch.manual_seed(seed)
-    config = run.saved["config"]
-    model = (deepcopy(run.models["pretrained"]) if row == "finetuned" else
-             untrained(config if row == "supervised" else resnet_config(config), seed, run.device))
-    model.precision, dual = run.models["pretrained"].precision, row != "resnet18-supervised"
-    model.readout = run.models["pretrained"].readout if dual else "z"
-    net = Classifier(model, run.views, 1 if run.settings.first_view else None)
-    rates = (0.1 * lr if row == "finetuned" else lr), lr
+    config, rates = run.saved["config"], (lr, lr)
+    if row == "finetuned":
+        model, rates = deepcopy(run.models["pretrained"]), (0.1 * lr, lr)
+    elif row == "supervised":
+        model = run.alike(untrained(config, seed, run.device))
+    else:
+        model = run.alike(untrained(resnet_config(config), seed, run.device))
+    net = Classifier(model, run.views)
     fit_network(net.to(run.device), run, task, rows, rates, seed)
     scores = dict(seconds=time.monotonic() - began, choose=expit(run.see(net, task.choose)[:, 0]),
                   test=expit(run.see(net, task.test)[:, 0]))
@@ -799,91 +799,103 @@ def score_row(run, row, task, budget="100%", seed=0):
 
 
 def score_all(run, rows):
-    """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}."""
-    scores, args = {}, run.settings
-    for name, task in run.tasks.items():
-        for row in rows:
-            if row in NETWORKS and name == "table3" or name == "cv" and row not in run.features or (
-                    row == "finetuned" and "100%" not in args.labels):
-                continue
+    """Scores of the rows under every protocol: {(protocol, row, labels, seed): arrays}.
+
+    Only encoders are cross-validated; networks, which stop by fold 9, are not tested on it; and
+    fine-tuning takes all labels where --labels names them.
+    """
+    scores, labels = {}, run.settings.labels
+    for (name, task), row in product(run.tasks.items(), rows):
+        if not (name == "cv" and row not in run.features or name == "table3" and row in NETWORKS
+                or row == "finetuned" and "100%" not in labels):
             scores[name, row, "100%", 0] = score_row(run, row, task)
-    for name, budget, row in product(("official", "paper"), args.labels, rows):
-        for seed in range(1 if budget == "100%" else args.seeds):
+    for name, budget, row in product(("official", "paper"), labels, rows):
+        for seed in run.seeds(budget):
             scores[name, row, budget, seed] = score_row(run, row, run.tasks[name], budget, seed)
     return scores
 
 
 # Every number, a line each
 
-def lines(protocol, row, numbers, bounds=(), labels="100%", seed=0):
-    """Lines of metrics.csv from a dict of numbers; bounds: {metric: (low, high)}."""
-    bounds = dict(bounds)
-    return [dict(zip((*KEYS, "value", "low", "high"), (
-        protocol, row, labels, seed, metric, value, *(bounds.get(metric) or (None, None)))))
-        for metric, value in numbers.items()]
+def lines(protocol, row, numbers, draws=(), labels="100%", seed=0):
+    """Lines of metrics.csv from a dict of numbers; draws: {metric: its bootstrap draws (n,)}.
+
+    A line keeps its draws, if it has any, for differences from others.
+    """
+    out, draws = [], dict(draws)
+    for metric, value in numbers.items():
+        low, high = interval(draws.get(metric, []))
+        out.append(dict(protocol=protocol, row=row, labels=labels, seed=seed, metric=metric,
+                        value=value, low=low, high=high, draws=draws.get(metric)))
+    return out
 
 
-def score_lines(run, scores, draws):
-    """Lines of all rows' scores; draws gets the bootstrap draws of those with all labels."""
-    out, seconds = [], dict.fromkeys(("pretrained", "finetuned"), seconds_of(run.folder))
-    if "resnet18" in run.models:
-        seconds["resnet18"] = seconds_of(run.folder / "resnet18")
+def name_line(line):
+    """The name in eval/draws.npz of a line of metrics.csv."""
+    return "/".join(str(line[key]) for key in KEYS)
+
+
+def score_lines(run, scores):
+    """Lines of all rows' scores; those from all labels have draws."""
+    out, own = [], seconds_of(run.folder)
+    seconds = dict(pretrained=own, finetuned=own, resnet18=seconds_of(run.folder / "resnet18"))
     for (protocol, row, labels, seed), s in scores.items():
         task, p = run.tasks[protocol], s["test"]
-        predicted, bounds = decide(task, s), {}
+        predicted, draws = decide(task, s), ()
         rows = np.repeat(task.test, len(p) // len(task.test))  # several samples a record, or one
         y = task.y[rows]
-        if labels == "100%" and seed == 0:
-            found = bootstrap(y, p, predicted, task.patients[rows], run.settings.bootstrap)
-            draws[f"{protocol}-{row}"] = found
-            bounds = {m: interval(d) for m, d in zip(MEASURES, found.T)}
-            if protocol == "official" and "source" in run.cache.index:
+        if labels == "100%":
+            draws = zip(MEASURES, bootstrap(y, p, predicted, task.patients[rows],
+                                            run.settings.bootstrap).T)
+        if labels == "100%" and protocol == "official":
+            if "source" in run.cache.index:
                 of = run.cache.index.source.to_numpy()[rows]
-                out += lines("sources", row, {f"macro_auroc/{name}": mean_of_known(aurocs(
-                    y[of == name], p[of == name])) for name in sorted(set(of))})
-            if protocol == "official":
-                out += lines("leads", row, {f"macro_auroc/{n}": mean_of_known(aurocs(y, fewer))
-                                            for n, fewer in zip(LEAD_SETS, s["leads"])})
-        out += lines(protocol, row, score(y, p, predicted) | dict(
+                out += lines("sources", row, {f"macro_auroc/{name}": macro_auroc(
+                    y[of == name], p[of == name]) for name in sorted(set(of))})
+            out += lines("leads", row, {f"macro_auroc/{n}": macro_auroc(y, fewer)
+                                        for n, fewer in zip(LEAD_SETS, s["leads"])})
+        numbers = score(y, p, predicted) | dict(
             strength=s.get("strength"), seconds=s["seconds"],
-            records=len(draw_labels(task, labels, seed)),
-            pretraining_seconds=seconds.get(row)), bounds, labels, seed)
+            records=len(draw_labels(task, labels, seed)), pretraining_seconds=seconds.get(row))
+        out += lines(protocol, row, numbers, draws, labels, seed)
     return out
 
 
-def few_lines(run, scores, draws):
-    """Lines of scores with less, means over the draws of labels; `draws` as in score_lines.
+def few_lines(run, rows):
+    """Lines of macro AUROC with less, means over draws of the labels.
 
-    labels, labels-paper: few labels, fold 10, of score_all(); labels-cv, leads-cv: few labels and
-    fewer leads, cross-validated, each if --cv names it.
+    labels, labels-paper: few labels, fold 10; labels-cv, leads-cv: few labels and fewer leads,
+    cross-validated, each if --cv names it.
     """
-    args, cv, out = run.settings, run.tasks.get("cv"), []
-    names = dict(official="labels", paper="labels-paper")
-    tasks = {name: run.tasks[protocol] for protocol, name in names.items()}
-    found = {}  # (protocol, row): {variant: [scores (n, K) of each draw]}
-    for (protocol, row, budget, seed), s in scores.items():
-        if protocol in names and budget in args.labels:
-            of_row = found.setdefault((names[protocol], row), {})
-            of_row.setdefault(budget, []).append(s["test"])
-    for row in run.features if "labels" in (args.cv or ()) else ():
-        found["labels-cv", row] = {budget: [
-            score_row(run, row, cv, budget, seed)["test"]
-            for seed in range(1 if budget == "100%" else args.seeds)] for budget in args.labels}
-    for row in run.features if "leads" in (args.cv or ()) else ():
-        strengths = score_row(run, row, cv)["strengths"]
+    out, args = [], run.settings
+    also = args.cv or ()
+    for protocol, name, some in (("labels", "official", rows), ("labels-paper", "paper", rows),
+                                 ("labels-cv", "cv", run.features if "labels" in also else ())):
+        for row in some:
+            out += auroc_lines(run, protocol, row, run.tasks[name], {
+                f"macro_auroc/{budget}": [score_row(run, row, run.tasks[name], budget, seed)["test"]
+                                          for seed in run.seeds(budget)]
+                for budget in args.labels})
+    for row in run.features if "leads" in also else ():
+        strengths = score_row(run, row, run.tasks["cv"])["strengths"]
         leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
             run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
-        found["leads-cv", row] = {str(n): [leads[str(n)]] for n in LEAD_SETS}
-    for (protocol, row), variants in found.items():
-        task = tasks.get(protocol, cv)
-        y, patients = task.y[task.test], task.patients[task.test]
-        sampled = [np.mean([bootstrap(y, p, p > .5, patients, args.bootstrap)[:, 0]
-                            for p in some], axis=0) for some in variants.values()]
-        draws |= {f"{protocol}-{row}/{name}": some for name, some in zip(variants, sampled)}
-        values = {f"macro_auroc/{name}": np.mean([mean_of_known(aurocs(y, p)) for p in some])
-                  for name, some in variants.items()}
-        out += lines(protocol, row, values, dict(zip(values, map(interval, sampled))))
+        out += auroc_lines(run, "leads-cv", row, run.tasks["cv"],
+                           {f"macro_auroc/{n}": [leads[str(n)]] for n in LEAD_SETS})
     return out
+
+
+def auroc_lines(run, protocol, row, task, scores):
+    """Lines of macro AUROC with their draws, means over several scores of the same records.
+
+    scores: {metric: [(n, K) of task.test]}
+    """
+    y, patients, n = task.y[task.test], task.patients[task.test], run.settings.bootstrap
+    values, draws = {}, {}
+    for metric, some in scores.items():
+        values[metric] = np.mean([macro_auroc(y, p) for p in some])
+        draws[metric] = np.mean([bootstrap(y, p, p > .5, patients, n)[:, 0] for p in some], axis=0)
+    return lines(protocol, row, values, draws)
 
 
 def seconds_of(folder):
@@ -894,39 +906,39 @@ def seconds_of(folder):
     return float((np.diff(log.step, prepend=0) * batch / log.records_per_second).sum())
 
 
-def differences(groups, wanted, protocols=COMPARED):
-    """Lines of paired differences, of each ((group, row), (group, row)) in `wanted`.
+def differences(groups, wanted):
+    """Lines of paired differences of what has draws, of each ((group, row), (group, row)) wanted.
 
-    groups: {label: runs}, dicts of table and draws. Points are means over a group's runs; draws,
-    on the same test records, resample patients and, where there are several, runs.
+    groups: {label: tables of its runs}. Points are means over a group's runs; draws, on the same
+    test records, resample patients and, where there are several, runs.
     """
-    @lru_cache(maxsize=None)  # a side is in many pairs
-    def mean(protocol, group, row, sides):
-        """Of a group's runs, what all have: {metric: (point, draws)}; sides: groups compared."""
-        found = []
-        for run in groups[group]:
-            t = run["table"]
-            at = t[(t.protocol == protocol) & (t.row == row) & (t.labels == "100%") & (t.seed == 0)]
-            points, name = at.set_index("metric").value, f"{protocol}-{row}"
-            few = {f"macro_auroc/{key.split('/')[1]}": draws for key, draws in run["draws"].items()
-                   if key.startswith(f"{name}/")}
-            measures = CLUSTERING if protocol == "clustering" else MEASURES
-            all_draws = few | dict(zip(measures, run["draws"].get(name, np.empty((0, 0))).T))
-            found.append({m: (points[m], draws) for m, draws in all_draws.items() if m in points})
-        rng = np.random.default_rng(list(groups).index(group))  # of both rows of a group the same
-        return {m: (np.mean([one[m][0] for one in found]),
-                    resample_runs(np.stack([one[m][1] for one in found]), deepcopy(rng), sides))
-                for m in found[0] if all(m in one for one in found)}
+    found = pd.concat([table.assign(group=group) for group, tables in groups.items()
+                       for table in tables]).dropna(subset="draws")
+    known = {key: part for key, part in found.groupby(["group", "protocol", "row", "metric"])
+             if len(part) == len(groups[key[0]])}  # what all runs of a group have
+
+    def sampled(part, sides):
+        """Draws of the mean of a group's runs; sides: groups that are compared."""
+        rng = np.random.default_rng(list(groups).index(part.group.iloc[0]))  # a group's rows pair
+        return resample_runs(np.stack(part.draws), rng, sides)
 
     out = []
-    for protocol in protocols:
-        for pair in wanted:
-            a, b = (mean(protocol, *side, len({group for group, _ in pair})) for side in pair)
-            name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
-            both = [m for m in a if m in b]
-            out += lines(protocol, name, {m: a[m][0] - b[m][0] for m in both},
-                         {m: interval(a[m][1] - b[m][1]) for m in both})
+    for protocol, pair in product(found.protocol.unique(), wanted):
+        values, draws, sides = {}, {}, len({group for group, _ in pair})
+        for metric in found.metric.unique():
+            a, b = (known.get((group, protocol, row, metric)) for group, row in pair)
+            if a is not None and b is not None:
+                values[metric] = a.value.mean(skipna=False) - b.value.mean(skipna=False)
+                draws[metric] = sampled(a, sides) - sampled(b, sides)
+        name = " - ".join(f"{group}: {row}" if group else row for group, row in pair)
+        out += lines(protocol, name, values, draws)
     return out
+
+
+def pairs_within(group, others):
+    """Pairs of rows of a group for differences(): this run and others, both streams and one."""
+    return [((group, one), (group, row)) for one, rows in (
+        ("pretrained", others), (STREAMS[0], STREAMS[1:])) for row in rows]
 
 
 def resample_runs(draws, rng, sides):
@@ -957,24 +969,19 @@ def cluster_draws(z, labels, patients, n, groups=20):
     return all_ + math.sqrt((groups - 1) / groups) * noise @ (parts - np.mean(parts, axis=0))
 
 
-def cluster_lines(run, draws):
-    """Lines of the clustering scores; `chance`: of this run's representation, labels permuted.
-
-    draws gets those of each row."""
+def cluster_lines(run):
+    """Lines of the clustering scores; `chance`: of this run's representation, labels permuted."""
     out, task = [], run.tasks["table3"]
     labels, rng = task.y[task.test].argmax(1), np.random.default_rng(0)
     for row, features in run.features.items():
         z = features["z"].mean(1)
         if row == "rocket":  # its shares and maxima have different scales
             z = StandardScaler().fit_transform(z)
-        found = cluster_draws(z[task.test], labels, task.patients[task.test],
-                              run.settings.bootstrap)
-        draws[f"clustering-{row}"] = found
-        out += lines("clustering", row, clustering(z[task.test], labels),
-                     zip(CLUSTERING, map(interval, found.T)))
+        z = z[task.test]
+        draws = cluster_draws(z, labels, task.patients[task.test], run.settings.bootstrap)
+        out += lines("clustering", row, clustering(z, labels), zip(CLUSTERING, draws.T))
         if row == "pretrained":
-            found = pd.DataFrame([clustering(z[task.test], rng.permutation(labels))
-                                  for _ in range(20)])
+            found = pd.DataFrame([clustering(z, rng.permutation(labels)) for _ in range(20)])
             out += lines("clustering", "chance", found.astype(float).mean().to_dict())
     return out
 
@@ -998,7 +1005,7 @@ def quality_lines(run):
                 streams = copy(model)  # the same weights; it hands on both streams side by side
                 streams.readout = "streams"
                 both = run.piece(f"streams-{row}", row, lambda: dict(z=run.see(
-                    lambda x: embed(streams, x, run.views, n_views=1), rows)[:, 0]))["z"]
+                    lambda x: streams.represent(run.views.split(x)[0]), rows)))["z"]
                 numbers |= dict(stream_cka=cka(*np.split(both, [model.config.widths[1]], axis=1)))
         out += lines("quality", row, numbers)
     return out
@@ -1037,36 +1044,30 @@ def keep_probe(run, scores):
     else:
         save_arrays(path, dict(
             weights=weights, biases=biases - weights @ scaler.mean_, readout=run.depends["readout"],
-            thresholds=best_thresholds(task.y[task.choose], found["choose"]),
-            n_views=int(run.settings.first_view)))
+            thresholds=best_thresholds(task.y[task.choose], found["choose"])))
     return pipeline.predict_proba
 
 
-def stream_lines(run, probe, draws):
+def stream_lines(run, probe):
     """Lines of the probe's macro AUROC when one stream sees another record, or nothing.
 
     The other stream sees the record as before, and the cross-attention joins the two. On whole
-    records and on masked ones; draws gets the bootstrap draws of each.
+    records and on masked ones.
     """
-    task, out = run.tasks["official"], []
-    rows = np.append(task.choose, task.test)
-    y, patients, stems = task.y[rows], task.patients[rows], run.models["pretrained"].encoder
+    official, stems, out = run.tasks["official"], run.models["pretrained"].encoder, []
+    task = replace(official, test=np.append(official.choose, official.test))
 
-    def scored(protocol, row):
-        keep = None if protocol == "streams" else run.mask(rows, MASKED[0])
-        p = probe(run.represent("pretrained", rows, keep))
-        draws[f"{protocol}-{row}"] = found = bootstrap(y, p, p > .5, patients,
-                                                       run.settings.bootstrap)
-        return lines(protocol, row, dict(macro_auroc=mean_of_known(aurocs(y, p))),
-                     dict(macro_auroc=interval(found[:, 0])))
+    def scored(protocol, row, keep):
+        p = probe(run.represent("pretrained", task.test, keep))
+        return auroc_lines(run, protocol, row, task, dict(macro_auroc=[p]))
 
-    for protocol in ("streams", "streams-masked"):
-        out += scored(protocol, STREAMS[0])
+    for protocol, keep in (("streams", None), ("streams-masked", run.mask(task.test, 0.5))):
+        out += scored(protocol, STREAMS[0], keep)
         for row in STREAMS[1:]:
             change = torch.zeros_like if row.endswith("nothing") else (lambda x: x.roll(1, 0))
             hook = getattr(stems, f"{row.split()[0]}_stem").register_forward_pre_hook(
                 lambda module, args: (change(args[0]), *args[1:]))
-            out += scored(protocol, row)
+            out += scored(protocol, row, keep)
             hook.remove()
     return out
 
@@ -1096,8 +1097,9 @@ def shortcut_lines(run):
         if "device" in table:
             devices = table.device.astype(str).str.strip()
             targets["device"] = (devices == devices.mode()[0]).to_numpy()
-        if set(NOISES) <= set(table):
-            targets["noise"] = table[list(NOISES)].notna().any(axis=1).to_numpy()
+        noises = ["baseline_drift", "static_noise", "burst_noise", "electrodes_problems"]
+        if set(noises) <= set(table):  # PTB-XL's
+            targets["noise"] = table[noises].notna().any(axis=1).to_numpy()
     except InputError as error:
         print(f"note: recorder and noise are not looked for: {error}")
     train, test = run.cache.rows(TRAIN_FOLDS), run.cache.rows([VAL_FOLD, TEST_FOLD])
@@ -1257,7 +1259,8 @@ SECTIONS = (
     Section("shortcuts", "all labels", "Shortcuts", """
         What a linear probe reads off that no diagnosis should rest on (folds 9 and 10): heart rate
         from the autocorrelation of the slopes, R² up to 1; the most frequent recorder against the
-        others, and any noise that annotators noted, AUROC, 0.5 by chance.""", [SHORTCUTS]),
+        others, and any noise that annotators noted, AUROC, 0.5 by chance.""", [dict(
+            heart_rate="heart rate (R²)", device="recorder (AUROC)", noise="noise (AUROC)")]),
     Section("training", "all labels", "Training and its cost", """
         Of the log: losses and the ratio of the streams' gradient norms in the last epoch, as the
         paper takes it and with token counts corrected for (1: equal); medians of speed, GFLOP,
@@ -1339,17 +1342,17 @@ def plot_tsne(points, labels, ids, title, path):
 
     points: {panel: (n, 2)}; labels, ids: (n,)
     """
-    (axes, corner), rows = panels(len(points), (4, 4.2), title, aside=1), []
+    axes, corner = panels(len(points), (4, 4.2), title, aside=1)
     for axis, (panel, xy) in zip(axes, points.items()):
         for k in np.unique(labels):
             at = labels == k
             axis.scatter(*xy[at].T, s=14, color=CLASS_COLORS[CLASSES[k]],
                          label=f"{CLASSES[k]} ({at.sum()})")
         axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-        rows += [dict(panel=panel, ecg_id=i, superclass=CLASSES[k], x=x, y=y)
-                 for i, k, (x, y) in zip(ids, labels, xy)]
     corner.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(corner.figure, path, rows)
+    save_figure(corner.figure, path, pd.concat([pd.DataFrame(dict(
+        panel=panel, ecg_id=ids, superclass=np.array(CLASSES)[labels], x=xy[:, 0], y=xy[:, 1]))
+        for panel, xy in points.items()]))
 
 
 def plot_confusion(results, title, path):
@@ -1413,9 +1416,9 @@ def plot_lines(found, xlabel, title, path, log=False):
 
 def draw(run, table, scores):
     """All figures of a run, in RUN/figures; returns their paths."""
-    end, about = run.settings.format, describe(run.saved, run.cache.meta)
-    names = "tsne", "confusion", "roc", "leads", "labels"
-    paths = {name: run.out / "figures" / f"{name}.{end}" for name in names}
+    about = describe(run.saved, run.cache.meta)
+    paths = {name: run.out / "figures" / f"{name}.{run.settings.format}"
+             for name in ("tsne", "confusion", "roc", "leads", "labels")}
     official, paper, table3 = (run.tasks[name] for name in ("official", "paper", "table3"))
     rows = table3.test
     points = run.piece("tsne", "pretrained", lambda: {row: TSNE(
@@ -1467,26 +1470,22 @@ def evaluate(args):
     print(f"{run.folder}: {describe(run.saved, run.cache.meta)}\nworking on what is not done yet:",
           flush=True)
 
-    run.models["untrained"] = untrained(run.saved["config"], run.trained["seed"], run.device)
+    run.models["untrained"] = run.alike(untrained(run.saved["config"], run.trained["seed"],
+                                                  run.device))
     if "resnet18" in rows:
-        run.models["resnet18"] = pretrain_resnet(run)
-    run.models["untrained"].readout = run.depends["readout"]
-    for model in run.models.values():
-        model.precision = run.depends["precision"]
+        run.models["resnet18"] = run.alike(pretrain_resnet(run))
     run.encoders = make_encoders(run)
-    run.features = {row: embeddings(run, row) for row in PROBED if row in run.encoders}
-    scores, draws = score_all(run, rows), {}
-    table = score_lines(run, scores, draws) + cluster_lines(run, draws) + quality_lines(run)
-    table += few_lines(run, scores, draws)
-    table += shortcut_lines(run) + training_lines(run.folder)
+    run.features = {row: embeddings(run, row) for row in rows if row in run.encoders}
+    scores = score_all(run, rows)
     probe = keep_probe(run, scores)
+    table = (score_lines(run, scores) + cluster_lines(run) + quality_lines(run)
+             + few_lines(run, rows) + shortcut_lines(run) + training_lines(run.folder))
     if arch != "resnet18":
-        table += stream_lines(run, probe, draws)
-    table = pd.DataFrame(table)
+        table += stream_lines(run, probe)
+    draws = {name_line(line): line["draws"] for line in table if line["draws"] is not None}
     others = [row for row in rows if row != "pretrained"]
-    table = pd.concat([table, pd.DataFrame(differences(
-        {"": [dict(table=table, draws=draws)]}, [(("", "pretrained"), ("", row))
-                                                 for row in others] + STREAM_PAIRS))])
+    table = pd.DataFrame(table + differences({"": [pd.DataFrame(table)]},
+                                             pairs_within("", others)))[[*KEYS, *NUMBERS]]
     about = dict(format=FORMAT, settings=vars(args), view=run.trained["view"],
                  seed=run.trained["seed"], notes=notes, data=run.cache.meta,
                  tested={name: len(task.test) for name, task in run.tasks.items()})
@@ -1506,32 +1505,27 @@ def evaluate(args):
 
 # Recordings of one's own, and an encoder for others
 
-class Prepared(Dataset):
-    """Recordings of list_recordings() as an encoder takes them.
+def read_prepared(found, rate, shortest, given):
+    """Recordings [(file, row)] as an encoder takes them, a tuple of each.
 
-    An item: name, x (W, T, C) float32 z-scored, leads that are there (C,), notes. One that cannot
-    be used has None for x and leads, and the reason among its notes.
+    name, x (W, T, C) float32 z-scored, leads that are there (C,), notes. One that cannot be used
+    has no window, no lead, and the reason as its note.
     """
-
-    def __init__(self, found, encoder, given):
-        self.found, self.given = found, given
-        self.rate, self.shortest = encoder.rate, encoder.shortest
-
-    def __len__(self):
-        return len(self.found)
-
-    def __getitem__(self, i):
-        path, row = self.found[i]
+    items = []
+    for path, row in found:
         try:
-            recording = read_recording(path, row, **self.given)
-            x, there, notes = prepare(recording, self.rate, self.shortest)
-            return recording.name, normalize(torch.from_numpy(x)).numpy(), there, notes
+            recording = read_recording(path, row, **given)
+            x, there, notes = prepare(recording, rate, shortest)
+            x = normalize(torch.from_numpy(x)).numpy()
+            items.append((recording.name, x, there, notes))
         except InputError as error:
-            return path.stem if row is None else f"{path.stem}-{row}", None, None, [str(error)]
+            name = path.stem if row is None else f"{path.stem}-{row}"
+            items.append((name, np.empty((0, 0, C)), np.zeros(C, bool), [str(error)]))
+    return items
 
 
 def encode(encoder, items):
-    """Representations (n, d) of recordings, items of Prepared: means over the windows of each."""
+    """Representations (n, d) of what read_prepared() gives: means over the windows of each."""
     z = torch.zeros(len(items), encoder.model.width)
     for length in {x.shape[1] for _, x, *_ in items}:  # windows of a length go through it together
         at = [i for i, (_, x, *_) in enumerate(items) if x.shape[1] == length]
@@ -1549,19 +1543,16 @@ def nearest_records(run, z, n):
     Distance: 1 - cosine of representations standardised over folds 1-8, 0..2.
     """
     path = Path(run) / "eval" / "embeddings-pretrained.npz"
-    try:
+    with refusing(f"--neighbours needs {path}", "give a run folder, no export, after make eval; "
+                  "if the file is there but damaged, remove it and evaluate again"):
         saved = read_arrays(path)
         train = np.isin(saved["strat_fold"], TRAIN_FOLDS)
-        known, labels, ids = saved["z"].mean(1)[train], saved["labels"][train], saved["ecg_id"]
-    except Exception as error:  # whatever a damaged file leads the libraries to
-        raise InputError(f"--neighbours needs {path}, which an export has not: give a run folder, "
-                         "after make eval; if it is there but damaged, remove it and evaluate "
-                         "again") from error
-    scaler, words = StandardScaler().fit(known), np.array(CLASSES)
+        known, labels, ids = (saved[key][train] for key in ("z", "labels", "ecg_id"))
+    scaler, words = StandardScaler().fit(known.mean(1)), np.array(CLASSES)
     search = NearestNeighbors(n_neighbors=min(n, len(known)), metric="cosine")
-    found = search.fit(scaler.transform(known)).kneighbors(scaler.transform(z))
+    found = search.fit(scaler.transform(known.mean(1))).kneighbors(scaler.transform(z))
     return [pd.DataFrame(dict(
-        ecg_id=ids[train][nearest], distance=[round(float(d), 3) for d in distance],
+        ecg_id=ids[nearest], distance=[round(float(d), 3) for d in distance],
         superclasses=[" ".join(words[labels[j] > 0]) or "none" for j in nearest]))
         for distance, nearest in zip(*found)]
 
@@ -1584,51 +1575,44 @@ def embed_recordings(args):
     """
     encoder, found = load_encoder(args.run, pick_device(args.device)), list_recordings(args.ecg)
     given = dict(rate=args.source_rate, unit=args.unit, leads=args.leads)
-    workers = args.workers if len(found) > 32 else 0
-    if workers:  # a core for them: where cores are short, threads would wait for one another
+    many = len(found) > 32
+    if many and args.workers:  # a core for them: else threads would wait for one another
         torch.set_num_threads(min(torch.get_num_threads(), max(1, os.cpu_count() - 1)))
-    loader = DataLoader(Prepared(found, encoder, given), 32, collate_fn=list, num_workers=workers)
+    loader = DataLoader(found, 32, num_workers=args.workers if many else 0, collate_fn=partial(
+        read_prepared, rate=encoder.rate, shortest=encoder.shortest, given=given))  # in the workers
     rows, z, out = [], [], Path(args.out or Path(args.run) / "embed")
-    for items in tqdm(loader, unit=" recordings", unit_scale=32,
-                      disable=None if len(found) > 32 else True):
-        good = [item for item in items if item[1] is not None]
-        z += encode(encoder, good) if good else []
-        rows += [(name, 0, 0, "; ".join(notes)) if x is None else
-                 (name, there.sum(), len(x), "; ".join(notes)) for name, x, there, notes in items]
+    for items in tqdm(loader, unit=" recordings", unit_scale=32, disable=None if many else True):
+        z += encode(encoder, [item for item in items if len(item[1])])
+        rows += [(name, there.sum(), len(x), "; ".join(notes)) for name, x, there, notes in items]
     table = pd.DataFrame(rows, columns=["name", "leads", "windows", "notes"])
     table["name"], used = tell_apart(table.name, found), table.windows > 0
     if not z:
         raise InputError(f"none of {len(table)} recordings can be used:\n  "
                          + "\n  ".join(table.notes.head(10)))
-    z, p = torch.stack(z), np.empty((used.sum(), 0))
+    z = torch.stack(z)
+    arrays = dict(z=z.numpy(), name=table.name[used].to_numpy(str))
+    end = f"No probabilities, for want of a probe: make eval RUN={args.run}"
     if encoder.probe:
-        p = encoder.probabilities(z).numpy()
-    for name, of in zip(CLASSES, p.T):
-        table.loc[used, name] = of
+        arrays["probabilities"] = encoder.probabilities(z).numpy()
+        table.loc[used, list(CLASSES)] = arrays["probabilities"]
+        thresholds = ", ".join(map("{} {:.2f}".format, CLASSES, encoder.probe["thresholds"]))
+        end = ("Probabilities: each class for itself; its F1 on fold 9 was best at "
+               f"{thresholds}. For research: this is no medical device.")
     table = table.assign(notes=table.pop("notes"), file=[str(path) for path, _ in found])
     write_atomic(f"{out}.csv", lambda tmp: table.to_csv(tmp, index=False, float_format="%.6g"))
-    save_arrays(Path(f"{out}.npz"), dict(z=z.numpy(), name=table.name[used].to_numpy(str)) | (
-        dict(probabilities=p) if encoder.probe else {}))
+    save_arrays(Path(f"{out}.npz"), arrays)
     near = nearest_records(args.run, z.numpy(), args.neighbours) if args.neighbours else []
+    shown = table[:20].drop(columns="file").map(lambda c: number(c) if isinstance(c, float) else c)
     text = [f"{used.sum()} of {len(table)} recordings, {z.shape[1]} features of each"
-            + "; the first 20:" * (len(table) > 20),
-            markdown(list(table)[:-1], [[number(c) if isinstance(c, float) else c for c in row[:-1]]
-                                        for row in table[:20].itertuples(index=False)])]
+            + "; the first 20:" * (len(table) > 20), markdown(list(shown), shown.to_numpy())]
     text += [f"Nearest training records to {name}:\n{markdown(list(t), t.to_numpy())}"
              for name, t in zip(table.name[used][:20], near)]
-    if encoder.probe:
-        thresholds = ", ".join(f"{name} {at:.2f}" for name, at in zip(
-            CLASSES, encoder.probe["thresholds"]))
-        text.append("Probabilities: each class for itself; its F1 on fold 9 was best at "
-                    f"{thresholds}. For research: this is no medical device.")
-    else:
-        text.append(f"No probabilities, for want of a probe: make eval RUN={args.run}")
     files = f"-> {out}.csv, {out}.npz"
     if len(table) == 1:
         path = Path(f"{out}-ecg.{args.format}")
-        draw_recording(encoder, items[0], p[0], near[0].iloc[0] if near else None, path, args.run)
+        draw_recording(encoder, items[0], near[0].iloc[0] if near else None, path, args.run)
         files += f", {path}"
-    print("\n\n".join([*text, files]))
+    print("\n\n".join([*text, end, files]))
 
 
 def lead_attention(encoder, x, keep):
@@ -1660,11 +1644,11 @@ def draw_traces(axis, x, there, seconds, title):
     axis.set_yticks(range(len(LEADS)), LEADS)
 
 
-def draw_recording(encoder, item, p, near, path, run):
-    """The first window of a recording, an item of Prepared, with each lead's attention over time.
+def draw_recording(encoder, item, near, path, run):
+    """The first window of an item of read_prepared(), with each lead's attention over time.
 
-    Beside it the nearest training record of the run, if `near` names one, and probabilities p (K,),
-    or (0,) without a probe.
+    Beside it the nearest training record of the run, if `near` names one, and the recording's
+    probabilities, if the encoder has a probe.
     """
     name, x, there, _ = item
     seconds, traces = x.shape[1] / encoder.rate, 1 if near is None else 2
@@ -1683,10 +1667,12 @@ def draw_recording(encoder, item, p, near, path, run):
         signal = normalize(torch.from_numpy(cache.signals[at].copy())).numpy()
         draw_traces(right[0], signal, np.ones(C), SECONDS, f"nearest training record: ecg_id "
                     f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
-    if len(p):
+    bars.set(ylim=(0, 1), title="no probe yet")
+    if encoder.probe:
+        p = encoder.probabilities(encode(encoder, [item]))[0]
         bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
         bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black")
-    bars.set(ylim=(0, 1), title="probabilities\nand thresholds" if len(p) else "no probe yet")
+        bars.set_title("probabilities\nand thresholds")
     bars.tick_params(axis="x", labelsize=7)
     save_figure(figure, path, dict(x=x[0], there=there, attention=seen[0] if seen else []))
 
@@ -1726,34 +1712,31 @@ def export_run(args):
 # Several runs
 
 def read_evaluated(folders):
-    """The evaluated ones among run folders: dicts of folder, table, about, saved, draws."""
+    """The evaluated ones among run folders: dicts of folder, table, about, saved, n_draws."""
     runs = []
     for folder in map(Path, folders):
         if not (folder / "metrics.csv").exists():
             print(f"note: {folder} has no metrics.csv and is left out; make eval RUN={folder}")
             continue
-        try:
-            table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(
-                ("value", "low", "high"), float))
-            if list(table) != [*KEYS, "value", "low", "high"]:
-                raise ValueError("metrics.csv has other columns")
-            if not set(MEASURES) <= set(table[(table.row == "pretrained") & (table.seed == 0) & (
-                    table.protocol == "official") & (table.labels == "100%")].metric):
-                raise ValueError("metrics.csv is not whole")
+        with refusing(f"{folder} is damaged", f"evaluate it again: make eval RUN={folder}"):
             about = json.loads((folder / "eval" / "about.json").read_text())
+            if about["format"] != FORMAT:
+                raise ValueError("evaluated by other code")
+            table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(NUMBERS, float))
+            if list(table) != [*KEYS, *NUMBERS]:
+                raise ValueError("metrics.csv has other columns")
+            draws = read_arrays(folder / "eval" / "draws.npz")
+            table["draws"] = [draws.get(name_line(line)) for _, line in table.iterrows()]
+            (n_draws,) = {len(some) for some in table.draws.dropna()}  # an error if there are none
             runs.append(dict(folder=folder, table=table, about=about, saved=read_args(folder),
-                             draws=read_arrays(folder / "eval" / "draws.npz")))
-            VIEWS[about["view"]], about["data"]["index"], [about["settings"][k] for k in SETTINGS]
-            overview({"": runs[-1:]}), runs[-1]["draws"]["official-pretrained"][0]  # as compare()
-        except Exception as error:  # whatever a damaged file leads the libraries to
-            raise InputError(f"{folder} is damaged ({error}); evaluate it again: make eval "
-                             f"RUN={folder}") from error
+                             n_draws=n_draws))
+            overview(group_runs(runs[-1:]))  # looks at what compare() will look at
     if not runs:
         raise InputError(f"no evaluated run among {len(folders)} folders: train and evaluate some "
                          "first (make pretrain, make eval)")
-    if len({len(run["draws"]["official-pretrained"]) for run in runs}) > 1:
+    if len({run["n_draws"] for run in runs}) > 1:
         raise InputError("evaluate again with the same --bootstrap: " + ", ".join(
-            f"{run['folder']} has {len(run['draws']['official-pretrained'])}" for run in runs))
+            f"{run['folder']} has {run['n_draws']}" for run in runs))
     return runs
 
 
@@ -1764,54 +1747,48 @@ def group_runs(runs):
     """
     def settings(run):
         about, args = run["about"], with_defaults(run["saved"]["args"])
-        of_evaluation = {k: about["settings"][k] for k in SETTINGS}
+        of_evaluation = {k: about["settings"][k] for k in ("readout", "amplitude", "label_lr")}
         return of_evaluation | {k: v for k, v in args.items() if k not in NOT_A_RESULT | {"seed"}
                                 } | dict(data=about["data"]["fingerprint"][:6])
 
     groups = {}
     for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
-        name, b = re.sub(r"-s\d+$", "", run["folder"].name), settings(run)
-        for other in groups.setdefault(name, []):
-            a = settings(other)
-            differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
-            if other["about"]["seed"] == run["about"]["seed"]:
-                differ = differ or ["have the same seed"]
-            if differ:
-                raise InputError(f"{other['folder']} and {run['folder']} are of one name, but "
-                                 f"{', '.join(differ)}; leave one out, or give a folder another "
-                                 "name")
-        groups[name].append(run)
+        groups.setdefault(re.sub(r"-s\d+$", "", run["folder"].name), []).append(run)
+    for one, other in chain(*(combinations(members, 2) for members in groups.values())):
+        a, b = settings(one), settings(other)
+        differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
+        if one["about"]["seed"] == other["about"]["seed"]:
+            differ = differ or ["have the same seed"]
+        if differ:
+            raise InputError(f"{one['folder']} and {other['folder']} are of one name, but "
+                             f"{', '.join(differ)}; leave one out, or give a folder another name")
     return groups
 
 
-def collect(groups):
-    """Numbers of all groups: mean, sd and count over seeds; the paper's own after each view."""
-    parts = {}
-    for label, members in groups.items():
-        view = members[0]["about"]["view"]
-        found = summarize(pd.concat(summarize(run["table"]) for run in members))
-        parts[label] = found.assign(group=label, of=len(members))
-        parts.pop(view + " (paper)", None)  # it comes after the last group of its view
-        parts[view + " (paper)"] = pd.DataFrame(
-            lines("clustering", "paper", dict(zip(CLUSTERING, VIEWS[view].table2 or ())))
-            + lines("table3", "paper", dict(zip(TABLE3_MEASURES, VIEWS[view].table3 or ()))),
-            columns=[*KEYS, "value", "low", "high"]).drop(columns="seed").assign(
-                group=view, n=1, of=1)
-    return pd.concat(parts.values())
-
-
 def compared(groups):
-    """Numbers of all groups of runs, with paired differences between rows and between groups."""
-    wanted = [((g, "pretrained"), (g, row)) for g in groups
-              for row in ("untrained", "rocket", "finetuned")]
+    """Numbers of groups of runs: mean, sd and count over seeds; then paired differences.
+
+    After the last group of a view come the paper's own; differences: between rows and groups.
+    """
+    parts, tables, first = [], {}, {group: runs[0]["about"] for group, runs in groups.items()}
+    last = {about["view"]: group for group, about in first.items()}
+    for group, runs in groups.items():
+        tables[group] = [run["table"] for run in runs]
+        found = summarize(pd.concat(map(summarize, tables[group])))
+        parts.append(found[~found.row.str.contains(" - ")].assign(group=group, of=len(runs)))
+        view = first[group]["view"]
+        if last[view] == group:
+            table3 = *(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1"
+            paper = (lines("clustering", "paper", dict(zip(CLUSTERING, VIEWS[view].table2 or ())))
+                     + lines("table3", "paper", dict(zip(table3, VIEWS[view].table3 or ()))))
+            parts.append(pd.DataFrame(paper).assign(group=view, n=1, of=1))
+    wanted = [pair for group in groups
+              for pair in pairs_within(group, ("untrained", "rocket", "finetuned"))]
     wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
-               if groups[a][0]["about"]["data"]["index"] == groups[b][0]["about"]["data"]["index"]
+               if first[a]["data"]["index"] == first[b]["data"]["index"]
                for row in ("pretrained", "untrained")]
-    wanted += [((g, a), (g, b)) for g in groups for (_, a), (_, b) in STREAM_PAIRS]
-    found = pd.DataFrame(differences(groups, wanted)).drop(columns="seed")
-    numbers = collect(groups)
-    return pd.concat([numbers[~numbers.row.str.contains(" - ")],
-                      found.assign(group="", n=1, of=1)])
+    parts.append(pd.DataFrame(differences(tables, wanted)).assign(group="", n=1, of=1))
+    return pd.concat(parts).drop(columns=["seed", "draws"])
 
 
 def overview(groups):
@@ -1921,18 +1898,18 @@ def plan_study(args):
 
     Raises InputError, before any is trained, where no row is left.
     """
-    rows, members, refused = STUDIES[args.study].rows, [], {}
     caches = {cache.meta["rate"]: cache for cache in map(open_cache, args.caches)}
+    first, members, refused = next(iter(caches.values())), [], {}
     get_args(["run", *shlex.split(args.eval)])  # ends here when they are wrong
-    for seed, (row, text) in product(range(args.seeds), rows.items()):
-        common = ["--preset", args.preset, *shlex.split(args.train), "--seed", str(seed)]
-        first = next(iter(caches.values()))
-        usual = train_args(common)
-        plan, _ = settle(usual, len(first.rows(TRAIN_FOLDS)), len(first.rows([VAL_FOLD])))
-        passes = 4 if plan.batch > plan.micro else 3  # forward, and forward and backward
-        flags = text.format(more=round(usual.epochs * passes / 3), part=max(plan.batch // 4, 2),
-                            tenth=max(usual.epochs // 10, 1), batch=plan.batch).split()
-        parsed = vars(train_args([*common, *flags]))
+    common = ["--preset", args.preset, *shlex.split(args.train)]
+    usual = train_args(common)
+    plan, _ = settle(usual, len(first.rows(TRAIN_FOLDS)), len(first.rows([VAL_FOLD])))
+    passes = 4 if plan.batch > plan.micro else 3  # forward, and forward and backward
+    words = dict(more=round(usual.epochs * passes / 3), tenth=max(usual.epochs // 10, 1),
+                 batch=plan.batch, part=max(plan.batch // 4, 2))
+    for seed, (row, text) in product(range(args.seeds), STUDIES[args.study].rows.items()):
+        flags = [*common, "--seed", str(seed), *text.format(**words).split()]
+        parsed = vars(train_args(flags))
         views = from_args(ViewConfig, parsed)
         try:
             from_args(Config, parsed)
@@ -1942,7 +1919,7 @@ def plan_study(args):
         rate = VIEWS[views.view].rate if args.study == "views" else min(caches)
         folder = Path(args.out) / f"{row}-s{seed}"
         members.append(Member(row, seed, folder, [
-            *common, *flags, "--cache", str(caches.get(rate, first).folder), "--run", str(folder),
+            *flags, "--cache", str(caches.get(rate, first).folder), "--run", str(folder),
             "--device", args.device]))
     if not members:
         raise next(iter(refused.values()))
@@ -1988,10 +1965,11 @@ def work_on(member, args, children):
 
 
 def kept(member):
-    """Folders of the weights that a finished run has kept along training, the last ones at last."""
-    last = f"epoch-{len(read_log(member.folder)):03}"
-    return [*sorted(folder for folder in member.folder.glob("epoch-*") if folder.name != last),
-            member.folder]
+    """The weights that a run has kept along training, the last ones at last: {folder: epoch}."""
+    last = len(read_log(member.folder))
+    epochs = {folder: int(folder.name[6:]) for folder in sorted(member.folder.glob("epoch-*"))}
+    return {folder: epoch for folder, epoch in epochs.items() if epoch < last} | {
+        member.folder: last}
 
 
 def run_study(args):
@@ -2088,30 +2066,35 @@ def by_name(numbers):
             for line in numbers[numbers.labels == "100%"].itertuples()}
 
 
+def headline_of(numbers):
+    """The protocol that a study rests on: cross-validated where it was asked for."""
+    return "cv" if "cv" in set(numbers.protocol) else "official"
+
+
 def answer(study, numbers):
     """The answer of a study as Markdown: what each row is worth, and what its streams are."""
-    known, auroc = by_name(numbers), "macro_auroc"
-    headline = "cv" if "cv" in set(numbers.protocol) else "official"
+    known, auroc, headline = by_name(numbers), "macro_auroc", headline_of(numbers)
 
     def of(protocol, row, metric=auroc, group=""):
         return cell(known.get((protocol, row, metric, group)))
 
-    worth = pd.Series({group: line.value for (*what, group), line in known.items()
-                       if what == [headline, "pretrained", auroc]}).sort_values(ascending=False)
-    best, bases = worth.index[0], set(study.bases.values())
-    first = next(group for *what, group in known if what == [headline, "rocket", auroc])
+    worth = {group: line.value for (*what, group), line in known.items()
+             if what == [headline, "pretrained", auroc]}
+    first, order = next(iter(worth)), sorted(worth, key=worth.get, reverse=True)
+    best, bases = order[0], set(study.bases.values())
     scores = [["ROCKET", of(headline, "rocket", auroc, first), *["-"] * 5,
                of("shortcuts", "rocket", "heart_rate", first), "-"]]
     streams, words = [], {"above": [], "below": [], "not told apart from": []}
-    for row in worth.index:
+    for row in order:
         base, beside = study.bases.get(row, best), ["-", "-"]
-        for a, b, sign in ((row, base, 1), (base, row, -1)):
-            line = known.get((headline, f"{a}: pretrained - {b}: pretrained", auroc, ""))
-            if line and bases != {row}:  # the only base is compared with none
-                low, high = sorted((sign * line.low, sign * line.high))
-                beside = [base, number(sign * line.value, (low, high))]
-                how = "above" if low > 0 else "below" if high < 0 else "not told apart from"
-                words[how].append(f"{row} ({base})")
+        line, turned = (known.get((headline, f"{a}: pretrained - {b}: pretrained", auroc, ""))
+                        for a, b in ((row, base), (base, row)))
+        if turned:
+            line = turned._replace(value=-turned.value, low=-turned.high, high=-turned.low)
+        if line and bases != {row}:  # the only base is compared with none
+            beside = [base, cell(line)]
+            how = "above" if line.low > 0 else "below" if line.high < 0 else "not told apart from"
+            words[how].append(f"{row} ({base})")
         scores.append([
             row, of(headline, "pretrained", auroc, row), of(headline, "untrained", auroc, row),
             of(headline, f"{row}: pretrained - {row}: untrained"), *beside,
@@ -2121,10 +2104,11 @@ def answer(study, numbers):
             row, of("streams", STREAMS[0], auroc, row),
             *(of("streams", f"{row}: {STREAMS[0]} - {row}: {stream} stream sees nothing")
               for stream in ("time", "channel")),
-            *(of("training", "pretrained", name, row) for name in RATIOS),
+            *(of("training", "pretrained", name, row)
+              for name in ("grad_norm_ratio", "grad_norm_ratio_corrected")),
             of("quality", "pretrained", "stream_cka", row)])
     said = "; ".join(f"{how} its base: {', '.join(rows)}" for how, rows in words.items() if rows)
-    if {*worth.index} - {*study.bases} - (bases if len(bases) == 1 else set()):
+    if {*order} - {*study.bases} - (bases if len(bases) == 1 else set()):
         said += f". Where a row has no base of its own, it is {best}, the best on these scores"
     title = next(s.title for s in SECTIONS if s.protocol == headline)
     return [f"**Answer.** Macro AUROC ({title.lower()}). With the base in brackets, {said}.",
@@ -2155,32 +2139,32 @@ def beside_paper(numbers):
 
 def collapse(args, members):
     """Of weights kept along training: a figure of the scores, and a table of best and last."""
-    runs, tables, rows = {}, [], []
+    tables, parts, rows = {}, [], []  # tables: of the runs of a row, at an epoch
     for m in members:
-        for folder in kept(m):
-            epoch = len(read_log(m.folder)) if folder is m.folder else int(folder.name[6:])
+        for folder, epoch in kept(m).items():
             (run,) = read_evaluated([folder])
-            runs.setdefault((m.row, epoch), []).append(run)
             t = run["table"]
-            tables.append(t[(t.row == "pretrained") & (t.labels == "100%") & (t.seed == 0)].assign(
+            tables.setdefault((m.row, epoch), []).append(t)
+            parts.append(t[(t.row == "pretrained") & (t.labels == "100%")].assign(
                 row=m.row, run=m.folder.name, epoch=epoch, view=run["about"]["view"]))
-    table = pd.concat(tables)
-    headline = "cv" if "cv" in set(table.protocol) else "official"
-    protocols = {"macro_auroc": headline} | dict.fromkeys(CLUSTERING, "clustering") | dict.fromkeys(
-        QUALITY, "quality")
+    table = pd.concat(parts).drop(columns="draws")
+    protocols = {"macro_auroc": headline_of(table)} | dict.fromkeys(
+        CLUSTERING, "clustering") | dict.fromkeys(QUALITY, "quality")
     table = table[table.metric.map(protocols) == table.protocol]
     axes, corner = panels(len(protocols), (2.6, 3), "Scores along training, mean over seeds")
     for axis, (metric, protocol) in zip(axes, protocols.items()):
         for row, part in table[table.metric == metric].groupby("row", sort=False):
             means = part.groupby("epoch").value.mean()
             best = means.idxmin() if metric in LOW_IS_GOOD else means.idxmax()
-            last, lost = means.index[-1], "-"
-            for line in differences({"last": runs[row, last], "best": runs[row, best]},
-                                    [(("last", "pretrained"), ("best", "pretrained"))], [protocol]):
-                if line["metric"] == metric:
-                    lost = number(line["value"], (line["low"], line["high"]))
+            last = means.index[-1]
+            lost = {line["metric"]: number(line["value"], (line["low"], line["high"]))
+                    for line in differences(
+                        {"last": tables[row, last], "best": tables[row, best]},
+                        [(("last", "pretrained"), ("best", "pretrained"))])
+                    if line["protocol"] == protocol}
             axis.plot(means, "o-", label=row, color=VIEWS[part["view"].iloc[0]].color)
-            rows.append([row, metric, number(means[best]), best, number(means[last]), last, lost])
+            rows.append([row, metric, number(means[best]), best, number(means[last]), last,
+                         lost.get(metric, "-")])
         axis.set(title=metric, xlabel="epoch")
     axis.legend()
     save_figure(corner.figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
@@ -2218,6 +2202,15 @@ def draw_study(args, groups):
     return [*text, *(path.read_text() for path in figures.glob("attention-views.md"))]
 
 
+def budget(text):
+    """The `type` of --labels."""
+    if not re.fullmatch(r"[1-9]\d*(shot)?|(100|[1-9]\d?)%", text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: give such as 10, for 10 records in all, 10shot, for 10 a class, or 1%, 10%, "
+            "100% of the training records")
+    return text
+
+
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     command = partial(parser.add_subparsers(dest="command", required=True).add_parser,
@@ -2235,11 +2228,9 @@ def get_args(argv=None):
                    "encoder; by default as the run was trained for")
     p.add_argument("--amplitude", action="store_true", help="all probes see each lead's amplitude "
                    "too, which normalisation takes away")
-    p.add_argument("--first-view", action="store_true", help="a segment model sees the first view "
-                   "of a record alone; by default its two views are averaged")
-    p.add_argument("--labels", nargs="+", default=["10", "10shot", "10%"], help="few labels: 10 "
-                   "for 10 records in all (paper), 10shot for 10 a class, or shares such as 1%% "
-                   "10%% 100%%")
+    p.add_argument("--labels", nargs="+", type=budget, default=["10", "10shot", "10%"],
+                   help="few labels: 10 for 10 records in all (paper), 10shot for 10 a class, or "
+                   "shares such as 1%% 10%% 100%%")
     p.add_argument("--seeds", type=count, default=3, help="draws of few labels")
     p.add_argument("--label-lr", type=bounded(float, 1e-12), help="peak learning rate of networks "
                    "trained with labels (a fine-tuned encoder takes a tenth); by default the run's "

@@ -35,6 +35,7 @@ from data import (CLASSES, LEADS, NORMALISATION, RATES, SECONDS, InputError, Rec
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
 PROBE = "weights", "biases", "thresholds"
+EXPORT = 2  # raise it when the meaning of an export changes: older ones are then refused
 STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
 # The fields' defaults are `paper`; some settings are those of views.py and train.py.
 # small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
@@ -677,15 +678,15 @@ def load_run(folder, device="cpu"):
     return model.to(device).eval(), saved
 
 
-def embed(model, x, views, keep=None, n_views=None):
+def embed(model, x, views, keep=None):
     """Representations of the views of whole records: never augmented, nor masked unless asked.
 
     x: (B, T, C) z-scored 10 s records; views: a ViewConfig; keep: (B, C) bool or None, leads that
-    are there; n_views: the first so many views, by default all
+    are there
     ->  (B, S, d), S = 1 where both views have the record's full length, else 2
     """
     x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
-    return torch.stack([model.represent(v, keep) for v in views.split(x)[:n_views]], dim=1)
+    return torch.stack([model.represent(v, keep) for v in views.split(x)], dim=1)
 
 
 class Encoder:
@@ -693,12 +694,12 @@ class Encoder:
 
     views: a ViewConfig, how it was trained; about: a dict of what it is, with `rate` in Hz;
     probe: a dict of weights (K, d), biases (K,) and thresholds (K,), of the official protocol;
-    None before `make eval`. n_views: as in embed().
+    None before `make eval`.
     """
 
-    def __init__(self, model, views, about, probe=None, n_views=None):
+    def __init__(self, model, views, about, probe=None):
         self.model, self.views, self.about = model, views, about
-        self.probe, self.n_views, self.rate = probe, n_views, about["rate"]
+        self.probe, self.rate = probe, about["rate"]
 
     @property
     def shortest(self):
@@ -723,7 +724,7 @@ class Encoder:
         device = self.model.device
         x, keep = x.to(device), None if keep is None else keep.to(device)
         if x.shape[1] == SECONDS * self.rate:
-            return embed(self.model, x, self.views, keep, self.n_views).mean(1)
+            return embed(self.model, x, self.views, keep).mean(1)
         seconds, samples = self.views.timing()  # the windows are single views
         x = x if keep is None else x * keep[:, None]
         return self.model.represent(x[:, ::round(seconds / samples)], keep)
@@ -748,12 +749,14 @@ def load_encoder(folder, device="cpu"):
     data = saved["data"]
     about = dict(rate=data["rate"], records=data["records"], fingerprint=data["fingerprint"],
                  data="synthetic records" if data["synthetic"] else source_names(data))
-    path, probe, n_views = folder / "eval" / "probe.npz", None, None
+    path, probe = folder / "eval" / "probe.npz", None
     if path.exists():
         with refusing(f"{path} is damaged", f"make it again: make eval RUN={folder}"):
             probe = read_arrays(path)
-            model.readout, n_views = str(probe.pop("readout")), int(probe.pop("n_views")) or None
-    return Encoder(model, views, about, probe, n_views)
+            model.readout = str(probe.pop("readout"))
+            if set(probe) != {*PROBE}:  # older ones hold more, which would be misread
+                raise ValueError(f"it holds {', '.join(probe)}, not {', '.join(PROBE)}")
+    return Encoder(model, views, about, probe)
 
 
 def load_export(folder, device="cpu"):
@@ -766,9 +769,9 @@ def load_export(folder, device="cpu"):
         about = json.loads((folder / "encoder.json").read_text())
         for key, valid in (("leads", [list(LEADS)]), ("classes", [list(CLASSES)]), (
                 "normalisation", [NORMALISATION]), ("rate", [*RATES]), ("readout", READOUTS), (
-                "n_views", (None, 1)), ("equal", (False, True))):
-            if about[key] not in valid:
-                raise ValueError(f"{key}: {about[key]} there, {valid} here")
+                "equal", (False, True)), ("format", [EXPORT])):
+            if about.get(key) not in valid:
+                raise ValueError(f"{key}: {about.get(key)} there, {valid} here")
         if sha256(path) != about["sha256"]:
             raise ValueError(f"{path.name} is not the one that was written")
         tensors = load_file(path)
@@ -776,7 +779,7 @@ def load_export(folder, device="cpu"):
         model = assemble(about["config"], tensors)
         model.readout = about["readout"]
         views = ViewConfig(view=about["view"], equal=about["equal"])
-        return Encoder(model.to(device).eval(), views, about, probe or None, about["n_views"])
+        return Encoder(model.to(device).eval(), views, about, probe or None)
 
 
 def export(encoder, folder, card):
@@ -793,7 +796,7 @@ def export(encoder, folder, card):
         save({k: v.contiguous().cpu() for k, v in tensors.items()})))
     about = encoder.about | dict(
         config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
-        readout=model.readout, n_views=encoder.n_views, leads=LEADS, classes=CLASSES,
+        readout=model.readout, format=EXPORT, leads=LEADS, classes=CLASSES,
         normalisation=NORMALISATION, sha256=sha256(folder / "encoder.safetensors"))
     write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))
     write_atomic(folder / "encoder.json", lambda tmp: tmp.write_text(json.dumps(about, indent=1)))

@@ -1265,10 +1265,8 @@ class TestModel:
             got = train.embed(m, x, views.ViewConfig(view="noncontig"), leads)
             want = torch.stack([m.encoder(seen[:, i::2]).z for i in (0, 1)], dim=1)
             torch.testing.assert_close(got, want)
-        whole, halves = views.ViewConfig(view="stochastic"), views.ViewConfig(view="contig")
+        whole = views.ViewConfig(view="stochastic")
         torch.testing.assert_close(train.embed(m, x, whole)[:, 0], m.encoder(x).z)
-        torch.testing.assert_close(train.embed(m, x, halves, n_views=1)[:, 0],
-                                   m.encoder(x[:, :500]).z)
 
     def test_watched_attention_is_that_of_each_module_and_changes_nothing(self):
         m, x, seen, out = tiny(depth=2).eval(), torch.randn(2, 500, 12), {}, []
@@ -1985,7 +1983,7 @@ class TestProbe:
         task = evaluate.Task("t", y, np.arange(300), train_, choose, test, single=True)
         loss = [metrics.log_loss(y[choose].argmax(1), evaluate.fit_probe(
             z[train_, 0], y[train_], c, True)(z[choose, 0])) for c in evaluate.STRENGTHS]
-        assert evaluate.choose_probe(z, task)[1] == evaluate.STRENGTHS[np.argmin(loss)]
+        assert evaluate.choose_probe(z, task, train_)[1] == evaluate.STRENGTHS[np.argmin(loss)]
 
     @mock.patch.object(evaluate, "STRENGTHS", [.1])
     def test_cross_validation_scores_a_record_by_a_probe_that_never_saw_its_label(self):
@@ -2062,7 +2060,7 @@ class TestProbe:
         monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 15)
         c = data.open_cache(cache)
         task, net = evaluate.protocols(c.index)["official"], evaluate.Classifier(
-            tiny(), views.ViewConfig(view="contig"), None)
+            tiny(), views.ViewConfig(view="contig"))
         run = types.SimpleNamespace(
             cache=c, device=CPU, trained=dict(micro_batch=16),
             see=lambda function, rows: train.extract(function, c, rows, CPU))
@@ -2091,8 +2089,9 @@ class TestEvaluate:
         assert row.value.records == learn.sum()
         with np.load(run / "eval" / "draws.npz") as draws:
             np.testing.assert_allclose(row.loc["macro_auroc", ["low", "high"]].astype(float),
-                                       np.nanpercentile(draws["official-pretrained"][:, 0],
-                                                        (2.5, 97.5)))
+                                       np.nanpercentile(
+                                           draws["official/pretrained/100%/0/macro_auroc"],
+                                           (2.5, 97.5)))
         one = (y.sum(1) == 1) & (fold >= 9)
         want = metrics.silhouette_score(z[one], y[one].argmax(1))
         assert at.value["clustering", "pretrained", "100%", 0, "silhouette"] == pytest.approx(
@@ -2158,10 +2157,10 @@ class TestEvaluate:
         run_evaluate(*quick(run))
         assert len(before) > 5 < len(rocket) and before == stamps(run / "eval")
         pd.testing.assert_frame_equal(first, numbers_of(run))
-        run_evaluate(*quick(run, "--first-view"))  # as another run would
+        run_evaluate(*quick(run, "--readout", "all"))  # as another run would
         assert rocket == stamps(cache / "rocket-s0")
         with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
-            assert saved["z"].shape[1] == 1
+            assert saved["z"].shape[2] > 16
 
     @slow
     @mock.patch.multiple(evaluate, LABEL_EPOCHS=1, LABEL_STEPS=10, LABEL_BATCH=8,
@@ -2176,7 +2175,8 @@ class TestEvaluate:
         rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
                            if " - " not in row} for protocol in ("official", "table3", "cv")}
         assert rows["official"] == set(evaluate.ROWS)
-        assert rows["table3"] == set(evaluate.PROBED) == rows["cv"] | {"majority"}
+        assert rows["table3"] == rows["official"] - {*evaluate.NETWORKS}
+        assert rows["table3"] == rows["cv"] | {"majority"}
         for row in ("finetuned", "supervised"):
             assert at["official", row, "3shot"][:, "macro_auroc"].nunique() == 2
         for protocol, variants in (("labels-cv", {"3shot", "100%"}), ("leads-cv", set("12631"))):
@@ -2196,7 +2196,7 @@ class TestEvaluate:
                 (["--run", tmp_path], "no model.pt in"),
                 (["--run", export], "is an export, without .* evaluate the run that it"),
                 (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
-                (["--labels", "ten"], "--labels ten: give such as 10, for"),
+                (["--labels", "ten"], "--labels: ten: give such as 10, for"),
                 (["--seeds", 0], "--seeds"), (["--label-lr", 0], "--label-lr")):
             with refused(says):
                 run_evaluate("run", "--run", evaluated[0], *argv)
@@ -2230,7 +2230,7 @@ class TestEvaluate:
         for i, (changes, word) in enumerate((
                 (dict(args=dict(tau=.5, seed=2)), "tau 0.1 and 0.5"), ({}, "the same seed"),
                 (dict(args=dict(seed=2), data=dict(fingerprint="f" * 64)), "and ffffff"),
-                (dict(args=dict(seed=2), settings=dict(first_view=True)), "first_view False and"))):
+                (dict(args=dict(seed=2), settings=dict(amplitude=True)), "amplitude False and"))):
             other = self.copy_of(evaluated[0], tmp_path / str(i) / "r-s2", **changes)
             with pytest.raises(InputError, match=f"of one name.*{word}.*another name"):
                 evaluate.group_runs(evaluate.read_evaluated([one, other]))
@@ -2264,7 +2264,7 @@ class TestEvaluate:
         assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
         difference = at.loc["a: pretrained - tau: pretrained"]
         assert difference.value == pytest.approx((a + b) / 2 - c)
-        a, b, c = (draw["official-pretrained"][:, 1] for draw in draws)
+        a, b, c = (draw["official/pretrained/100%/0/macro_f1"] for draw in draws)
         low, high = np.nanpercentile((a + b) / 2 - c, (2.5, 97.5))  # of patients alone
         assert difference.low < low and high < difference.high
         for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
