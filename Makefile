@@ -41,6 +41,11 @@ TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone 
 ifneq ($(words $(VIEW)) $(words $(RUN)),1 1)
 $(error VIEW and RUN are one word each, without spaces)
 endif
+# Else runs/contig-s0 could hold another view than it says.
+NAMING := $(filter --view% --seed% --run% --cache%,$(ARGS))
+ifneq ($(and $(NAMING),$(filter pretrain demo,$(MAKECMDGOALS))),)
+$(error $(NAMING) in ARGS: give VIEW=, SEED=, RUN= or DATA= of make instead)
+endif
 
 # Only the default folder is downloaded into.
 SOURCE := $(if $(filter data/ptbxl,$(DATA)),data/ptbxl/.complete-%)
@@ -120,9 +125,5 @@ data/synth/SHA256SUMS.txt: | .venv/.done
 $(CACHES)-%/meta.json: $(SOURCE) FORCE | .venv/.done
 	$(PY) data.py cache $(READ) --data $(DATA) --rate $* --out $(CACHES)-$*
 
-# What names the run folder is not among ARGS, or the folder would say another thing than it holds.
-NAMING := $(filter --view% --seed% --run% --cache%,$(ARGS))
-
 $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
-	$(if $(NAMING),$(error $(NAMING) in ARGS: give VIEW=, SEED=, RUN= or DATA= of make instead))
 	$(PY) $(TORCHRUN) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) --seed $(SEED) --preset $(PRESET) $(ARGS)

@@ -33,7 +33,7 @@ from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_
                   from_args, normalize, run_script, write_atomic)
 from evaluate import describe, describe_data, markdown, number, open_data, save_figure, untrained
 from model import load_run, read_args, read_log, watch_attention
-from train import Feed, chance, pick_device
+from train import Feed, chance, pick_device, with_defaults
 from views import VIEWS, ViewConfig, draw_leads, generator
 
 MM = 1 / 25.4  # inch
@@ -348,7 +348,7 @@ def plot_maps(seen, streams, raw, path):
         layers = {run: [means for (of, _), means in found.items() if of == stream]
                   for run, (_, found) in seen.items()}
         columns = [i for i, key in enumerate(keys) if key[0] == stream]
-        limit = max(np.quantile(np.abs(shades(some, raw)), 0.99) for some in layers.values())
+        limit = max(np.quantile(np.abs(shades(some, raw)), 0.995) for some in layers.values())
         for row, (run, (look, _)) in zip(axes, seen.items()):
             draw_maps(row[columns][:len(layers[run])], layers[run], stream, look, raw, limit)
             prefix = f"{run}/" * several + f"{stream}/" * (several or cross)
@@ -468,7 +468,8 @@ def draw_curves(axis, runs, columns):
                       fillstyle=fill, markevery=max(len(log) // 8, 1),
                       label=name if len(columns) == 1 else f"{name}, {column}")
         if "loss" in columns:
-            for level, style in zip(chance(saved["args"], saved["in_effect"]), (":", "--")):
+            of_run = chance(with_defaults(saved["args"]), saved["in_effect"])
+            for level, style in zip(of_run, (":", "--")):
                 axis.axhline(level, linestyle=style, linewidth=0.8, color=color)
     if not any(log[column].notna().any() for _, log in runs.values() for column in columns):
         axis.text(0.5, 0.5, "not of this model:\nits streams hand on\nmore than a mean",

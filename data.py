@@ -233,12 +233,12 @@ def read_sums(path):
 
     A file outside the folder of SHA256SUMS.txt is refused: a server must not choose where to write.
     """
-    home, sums = Path(path).parent.resolve(), {}
+    home, sums, real = Path(path).parent.resolve(), {}, lru_cache(Path.resolve)
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
         name = name.strip().lstrip("*")
         if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)
-                and (home / name).parent.resolve().is_relative_to(home)):
+                and real((home / name).parent).is_relative_to(home)):
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
                              "folder, links followed; is the address right, or a folder a link?")
         sums[name] = digest
@@ -391,6 +391,21 @@ def our_wfdb():
 
     _header._parse_record_line = parse_record_line
     return wfdb
+
+
+def open_wfdb(path):
+    """The wfdb.Record of a header, with d_signal; raises whatever wfdb meets in a broken file.
+
+    A header that tells of more samples than its files can hold would cost memory, and is refused.
+    """
+    lines = [line for line in path.read_text(errors="replace").splitlines()
+             if line.strip() and not line.startswith("#")]
+    _, leads, *rest = lines[0].split()
+    names = {line.split()[0] for line in lines[1:]}
+    size = sum((path.parent / name).stat().st_size for name in names)
+    if rest[1:] and int(leads) * int(rest[1]) > size:  # a byte a sample is the least
+        raise ValueError(f"{leads} leads of {rest[1]} samples in {size} bytes")
+    return our_wfdb().rdrecord(str(path.with_suffix("")), physical=False)
 
 
 def read_record(path, rate):
@@ -566,15 +581,10 @@ def read_wfdb(path):
         record = read_edf(str(path))
         signal = record.p_signal
     else:
-        stem = str(path.with_suffix(""))
-        header = our_wfdb().rdheader(stem)
-        size = sum((path.parent / name).stat().st_size for name in set(header.file_name or ()))
-        # a byte a sample is the least; samples are read only if they are there: they take memory
-        if header.n_sig * (header.sig_len or 0) > size:
-            raise ValueError(f"{header.n_sig} leads of {header.sig_len} samples in {size} bytes")
-        record = our_wfdb().rdrecord(stem, physical=False)
+        record = open_wfdb(path)
         signal = record.dac()
-    return dict(signal=signal, rate=[record.fs], leads=record.sig_name,
+    leads = record.sig_name if any(record.sig_name) else []  # a lead without a name is None
+    return dict(signal=signal, rate=[record.fs], leads=leads,
                 unit=[unit or "?" for unit in record.units])
 
 

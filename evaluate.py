@@ -519,7 +519,7 @@ def describe(saved, meta):
 
 @dataclass
 class Run:
-    """A finished run and the records that it is tested on; evaluate() fills in the dicts."""
+    """A finished run and the records that it is tested on; evaluate() fills in the last four."""
 
     folder: Path
     out: Path  # where the results go: the folder, or one within it for other data than its own
@@ -837,8 +837,9 @@ def name_line(line):
 
 def score_lines(run, scores):
     """Lines of all rows' scores; those from all labels have draws."""
-    out, own = [], seconds_of(run.folder)
-    seconds = dict(pretrained=own, finetuned=own, resnet18=seconds_of(run.folder / "resnet18"))
+    out, seconds = [], dict.fromkeys(("pretrained", "finetuned"), seconds_of(run.folder))
+    if "resnet18" in run.models:
+        seconds["resnet18"] = seconds_of(run.folder / "resnet18")
     for (protocol, row, labels, seed), s in scores.items():
         task, p = run.tasks[protocol], s["test"]
         predicted, draws = decide(task, s), ()
@@ -1061,7 +1062,7 @@ def stream_lines(run, probe):
         p = probe(run.represent("pretrained", task.test, keep))
         return auroc_lines(run, protocol, row, task, dict(macro_auroc=[p]))
 
-    for protocol, keep in (("streams", None), ("streams-masked", run.mask(task.test, 0.5))):
+    for protocol, keep in (("streams", None), ("streams-masked", run.mask(task.test, MASKED[0]))):
         out += scored(protocol, STREAMS[0], keep)
         for row in STREAMS[1:]:
             change = torch.zeros_like if row.endswith("nothing") else (lambda x: x.roll(1, 0))
@@ -1543,14 +1544,15 @@ def nearest_records(run, z, n):
     Distance: 1 - cosine of representations standardised over folds 1-8, 0..2.
     """
     path = Path(run) / "eval" / "embeddings-pretrained.npz"
-    with refusing(f"--neighbours needs {path}", "give a run folder, no export, after make eval; "
-                  "if the file is there but damaged, remove it and evaluate again"):
+    with refusing(f"--neighbours needs {path}, which an export has not", "give a run folder, after "
+                  "make eval; if it is there but damaged, remove it and evaluate again"):
         saved = read_arrays(path)
         train = np.isin(saved["strat_fold"], TRAIN_FOLDS)
         known, labels, ids = (saved[key][train] for key in ("z", "labels", "ecg_id"))
-    scaler, words = StandardScaler().fit(known.mean(1)), np.array(CLASSES)
+        known = known.mean(1)
+    scaler, words = StandardScaler().fit(known), np.array(CLASSES)
     search = NearestNeighbors(n_neighbors=min(n, len(known)), metric="cosine")
-    found = search.fit(scaler.transform(known.mean(1))).kneighbors(scaler.transform(z))
+    found = search.fit(scaler.transform(known)).kneighbors(scaler.transform(z))
     return [pd.DataFrame(dict(
         ecg_id=ids[nearest], distance=[round(float(d), 3) for d in distance],
         superclasses=[" ".join(words[labels[j] > 0]) or "none" for j in nearest]))
@@ -1610,7 +1612,8 @@ def embed_recordings(args):
     files = f"-> {out}.csv, {out}.npz"
     if len(table) == 1:
         path = Path(f"{out}-ecg.{args.format}")
-        draw_recording(encoder, items[0], near[0].iloc[0] if near else None, path, args.run)
+        p = arrays["probabilities"][0] if encoder.probe else []
+        draw_recording(encoder, items[0], p, near[0].iloc[0] if near else None, path, args.run)
         files += f", {path}"
     print("\n\n".join([*text, end, files]))
 
@@ -1644,11 +1647,11 @@ def draw_traces(axis, x, there, seconds, title):
     axis.set_yticks(range(len(LEADS)), LEADS)
 
 
-def draw_recording(encoder, item, near, path, run):
+def draw_recording(encoder, item, p, near, path, run):
     """The first window of an item of read_prepared(), with each lead's attention over time.
 
-    Beside it the nearest training record of the run, if `near` names one, and the recording's
-    probabilities, if the encoder has a probe.
+    Beside it the nearest training record of the run, if `near` names one, and probabilities p (K,),
+    or none without a probe.
     """
     name, x, there, _ = item
     seconds, traces = x.shape[1] / encoder.rate, 1 if near is None else 2
@@ -1668,8 +1671,7 @@ def draw_recording(encoder, item, near, path, run):
         draw_traces(right[0], signal, np.ones(C), SECONDS, f"nearest training record: ecg_id "
                     f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
     bars.set(ylim=(0, 1), title="no probe yet")
-    if encoder.probe:
-        p = encoder.probabilities(encode(encoder, [item]))[0]
+    if len(p):
         bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
         bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black")
         bars.set_title("probabilities\nand thresholds")
@@ -1712,7 +1714,7 @@ def export_run(args):
 # Several runs
 
 def read_evaluated(folders):
-    """The evaluated ones among run folders: dicts of folder, table, about, saved, n_draws."""
+    """The evaluated among run folders: dicts of folder, table, about, saved, index, n_draws."""
     runs = []
     for folder in map(Path, folders):
         if not (folder / "metrics.csv").exists():
@@ -1721,15 +1723,20 @@ def read_evaluated(folders):
         with refusing(f"{folder} is damaged", f"evaluate it again: make eval RUN={folder}"):
             about = json.loads((folder / "eval" / "about.json").read_text())
             if about["format"] != FORMAT:
-                raise ValueError("evaluated by other code")
+                print(f"note: {folder}, which other code evaluated, is left out; make eval "
+                      f"RUN={folder}")
+                continue
             table = pd.read_csv(folder / "metrics.csv", dtype=dict.fromkeys(NUMBERS, float))
             if list(table) != [*KEYS, *NUMBERS]:
                 raise ValueError("metrics.csv has other columns")
             draws = read_arrays(folder / "eval" / "draws.npz")
-            table["draws"] = [draws.get(name_line(line)) for _, line in table.iterrows()]
+            names = [name_line(line) for _, line in table.iterrows()]
+            if not {*draws} <= {*names}:
+                raise ValueError("metrics.csv is not whole")
+            table["draws"] = [draws.get(name) for name in names]
             (n_draws,) = {len(some) for some in table.draws.dropna()}  # an error if there are none
             runs.append(dict(folder=folder, table=table, about=about, saved=read_args(folder),
-                             n_draws=n_draws))
+                             index=about["data"]["index"], n_draws=n_draws))
             overview(group_runs(runs[-1:]))  # looks at what compare() will look at
     if not runs:
         raise InputError(f"no evaluated run among {len(folders)} folders: train and evaluate some "
@@ -1751,11 +1758,11 @@ def group_runs(runs):
         return of_evaluation | {k: v for k, v in args.items() if k not in NOT_A_RESULT | {"seed"}
                                 } | dict(data=about["data"]["fingerprint"][:6])
 
-    groups = {}
+    groups, known = {}, {run["folder"]: settings(run) for run in runs}
     for run in sorted(runs, key=lambda run: list(VIEWS).index(run["about"]["view"])):
         groups.setdefault(re.sub(r"-s\d+$", "", run["folder"].name), []).append(run)
     for one, other in chain(*(combinations(members, 2) for members in groups.values())):
-        a, b = settings(one), settings(other)
+        a, b = known[one["folder"]], known[other["folder"]]
         differ = [f"{k} {a[k]} and {b[k]}" for k in b if a[k] != b[k]]
         if one["about"]["seed"] == other["about"]["seed"]:
             differ = differ or ["have the same seed"]
@@ -1770,13 +1777,13 @@ def compared(groups):
 
     After the last group of a view come the paper's own; differences: between rows and groups.
     """
-    parts, tables, first = [], {}, {group: runs[0]["about"] for group, runs in groups.items()}
-    last = {about["view"]: group for group, about in first.items()}
+    parts, tables, first = [], {}, {group: runs[0] for group, runs in groups.items()}
+    last = {run["about"]["view"]: group for group, run in first.items()}
     for group, runs in groups.items():
         tables[group] = [run["table"] for run in runs]
         found = summarize(pd.concat(map(summarize, tables[group])))
         parts.append(found[~found.row.str.contains(" - ")].assign(group=group, of=len(runs)))
-        view = first[group]["view"]
+        view = first[group]["about"]["view"]
         if last[view] == group:
             table3 = *(f"f1/{name}" for name in CLASSES), "accuracy", "macro_f1"
             paper = (lines("clustering", "paper", dict(zip(CLUSTERING, VIEWS[view].table2 or ())))
@@ -1785,7 +1792,7 @@ def compared(groups):
     wanted = [pair for group in groups
               for pair in pairs_within(group, ("untrained", "rocket", "finetuned"))]
     wanted += [((a, row), (b, row)) for a, b in combinations(groups, 2)
-               if first[a]["data"]["index"] == first[b]["data"]["index"]
+               if first[a]["index"] == first[b]["index"]
                for row in ("pretrained", "untrained")]
     parts.append(pd.DataFrame(differences(tables, wanted)).assign(group="", n=1, of=1))
     return pd.concat(parts).drop(columns=["seed", "draws"])

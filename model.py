@@ -35,7 +35,6 @@ from data import (CLASSES, LEADS, NORMALISATION, RATES, SECONDS, InputError, Rec
 C = len(LEADS)
 READOUTS = "z", "streams", "all"
 PROBE = "weights", "biases", "thresholds"
-EXPORT = 2  # raise it when the meaning of an export changes: older ones are then refused
 STREAM_OPTIONS = "mix_leads", "channel_dropout", "gate_channel", "aux_losses", "late_masking"
 # The fields' defaults are `paper`; some settings are those of views.py and train.py.
 # small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
@@ -591,7 +590,7 @@ def refusing(what, then):
 
 # What args.json and a row of log.jsonl hold at least.
 SAVED = dict(
-    args=dict(view=str, seed=int, cache=str, preset=str, mask_leads=bool, loss=str,
+    args=dict(view=str, seed=int, cache=str, preset=str, mask_leads=bool,
               aux_weight=(int, float), aux_losses=bool, negatives=str),
     in_effect=dict(batch=int, micro=int, val_batch=int, total=int),
     data=dict(data=str, rate=int, records=int, synthetic=bool, fingerprint=str))
@@ -769,7 +768,7 @@ def load_export(folder, device="cpu"):
         about = json.loads((folder / "encoder.json").read_text())
         for key, valid in (("leads", [list(LEADS)]), ("classes", [list(CLASSES)]), (
                 "normalisation", [NORMALISATION]), ("rate", [*RATES]), ("readout", READOUTS), (
-                "equal", (False, True)), ("format", [EXPORT])):
+                "equal", (False, True)), ("n_views", [None])):  # of older exports: all, or 1
             if about.get(key) not in valid:
                 raise ValueError(f"{key}: {about.get(key)} there, {valid} here")
         if sha256(path) != about["sha256"]:
@@ -796,7 +795,7 @@ def export(encoder, folder, card):
         save({k: v.contiguous().cpu() for k, v in tensors.items()})))
     about = encoder.about | dict(
         config=asdict(model.config), view=encoder.views.view, equal=encoder.views.equal,
-        readout=model.readout, format=EXPORT, leads=LEADS, classes=CLASSES,
+        readout=model.readout, leads=LEADS, classes=CLASSES,
         normalisation=NORMALISATION, sha256=sha256(folder / "encoder.safetensors"))
     write_atomic(folder / "README.md", lambda tmp: tmp.write_text(card))
     write_atomic(folder / "encoder.json", lambda tmp: tmp.write_text(json.dumps(about, indent=1)))

@@ -841,6 +841,12 @@ class TestHostileData:
         change_table(tables, "filename_lr", np.arange(20) + .5, lambda table: table.index)
         assert data.load_tables(tables).filename_lr[4] == "4.5"  # a name, missing when it is read
 
+    def test_records_may_lie_behind_a_link_of_the_user(self, small, tmp_path):
+        (small / "records100").rename(tmp_path / "disk")
+        (small / "records100").symlink_to(tmp_path / "disk")
+        (tmp_path / "link").symlink_to(small)
+        assert cached(tmp_path / "link").meta["records"] == 20
+
     def test_exchanged_limb_leads_are_said(self, small, capsys):
         cached(small)
         assert "warning" not in capsys.readouterr().out
@@ -862,10 +868,14 @@ class TestHostileData:
         b"\xff\xfe", dict(rate=None), dict(rate=250), dict(rate=100.), dict(rate=[100]),
         dict(records=-5), dict(records=10 ** 4000), dict(records=100.), dict(records="100"),
         dict(rate=500, records=20), dict(records=100 * 10 ** 300, rate=10 ** 300),
-        dict(fingerprint=None), dict(left_out=None),
+        dict(fingerprint=None), dict(left_out=None), "lacks",
         ("index.csv", b"ecg_id\n"), ("signals.int16", b"short")])
     def test_a_damaged_cache_is_refused(self, cache, tmp_path, change):
         out = Path(shutil.copytree(cache, tmp_path / "c"))
+        if change == "lacks":
+            with changed_json(out / "meta.json") as meta:
+                del meta["fingerprint"]
+            change = (out / "meta.json").read_bytes()
         if isinstance(change, dict):
             change = json.dumps(json.loads((out / "meta.json").read_text()) | change).encode()
         name, content = change if isinstance(change, tuple) else ("meta.json", change)
@@ -1673,6 +1683,12 @@ class TestRun:
                 run_train(cache, tmp_path, "--max-steps", 1)
             other.communicate("\n")
 
+    def test_flags_younger_than_a_run_have_the_values_of_its_preset(self):
+        saved = vars(train.get_args(["--preset", "conv", "--tau", ".2"]))
+        assert train.with_defaults({key: saved[key] for key in ("preset", "tau")}) == saved
+        with pytest.raises(InputError, match="damaged .preset: 'huge'"):
+            train.with_defaults(dict(preset="huge"))
+
     def test_several_processes_cannot_share_a_gpu(self, monkeypatch):
         for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             monkeypatch.setenv(name, "2")
@@ -2247,6 +2263,8 @@ class TestEvaluate:
                 table.loc[table.row == "majority", "row"] = "supervised"
             table.to_csv(runs[-1] / "metrics.csv", index=False)
             old = data.read_arrays(runs[-1] / "eval" / "draws.npz")
+            if i == 1:
+                old = {key.replace("majority", "supervised"): draw for key, draw in old.items()}
             draws.append({key: draw + i * rng.random(draw.shape) for key, draw in old.items()})
             np.savez(runs[-1] / "eval" / "draws.npz", **draws[-1])
         (tmp_path / "bare").mkdir()
@@ -2271,9 +2289,36 @@ class TestEvaluate:
                      "f1 NORM", "0.820"):
             assert word in text, word
 
-    def test_compare_without_an_evaluated_run_writes_nothing(self, tmp_path):
+    @pytest.mark.parametrize("keys", ["settings", "settings readout", "data index"])
+    def test_compare_names_what_about_json_lacks(self, evaluated, tmp_path, keys):
+        run, (*parts, key) = Path(shutil.copytree(evaluated[0], tmp_path / "r")), keys.split()
+        with changed_json(run / "eval/about.json") as about:
+            del (about[parts[0]] if parts else about)[key]
+        with refused(f"r is damaged .*{key}.*evaluate it again"):
+            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
+
+    @pytest.mark.parametrize("old, new, says", [
+        (r".*,pretrained,.*\n", "", "is not whole"),
+        (r"(?s)\A(.{9000}.*?\n).*", r"\1", "is not whole"),
+        ("low", "lower", "has other columns")])
+    def test_compare_names_a_metrics_csv_that_is_not_whole(self, evaluated, tmp_path, old, new,
+                                                           says):
+        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
+        text = (run / "metrics.csv").read_text()
+        (run / "metrics.csv").write_text(re.sub(old, new, text))
+        with refused(f"r is damaged .*{says}.*evaluate it again"):
+            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
+
+    def test_what_is_not_evaluated_by_this_code_is_left_out(self, evaluated, tmp_path, capsys):
+        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
+        with changed_json(run / "eval/about.json") as about:
+            about["format"] -= 1
+        (tmp_path / "bare").mkdir()
         with refused("train and evaluate some first"):
-            run_evaluate("compare", tmp_path, "--out", tmp_path / "x")
+            run_evaluate("compare", run, tmp_path / "bare", "--out", tmp_path / "x")
+        told = capsys.readouterr().out
+        assert "r, which other code evaluated, is left out" in told
+        assert "bare has no metrics.csv" in told
         assert not list(tmp_path.glob("x*"))
 
 
@@ -2987,6 +3032,17 @@ class TestEmbed:
         torch.testing.assert_close(there.probabilities(z), here.probabilities(want))
         about = json.loads((tmp_path / "out" / "encoder.json").read_text())
         assert about["leads"] == list(LEADS) and str(HERE) not in json.dumps(about)
+        with changed_json(tmp_path / "out" / "encoder.json") as about:
+            about["n_views"] = 1  # of an export that earlier code made with --first-view
+        with pytest.raises(InputError, match="of other code .*n_views: 1 there"):
+            model.load_encoder(tmp_path / "out")
+
+    def test_a_probe_of_other_code_is_refused(self, evaluated, tmp_path):
+        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
+        with np.load(run / "eval/probe.npz") as probe:
+            np.savez(run / "eval/probe.npz", **probe, n_views=1)
+        with pytest.raises(InputError, match="n_views, not weights.*make it again: make eval"):
+            model.load_encoder(run)
 
 
 def wait_for_an_epoch(process, folder):
@@ -3028,8 +3084,8 @@ def damage(path, how):
         path.write_bytes(all_bytes)
     else:
         state = torch.load(path)
-        state["model"]["encoder.gate"] *= how.pop("gate", 1.0)
-        torch.save(state | how, path)
+        state["model"]["encoder.gate"] *= how.get("gate", 1.0)
+        torch.save(state | {key: value for key, value in how.items() if key != "gate"}, path)
 
 
 @pytest.fixture(scope="session")

@@ -954,12 +954,15 @@ def get_args(argv=None):
 
 def with_defaults(saved):
     """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
-    usual = vars(get_args([]))
+    if saved["preset"] not in PRESETS:
+        raise InputError(f"args.json is damaged (preset: {saved['preset']!r}); mend it, or train "
+                         "again")
+    usual = vars(get_args([])) | PRESETS[saved["preset"]]
     kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
     for key, value in saved.items():
         if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):
             raise InputError(f"args.json is damaged ({key}: {value!r}); mend it, or train again")
-    return usual | PRESETS.get(saved["preset"], {}) | saved
+    return usual | saved
 
 
 def main():
