@@ -58,7 +58,8 @@ COLUMNS = {"entropy": ("entropy", "this run"), "untrained": ("entropy", "untrain
            "ratio": ("ratio", "this run"), "ratio, untrained": ("ratio", "untrained")}
 ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
          f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
-         "chance: share of such keys; ratio: of the two, mean over records.")
+         "chance: share of such keys; ratio: of the two, mean over records. In brackets: 95 % "
+         "intervals over records.")
 # Figures of training: title, scale, size in inches; and rows of panels: a title, a y label and
 # columns of log.jsonl, the first drawn solid, the second dashed.
 TRAINING = {
@@ -333,7 +334,7 @@ def plot_maps(seen, streams, raw, path):
         axes = figure.subplots(len(seen), len(keys), squeeze=False)
         figure.suptitle(f"{title}\n{look.subject}")
     else:
-        height, legend = min(4.0, 9 / len(keys)), ""
+        height, legend = min(4.0, 9 / len(keys)), "\nBand and bars: 95 % intervals"
         figure = below = Figure((10.7, height + 2.2))
         if look.mv is not None:
             figure, below = draw_ecg(look.mv, look.subject, height + 2.2)
@@ -408,7 +409,7 @@ def look_at(cache, rows, saved, trained, run, args):
         keep = draw_leads(keep.shape, trained["mask_p"], generator("mask", trained["seed"], *rows))
     if args.superclass:
         subject = (f"{describe_data(cache.meta)}: {len(rows)} records of folds 9 and 10 with "
-                   f"{args.superclass}, one a patient: mean, 95 % interval")
+                   f"{args.superclass}, one a patient: means")
     else:
         subject, mv = name_record(cache, rows[0]), signals[0] / np.float32(1000)
     subject += "; leads masked" * args.masked

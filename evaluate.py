@@ -2158,7 +2158,7 @@ def collapse(args, members):
     protocols = {"macro_auroc": headline_of(table)} | dict.fromkeys(
         CLUSTERING, "clustering") | dict.fromkeys(QUALITY, "quality")
     table = table[table.metric.map(protocols) == table.protocol]
-    axes, corner = panels(len(protocols), (2.6, 3), "Scores along training, mean over seeds")
+    axes, corner = panels(len(protocols), (2.6, 3), "Scores along training, mean over seeds", 1)
     for axis, (metric, protocol) in zip(axes, protocols.items()):
         for row, part in table[table.metric == metric].groupby("row", sort=False):
             means = part.groupby("epoch").value.mean()
@@ -2173,7 +2173,7 @@ def collapse(args, members):
             rows.append([row, metric, number(means[best]), best, number(means[last]), last,
                          lost.get(metric, "-")])
         axis.set(title=metric, xlabel="epoch")
-    axis.legend()
+    corner.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(corner.figure, Path(args.out) / "figures" / f"collapse.{args.format}", table)
     return ["**Along training.** The best of each score, which is what the paper reports, and the "
             "last. The best is chosen on these scores, which makes it too good and the difference "
