@@ -2652,7 +2652,7 @@ class TestAttention:
         for name in ("time", "channel"):  # both runs are drawn on the scale that the stronger needs
             figure, numbers = figures[f"attention-views-{name}"]
             maps = [numbers[f"{run}, SYNTHETIC/{name}/map"] for run in ("one", "other")]
-            one, two = (np.quantile(np.abs(np.log2((w * w.shape[2]).clip(1 / 16, 16))), .99)
+            one, two = (np.quantile(np.abs(np.log2((w * w.shape[2]).clip(1 / 16, 16))), .995)
                         for w in maps)
             limits = [image.get_clim() for axis in figure.axes for image in axis.images]
             assert two > 1.1 * one and len(limits) > 1
