@@ -1901,12 +1901,12 @@ class Member:
 
 
 def plan_study(args):
-    """The Members of a study, seed by seed, but for rows whose flags do not go with the preset's.
+    """The Members of a study, seed by seed, but for rows that a preset cannot have, or has anyway.
 
     Raises InputError, before any is trained, where no row is left.
     """
     caches = {cache.meta["rate"]: cache for cache in map(open_cache, args.caches)}
-    first, members, refused = next(iter(caches.values())), [], {}
+    first, members, refused, rows = next(iter(caches.values())), [], {}, {}
     get_args(["run", *shlex.split(args.eval)])  # ends here when they are wrong
     common = ["--preset", args.preset, *shlex.split(args.train)]
     usual = train_args(common)
@@ -1920,6 +1920,8 @@ def plan_study(args):
         views = from_args(ViewConfig, parsed)
         try:
             from_args(Config, parsed)
+            if (twin := rows.setdefault(str(parsed), row)) != row:
+                raise InputError(f"with this preset it is {twin}")
         except InputError as error:  # such as late masking, with a stem of conv
             refused[row] = error
             continue
@@ -2025,7 +2027,7 @@ def write_study(args, members):
                 [row, study.rows[row] or "none",
                  " ".join({str(read_args(m.folder)["data"]["rate"]) for m in some}) or "-",
                  " ".join(str(m.seed) for m in some) or (
-                     "**failed**" if row in {m.row for m in members} else "not with this preset")]
+                     "**failed**" if row in {m.row for m in members} else "left out")]
                 for row, some in rows.items()])]
     if lacking := ", ".join(m.folder.name for m in members if m.failed):
         text.append(f"**Not here**, for want of a finished run: {lacking}.")
