@@ -1969,7 +1969,7 @@ def work_on(member, args, children):
             if (old.get("settings"), old.get("format")) != (vars(get_args(flags)), FORMAT):
                 call("evaluate.py", *flags)
     except Exception as error:  # the others go on
-        member.failed = str(error)
+        member.failed = str(error) or repr(error)
     return f"{member.folder.name}: {'failed' if member.failed else 'done'}"
 
 

@@ -2398,7 +2398,7 @@ class TestStudy:
 
     def test_jobs_are_done_at_a_time_and_share_the_cores(self, cache, tmp_path, monkeypatch):
         monkeypatch.setitem(evaluate.STUDIES, "views", evaluate.Study(
-            "?", dict(a="", b="--epochs 2")))
+            "?", dict(a="", b="--epochs 3")))
         monkeypatch.setattr(os, "cpu_count", lambda: 8)
         meet = threading.Barrier(2, timeout=30)  # each waits for the other
         child = mock.Mock(return_value=mock.Mock(returncode=1, wait=meet.wait))
