@@ -2967,6 +2967,12 @@ class TestEmbed:
             for name in ("n.npy", "c.csv"):
                 with pytest.raises(InputError, match=words):
                     data.prepare(data.read_recording(tmp_path / name, **flags), 100)
+        write_record(tmp_path / "w")
+        header = (tmp_path / "w.hea").read_text()
+        (tmp_path / "w.hea").write_text(re.sub(r" \S+$", "", header, flags=re.M))  # without names
+        with pytest.raises(InputError, match="not tell all; give such as --leads I II"):
+            data.read_recording(tmp_path / "w.hea")
+        assert data.read_recording(tmp_path / "w.hea", leads=LEADS).leads == list(LEADS)
         for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
                                (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
