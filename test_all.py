@@ -1746,8 +1746,8 @@ class TestRun:
 
     @pytest.mark.parametrize("saves, argv", [
         (1, ["--view", "contig", "--shift"]),  # the save at the end of an epoch
-        (8, ["--view", "stochastic", "--workers", 1, "--save-minutes", 0]),  # one within it
-        (8, ["--arch", "resnet18", "--save-minutes", 0])])
+        pytest.param(8, ["--view", "stochastic", "--workers", 1, "--save-minutes", 0], marks=slow),
+        (8, ["--arch", "resnet18", "--save-minutes", 0])])  # the save within one
     def test_a_killed_run_told_to_stop_ends_bit_for_bit_like_an_undisturbed_one(
             self, cache, tmp_path, saves, argv, monkeypatch, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
