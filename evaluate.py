@@ -862,23 +862,28 @@ def score_lines(run, scores):
     return out
 
 
-def few_lines(run, rows):
-    """Lines of macro AUROC with less, means over draws of the labels.
+def few_lines(run, rows, scores):
+    """Lines of macro AUROC with less, means over draws of the labels; scores: of score_all().
 
     labels, labels-paper: few labels, fold 10; labels-cv, leads-cv: few labels and fewer leads,
     cross-validated, each if --cv names it.
     """
     out, args = [], run.settings
     also = args.cv or ()
+
+    def scored(name, row, budget, seed):
+        return scores.get((name, row, budget, seed)) or score_row(
+            run, row, run.tasks[name], budget, seed)
+
     for protocol, name, some in (("labels", "official", rows), ("labels-paper", "paper", rows),
                                  ("labels-cv", "cv", run.features if "labels" in also else ())):
         for row in some:
             out += auroc_lines(run, protocol, row, run.tasks[name], {
-                f"macro_auroc/{budget}": [score_row(run, row, run.tasks[name], budget, seed)["test"]
+                f"macro_auroc/{budget}": [scored(name, row, budget, seed)["test"]
                                           for seed in run.seeds(budget)]
                 for budget in args.labels})
     for row in run.features if "leads" in also else ():
-        strengths = score_row(run, row, run.tasks["cv"])["strengths"]
+        strengths = scored("cv", row, "100%", 0)["strengths"]
         leads = run.piece(f"cv-leads-{row}", row, lambda: cross_validate_leads(
             run, row, strengths), masked=list(MASKED), amplitude=args.amplitude)
         out += auroc_lines(run, "leads-cv", row, run.tasks["cv"],
@@ -1480,7 +1485,7 @@ def evaluate(args):
     scores = score_all(run, rows)
     probe = keep_probe(run, scores)
     table = (score_lines(run, scores) + cluster_lines(run) + quality_lines(run)
-             + few_lines(run, rows) + shortcut_lines(run) + training_lines(run.folder))
+             + few_lines(run, rows, scores) + shortcut_lines(run) + training_lines(run.folder))
     if arch != "resnet18":
         table += stream_lines(run, probe)
     draws = {name_line(line): line["draws"] for line in table if line["draws"] is not None}
@@ -1670,11 +1675,10 @@ def draw_recording(encoder, item, p, near, path, run):
         signal = normalize(torch.from_numpy(cache.signals[at].copy())).numpy()
         draw_traces(right[0], signal, np.ones(C), SECONDS, f"nearest training record: ecg_id "
                     f"{near.ecg_id} ({near.superclasses}), distance {near.distance:.2f}")
-    bars.set(ylim=(0, 1), title="no probe yet")
     if len(p):
         bars.bar(CLASSES, p, color=list(CLASS_COLORS.values()))
         bars.scatter(CLASSES, encoder.probe["thresholds"], marker="_", s=300, color="black")
-        bars.set_title("probabilities\nand thresholds")
+    bars.set(ylim=(0, 1), title="probabilities\nand thresholds" if len(p) else "no probe yet")
     bars.tick_params(axis="x", labelsize=7)
     save_figure(figure, path, dict(x=x[0], there=there, attention=seen[0] if seen else []))
 
