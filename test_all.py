@@ -1,7 +1,7 @@
 """The tests: each compares with an oracle (a double loop, a closed form, another library).
 
-    make test                       # everything, some four minutes on two cores
-    make test FAST=1                # without the slow ones, some fifty seconds
+    make test                       # everything, some five minutes on two cores
+    make test FAST=1                # without the slow ones, about a minute
     make test PTBXL=../shared/ptbxl500     # with real records, in PTB-XL's layout
 
 Faults, what is promised then, and the tests of it:
