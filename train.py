@@ -139,18 +139,18 @@ def exact_step(model, batch, objective, micro):
     """
     # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
     rank, processes = ranks()
-    parts = parts_of(batch, micro)
-    if len(parts) == processes == 1:
+    n = batch.views.shape[1]  # records of this process
+    if processes == 1 and n <= micro:
         return accumulate_step(model, batch, objective, micro)  # the same, in one pass
-    zero_gradients(model)
     projections = project_all(model, batch, micro).requires_grad_()  # (1 or 3, V, B, P)
     loss = objective(projections)
     (gradient,) = torch.autograd.grad(loss, projections)
-    gradient = gradient.chunk(processes, dim=2)[rank]  # (1 or 3, V, b, P), of this process
+    gradient = gradient.chunk(processes, dim=2)[rank]  # (1 or 3, V, n, P)
+    model.zero_grad(set_to_none=False)
     squares = torch.zeros(2, device=model.device)
-    for part in parts:
-        output, projections = project(model, batch, part)
-        squares += back_propagate(projections, gradient[:, :, part], output)
+    for i in range(0, n, micro):
+        output, projections = project(model, batch, slice(i, i + micro))
+        squares += back_propagate(projections, gradient[:, :, i:i + micro], output)
     return total_over_processes(model, loss.detach() / processes, squares)
 
 
@@ -159,12 +159,12 @@ def accumulate_step(model, batch, objective, micro):
 
     The negatives of a record come from its micro-batch alone.  ->  as exact_step
     """
-    zero_gradients(model)
-    B = batch.views.shape[1] * ranks()[1]
+    n = batch.views.shape[1]
+    model.zero_grad(set_to_none=False)
     total, squares = torch.zeros((), device=model.device), torch.zeros(2, device=model.device)
-    for part in parts_of(batch, micro):
-        output, projections = project(model, batch, part)
-        loss = objective(projections) * ((part.stop - part.start) / B)
+    for i in range(0, n, micro):
+        output, projections = project(model, batch, slice(i, i + micro))
+        loss = objective(projections) * (projections.shape[2] / (n * ranks()[1]))
         squares += back_propagate(loss, None, output)
         total += loss.detach()
     return total_over_processes(model, total, squares)
@@ -173,42 +173,34 @@ def accumulate_step(model, batch, objective, micro):
 STEPS = {"batch": exact_step, "micro": accumulate_step}  # where --negatives come from
 
 
-def parts_of(batch, micro):
-    """Slices of at most `micro` records, of those that this process has of a batch."""
-    n = batch.views.shape[1]
-    return [slice(i, min(i + micro, n)) for i in range(0, n, micro)]
-
-
 def project(model, batch, part):
     """Output and projections (1 or 3, V, b, P) of a slice of a batch.
 
-    The same each time, dropout included: its seed follows from seed, step and the first record.
+    The same each time, dropout included: its seed follows from the batch and the first record.
     """
-    V, n = batch.views.shape[:2]
-    first = ranks()[0] * n + part.start
-    seed = generator("dropout", batch.seed, batch.step, first).integers(2 ** 63)
+    seed = generator("dropout", batch.seed, batch.step, part.start).integers(2 ** 63)
     torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
     keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
     output, projections = model(batch.views[:, part].flatten(0, 1), keep)
-    return output, projections.unflatten(1, (V, -1))
+    return output, projections.unflatten(1, (len(batch.views), -1))
 
 
 @torch.no_grad()
 def project_all(model, batch, micro):
-    """Projections (1 or 3, V, B, P) of a batch, from all processes, without a graph.
+    """Projections (1 or 3, V, B, P) of a batch, of all processes, without a graph.
 
     BatchNorm normalises as in training, but its running averages stand still.
     """
-    (V, n), (rank, processes) = batch.views.shape[:2], ranks()
-    before = [b.clone() for b in model.buffers()]
-    out = torch.zeros(len(model.heads), V, processes, n, model.config.proj_dim,
-                      device=model.device)
-    for part in parts_of(batch, micro):
-        out[:, :, rank, part] = project(model, batch, part)[1]
+    n, before = batch.views.shape[1], [b.clone() for b in model.buffers()]
+    parts = [project(model, batch, slice(i, i + micro))[1] for i in range(0, n, micro)]
+    projections = torch.cat(parts, dim=2)
     for b, old in zip(model.buffers(), before):
         b.copy_(old)
-    add_up([out])
-    return out.flatten(2, 3)
+    if not dist.is_initialized():
+        return projections
+    everyones = [torch.empty_like(projections) for _ in range(ranks()[1])]
+    dist.all_gather(everyones, projections)
+    return torch.cat(everyones, dim=2)
 
 
 def back_propagate(tensor, gradient, output):
@@ -221,19 +213,18 @@ def back_propagate(tensor, gradient, output):
     return torch.stack(squares) if streams else torch.zeros(2, device=tensor.device)
 
 
-def zero_gradients(model):
-    """Zeros in place; new memory among that of a micro-batch would tear a CPU's heap apart."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-
-
 def total_over_processes(model, loss, squares):
     """Add up gradients, loss and squared norms; BatchNorm's averages become the processes' mean."""
-    averages = [b for b in model.buffers() if b.is_floating_point()]
-    for b in averages:
-        b /= ranks()[1]
-    add_up([*(p.grad for p in model.parameters()), *averages, loss, squares])
-    return float(loss), squares.sqrt().tolist()
+    if dist.is_initialized():
+        averages = [b for b in model.buffers() if b.is_floating_point()]
+        tensors = [*(p.grad for p in model.parameters()), *averages, loss, squares]
+        flat = torch.cat([t.flatten() for t in tensors])  # one message
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+        for b in averages:
+            b /= ranks()[1]
+    return float(loss), [math.sqrt(s) for s in squares.tolist()]
 
 
 # What is in effect: the loss, batches and steps, the learning rate, the device
@@ -255,7 +246,7 @@ class Objective:
 
 
 def settle(args, n_train, n_val, processes=1):
-    """The plan: records a batch, a micro-batch, a validation batch; steps. All are numbers.
+    """The plan: records a batch, a micro-batch and a validation batch, and steps; all are numbers.
 
     An automatic batch leaves MIN_STEPS steps an epoch. Micro-batches are as even as can be.
     Raises InputError for settings that cannot train.
@@ -264,12 +255,14 @@ def settle(args, n_train, n_val, processes=1):
         raise InputError(f"--max-lr {args.max_lr} is below --final-lr {args.final_lr}")
     if n_train < 4 * processes or n_val < 2 * processes:
         raise InputError(f"{n_train} records in {fold_names(TRAIN_FOLDS)} and {n_val} in "
-                         f"{fold_names([VAL_FOLD])}: each of {processes} processes needs 4 and 2; "
+                         f"{fold_names(VAL_FOLD)}: each of {processes} processes needs 4 and 2; "
                          "see: python data.py info")
     batch = args.batch_size
     if batch is None:
-        fits = 2 ** int(math.log2(n_train / MIN_STEPS)) if n_train < MIN_STEPS * BATCH else BATCH
-        batch = max(2, fits) // processes * processes or processes
+        fits = BATCH
+        if fits * MIN_STEPS > n_train:
+            fits = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
+        batch = max(1, fits // processes) * processes
     if batch > n_train or batch % processes:
         raise InputError(f"--batch-size {batch}: give at most {n_train}, the training records, "
                          f"and a multiple of {processes}, the processes; or leave it out")
@@ -280,11 +273,9 @@ def settle(args, n_train, n_val, processes=1):
                          "larger --micro-batch, or a larger --batch-size")
     steps = n_train // batch
     total = min(args.epochs * steps, args.max_steps or math.inf)
-    return SimpleNamespace(
-        batch=batch, micro=micro, processes=processes, val_batch=min(batch, n_val // processes
-                                                                     * processes),
-        steps=steps, total=total, epochs=math.ceil(total / steps),
-        warmup=min(args.warmup, total // 5))
+    return SimpleNamespace(batch=batch, micro=micro, steps=steps, total=total,
+                           val_batch=min(batch, n_val // processes * processes),
+                           epochs=math.ceil(total / steps), warmup=min(args.warmup, total // 5))
 
 
 def learning_rate(step, total, warmup, max_lr, final_lr):
@@ -338,12 +329,6 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(n):
-    """The slice of n items that this process works on; all of them without torchrun."""
-    rank, processes = ranks()
-    return slice(rank * n // processes, (rank + 1) * n // processes)
-
-
 def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
     device = pick_device(name)
@@ -355,32 +340,22 @@ def join_processes(name):
     return device
 
 
-def add_up(tensors):
-    """Replace each tensor by its sum over the processes, in one flat all-reduce."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
-
-
 def listen():
-    """For train(): a function that says, in all processes alike, whether somebody asked to stop.
+    """For train(): a function that says, in all processes alike, whether one was asked to stop.
 
     By SIGTERM or Ctrl-C, or by the end of torchrun. A second Ctrl-C stops at once.
     """
     heard, parent = [], os.getppid()
 
     def hear(number, _):
-        if heard and number == signal.SIGINT:
-            raise KeyboardInterrupt
         heard.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked_to_stop(device):
         if not dist.is_initialized():
             return bool(heard)
         votes = torch.tensor(float(bool(heard) or os.getppid() != parent), device=device)
-        add_up([votes])
+        dist.all_reduce(votes)
         return bool(votes)
 
     for number in SIGNALS:
@@ -397,14 +372,13 @@ def ignore_signals(_):
 # Batches
 
 class Batch(NamedTuple):
-    """The views of an effective batch, or of this process's share of it.
+    """Two views of each record, and the leads that each view keeps, or None for all.
 
-    views: (V, B, T', C) float32 on the device; keep: (V, B, C) bool, the leads that each view
-    keeps, or None for all; seed and step name its randomness
+    Of an effective batch, or of this process's share of it; seed and step name its randomness.
     """
 
-    views: torch.Tensor
-    keep: Optional[torch.Tensor]
+    views: torch.Tensor  # (V, B, T', C) float32 on the device
+    keep: Optional[torch.Tensor]  # (V, B, C) bool
     step: int
     seed: int = 0
 
@@ -422,45 +396,45 @@ class Augmented(Dataset):
 
 
 def batches(cache, config, seed, order, device, workers=0):
-    """Yield a Batch for each (step, rows) of order: this process's share of those rows.
+    """Yield a Batch for each (step, rows) of order; of several processes each has a share.
 
-    What is random is drawn for all rows, so that neither --micro-batch nor the number of processes
-    matters (of disturbances the latter does). Workers pass records through the pool ahead.
+    Views are drawn for all of it, whatever --micro-batch. Workers pass records through the pool,
+    where the view has one, ahead of the model.
     """
-    order, passes = list(order), None
-    keys = [[(step, int(row)) for row in rows[share(len(rows))]] for step, rows in order]
+    rank, processes = ranks()
+    seed += rank * 2 ** 32  # each process draws its own
+    order = [(step, rows[rank * len(rows) // processes:(rank + 1) * len(rows) // processes])
+             for step, rows in order]
     if config.augment_p:
-        chunks = [one[i:i + CHUNK] for one in keys for i in range(0, len(one), CHUNK)]
+        chunks = [[(step, int(row)) for row in rows[i:i + CHUNK]]
+                  for step, rows in order for i in range(0, len(rows), CHUNK)]
         passes = iter(DataLoader(Augmented(cache, config, seed), batch_sampler=chunks,
                                  num_workers=workers, worker_init_fn=ignore_signals))
     for step, rows in order:
-        mine = share(len(rows))
-        if passes is None:
-            first = second = normalize(fetch(cache, rows[mine], device))
+        if config.augment_p:
+            x = torch.cat([next(passes) for _ in range(0, len(rows), CHUNK)])  # (B, 2, T, C)
+            first, second = x.to(device).unbind(1)
         else:
-            chunks = [next(passes) for _ in range(mine.start, mine.stop, CHUNK)]
-            first, second = torch.cat(chunks).to(device).unbind(1)
-        T = first.shape[1]
+            first = second = normalize(fetch(cache, rows, device))
+        cut = VIEWS[config.view].cut
         if config.equal:
-            starts = generator("equal", seed, step).integers(T // 2 + 1, size=len(rows))[mine]
-            starts = torch.from_numpy(starts).to(device)
-            cut = partial(equal_pair, view=config.view, starts=starts)
-        else:
-            cut = VIEWS[config.view].cut
-        pair = [cut(first)[0], cut(second)[-1]]
+            T = first.shape[1]
+            starts = generator("equal", seed, step).integers(T // 2 + 1, size=len(rows))
+            cut = partial(equal_pair, view=config.view, starts=torch.from_numpy(starts).to(device))
+        views = [cut(first)[0], cut(second)[-1]]
         if config.shift:
-            offsets = generator("shift", seed, step).integers(
-                pair[0].shape[1], size=(2, len(rows)))[:, mine]
-            pair = [shift(view, torch.from_numpy(at).to(device)) for view, at in zip(pair, offsets)]
+            T = views[0].shape[1]
+            offsets = generator("shift", seed, step).integers(T, size=(2, len(rows)))
+            views = [shift(x, at) for x, at in zip(views, torch.from_numpy(offsets).to(device))]
         if config.disturb:
-            number = generator("disturb", seed, step, mine.start).integers(2 ** 63)
+            number = generator("disturb", seed, step, 0).integers(2 ** 63)
             rng = torch.Generator(device).manual_seed(int(number))
-            pair = [disturb(view, rng) for view in pair]
+            views = [disturb(x, rng) for x in views]
         keep = None
         if config.mask_leads:
-            keep = draw_leads((2, len(rows), len(LEADS)), config.mask_p,
-                              generator("mask", seed, step))[:, mine].to(device)
-        yield Batch(torch.stack(pair), keep, step, seed)
+            shape = 2, len(rows), len(LEADS)
+            keep = draw_leads(shape, config.mask_p, generator("mask", seed, step)).to(device)
+        yield Batch(torch.stack(views), keep, step, seed)
 
 
 def fetch(cache, rows, device):
@@ -480,12 +454,12 @@ def fetch(cache, rows, device):
 
 def epoch_order(rows, plan, seed, start):
     """Yield (step, rows of its batch) from step `start` to the end; each epoch is a new shuffle."""
-    shuffled_for = None
-    for step in range(start, plan.total):
-        epoch, i = divmod(step, plan.steps)
-        if epoch != shuffled_for:
-            shuffled, shuffled_for = generator("order", seed, epoch).permutation(rows), epoch
-        yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
+    for epoch in range(start // plan.steps, plan.epochs):
+        shuffled = generator("order", seed, epoch).permutation(rows)
+        for i in range(plan.steps):
+            step = epoch * plan.steps + i
+            if start <= step < plan.total:
+                yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
 
 
 # Statistics, representations and validation
@@ -508,11 +482,9 @@ def stream_statistics(model, norms):
     """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
     if model.config.arch == "resnet18":
         return {}
-    found = dict(zip(STREAM_NORMS, norms))
-    for name in ("time", "channel"):
-        gradients = [p.grad for p in model.encoder.stream_parameters(name)]
-        found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
-    return found
+    of_parameters = {f"param_grad_norm_{name}": float(torch.nn.utils.get_total_norm(
+        [p.grad for p in model.encoder.stream_parameters(name)])) for name in ("time", "channel")}
+    return dict(zip(STREAM_NORMS, norms)) | of_parameters
 
 
 def summary(sums, record):
@@ -725,7 +697,7 @@ def announce(run, n_train, n_val, start):
     synthetic = "SYNTHETIC, " if meta["synthetic"] else ""
     print("view     ", from_args(ViewConfig, args).describe())
     print(f"data      {synthetic}{meta['data']} at {meta['rate']} Hz: {n_train} records of "
-          f"{fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names([VAL_FOLD])} validate")
+          f"{fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names(VAL_FOLD)} validate")
     print(f"model     {args['arch']}, {record['n_parameters']:,} parameters, {record['samples']} "
           f"samples a view, on {record['device']} in {record['precision']}")
     print(f"batch     {plan['batch']} in micro-batches of {plan['micro']}, negatives from the "
