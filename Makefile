@@ -13,7 +13,7 @@ SEEDS  ?= 3# of study: runs of each row, ten at most
 JOBS   ?= 1# of study: runs at a time, each with its share of the cores
 EVAL   ?= --fast --cv# of study: flags of eval; --fast leaves out what trains networks
 PYTHON ?= python3# makes .venv; 3.11 or later
-RATE   ?= $(USUAL_RATE)# Hz: 100 or 500; by default as in the paper, 100 for conv
+RATE   ?= $(if $(filter conv,$(PRESET))$(filter $(NAME),$(AT_100)),100,500)# Hz; 100 for conv
 RUN    ?= runs/$(NAME)-s$(SEED)# run folder: a new one for other ARGS
 ECG    ?=# of embed: recordings, files or folders: WFDB, npy, npz, CSV, HDF5
 RUNS   ?=# for compare, by default all finished ones but the demo's; for plots, by default RUN
@@ -24,13 +24,11 @@ NAMES   := stochastic contig noncontig masking
 ALIASES := stochastic:augment contig:nonoverlap noncontig:interleaved
 AT_100  := stochastic masking
 NAME    := $(or $(filter $(NAMES),$(VIEW)),$(patsubst %:$(VIEW),%,$(filter %:$(VIEW),$(ALIASES))))
-USUAL_RATE = $(if $(filter conv,$(PRESET))$(filter $(NAME),$(AT_100)),100,500)
 CACHES  := cache/$(shell echo $(notdir $(abspath $(DATA))) | tr ' ' +)
 CACHE    = $(CACHES)-$(RATE)
 FINISHED := $(filter-out runs/demo-%,$(patsubst %/model.pt,%,$(wildcard runs/*/model.pt)))
 ROW_VIEWS := $(foreach row,$(ROWS),$(firstword $(subst +, ,$(row))))
 PY      := .venv/bin/python
-
 # What is mistyped ends here, before any work.
 KNOWN   := $(shell awk '/^[A-Z]+ *[?]=/ { print $$1 }' Makefile) FAST PTBXL OMP_NUM_THREADS
 UNKNOWN := $(filter-out $(KNOWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)))
@@ -69,7 +67,6 @@ info: | .venv/.done ## records of DATA by fold and label
 	$(PY) data.py info --data $(DATA) --labels-of "$(LABELS)"
 clean: ## remove caches and the demo; runs, downloads and .venv stay
 	rm -rf cache data/synth runs/demo-* __pycache__ .pytest_cache
-
 # A run of a study, such as OUT/contig-s0, is a row and a seed; .done marks one that has ended well.
 STUDY   := $(foreach n,$(wordlist 1,$(SEEDS),0 1 2 3 4 5 6 7 8 9),$(ROWS:%=$(OUT)/%-s$(n)))
 DONE    := $(patsubst %/.done,%,$(wildcard $(STUDY:%=%/.done)))
@@ -106,7 +103,7 @@ $(RUN)/model.pt: FORCE | $(CACHE)/meta.json
 	$(PY) $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --shutdown-timeout 600 \
 		--nproc-per-node $(NPROC) --) train.py --view $(VIEW) --cache $(CACHE) --run $(RUN) \
 		--seed $(SEED) --preset $(PRESET) $(ARGS)
-
 .DELETE_ON_ERROR .SECONDARY:
 .PHONY: help demo test download cache pretrain eval embed compare study plots attention info clean
+.PHONY: study-runs study-report FORCE
 export PYTORCH_ENABLE_MPS_FALLBACK = 1
