@@ -73,9 +73,9 @@ SHARED = dict(
     rate=dict(type=int, choices=RATES, default=500, help="Hz"),
     cache=dict(help="folder of: python data.py cache; by default the run's own"),
     device=dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
-    labels=dict(default="superclass", help="a label set: superclass, subclass, diagnostic, form, "
-                "rhythm or all of PTB-XL; or codes or columns, each a class: 'AFIB AFLT'; or "
-                "several that make a class: AF=AFIB+AFLT"),
+    labels_of=dict(default="superclass", help="a label set: superclass, subclass, diagnostic, "
+                   "form, rhythm or all of PTB-XL; or codes or columns, each a class: 'AFIB AFLT'; "
+                   "or several that make a class: AF=AFIB+AFLT"),
     format=dict(choices=("png", "pdf"), default="png", help="of the figures"))
 
 
@@ -113,7 +113,7 @@ def from_args(cls, args):
 def add_shared(parser, *names):
     """Add flags of SHARED."""
     for name in names:
-        parser.add_argument(f"--{name}", **SHARED[name])
+        parser.add_argument("--" + name.replace("_", "-"), **SHARED[name])
 
 
 def fold_names(folds):
@@ -1345,7 +1345,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same records")
     p = commands.add_parser("info", help="counts by fold and class", **style)
     p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="sources, as of cache")
-    add_shared(p, "labels")
+    add_shared(p, "labels_of")
     return parser.parse_args(argv)
 
 
@@ -1360,7 +1360,7 @@ def main(args):
         synthesize(args.out, args.records, args.seed)
     else:
         for path in args.data:
-            info(path, args.labels)
+            info(path, args.labels_of)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -3498,39 +3499,106 @@ class TestFuzz:
 
 
 class TestMake:
-    def make(self, *argv, ok=True):
-        done = subprocess.run(["make", *argv], cwd=HERE, capture_output=True, text=True)
+    def make(self, *argv, cwd=HERE, ok=True):
+        done = subprocess.run(["make", *argv], cwd=cwd, capture_output=True, text=True)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """The Makefile beside a `.venv` whose python notes its command line, makes the files that
+        the scripts would, and fails where the command line has a word that the file `broken` has.
+        """
+        for name in ("Makefile", "requirements.txt"):
+            shutil.copy(HERE / name, tmp_path)
+        python = tmp_path / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(textwrap.dedent("""\
+            #!/bin/sh
+            echo "$@ threads=$OMP_NUM_THREADS" >> log
+            touch broken
+            if echo "$@" | grep -qFf broken; then exit 1; fi
+            run=$(echo "$@" | sed -n 's/.* --run \\([^ ]*\\).*/\\1/p')
+            case "$1 $2" in
+                train.py*) mkdir -p $run; test -e $run/model.pt || touch $run/model.pt;;
+                "evaluate.py run") touch $run/report.md;;
+            esac
+            """))
+        python.chmod(0o755)
+        (tmp_path / ".venv" / ".done").touch()
+        return tmp_path
+
     def test_make_alone_lists_every_public_target_and_variable(self):
         text = (HERE / "Makefile").read_text()
-        targets = {*re.search(r"\.PHONY: (.*)", text)[1].split()} - {"help", "FORCE"}
-        wanted = targets | {*re.findall(r"^([A-Z]+) *\?=", text, re.M)}
+        wanted = {*re.search(r"\.PHONY: (.*)", text)[1].split()}
+        wanted |= {*re.findall(r"^([A-Z]+) *\?=", text, re.M)}
         assert len(wanted) > 30 and wanted - {*re.findall(r"\w+", self.make())} == set()
 
-    def test_targets_chain_and_names_carry_the_canonical_view(self):
-        for alias, view in ALIASES.items():
-            out, rate = self.make("-n", "pretrain", f"VIEW={alias}"), views.VIEWS[view].rate
-            steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
-            assert [s for s in steps if s not in out] == []
+    def test_views_aliases_rates_and_presets_are_those_of_the_scripts(self):
+        text = (HERE / "Makefile").read_text()
+        assert re.search(r"NAMES +:= (.*)", text)[1].split() == list(views.VIEWS)
+        assert re.search(r"filter (paper.*?),", text)[1].split() == list(model.PRESETS)
+        for name, view in views.VIEWS.items():
+            for word in {name, view.alias} - {""}:
+                out = self.make("-n", "pretrain", f"VIEW={word}")
+                assert f"download --data data/ptbxl --rate {view.rate}\n" in out
+                assert f"cache/ptbxl-{view.rate} --run runs/{name}-s0 " in out
+        assert "--cache cache/ptbxl-100" in self.make("-n", "pretrain", "PRESET=conv")
 
-    def test_other_data_are_not_downloaded_and_an_unknown_view_stops_make_at_once(self):
-        out = self.make("-n", "pretrain", "DATA=../elsewhere", "RATE=100", "NPROC=2")
-        assert "--shutdown-timeout 600 -- train.py" in out  # longer than a step may take
-        assert "data.py download" not in out and "cache/elsewhere-100" in out
-        out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
-        assert all(name in out for name in ["zigzag", *views.VIEWS])
-        for flag in ("--view masking", "--run=elsewhere"):  # runs/contig-s0 would hold another run
-            out = self.make("-n", "pretrain", "VIEW=contig", "RATE=100", f"ARGS=--epochs 2 {flag}",
-                            ok=False)
-            assert flag.split()[0] in out and "in ARGS: give VIEW=" in out
+    def test_other_data_are_not_downloaded(self):
+        out = self.make("-n", "pretrain", "DATA=../elsewhere /b/more", "RATE=100", "NPROC=2")
+        assert "data.py download" not in out and "--out cache/elsewhere+more-100" in out
+        assert "--shutdown-timeout 600" in out  # longer than a step may take
+
+    @pytest.mark.parametrize("given, valid", (
+        ("VEIW=contig", "VIEW SEED PRESET"), ("VIEW=zigzag", "stochastic contig noncontig"),
+        ("PRESET=large", "paper, small, conv"), ("RATE=250", "100 or 500"),
+        ("ROWS=contig+equal zigzag", "stochastic contig noncontig"),
+        ("ARGS=--epochs 2 --view contig", "VIEW, SEED, RUN"), ("ARGS=--run=there", "RUN")))
+    def test_what_is_mistyped_ends_before_any_work(self, folder, given, valid):
+        for target in ("pretrain", "study"):
+            out = self.make(target, given, cwd=folder, ok=False)
+            assert given.split("=")[1].split()[-1] in out or "unknown variable VEIW" in out
+            assert valid in out and not (folder / "log").exists()
+
+    def test_an_old_python_is_refused_before_an_environment_is_made(self, folder):
+        old = folder / "old"
+        old.write_text(f"""#!/bin/sh
+            test "$1" = -c || touch made
+            exec {sys.executable} -c 'import sys; sys.version_info = 3, 10; exec(sys.argv[1])' "$2"
+            """)
+        old.chmod(0o755)
+        shutil.rmtree(folder / ".venv")
+        out = self.make("pretrain", f"PYTHON={old}", cwd=folder, ok=False)
+        assert "3.11 or later" in out and "Traceback" not in out
+        assert not (folder / "made").exists() and not (folder / ".venv").exists()
+
+    def test_a_study_goes_on_after_a_failure_names_it_and_resumes(self, folder):
+        """Runs that ended are not evaluated again, others not left out: `broken` stands for all."""
+        study = ("study", "ROWS=contig noncontig+equal+tau=0.2", "SEEDS=2", "JOBS=2", "RATE=100")
+        (folder / "broken").write_text("contig-s1\n")
+        out = self.make(*study, "ARGS=--epochs 1", cwd=folder, ok=False)
+        assert out.count("without result: runs/study/contig-s1\n") == 1
+        log = (folder / "log").read_text()
+        assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
+        assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
+        both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
+        assert f"compare {' '.join([*both, 'runs/study/noncontig+equal+tau=0.2-s1'])} --out" in log
+        assert f"plots {' '.join(both)} --out runs/study/figures" in log
+        share = -(-os.cpu_count() // 2)
+        assert log.count(f"--epochs 1 threads={share}\n") == 4
+        for broken in ("", "noncontig+equal+tau=0.2-s0 --seed\n"):  # then: trained with other flags
+            (folder / "log").unlink()
+            (folder / "broken").write_text(broken)
+            out = self.make(*study, "ARGS=--epochs 1", cwd=folder, ok=not broken)
+            log = (folder / "log").read_text()
+            assert log.count("train.py") == 4 and log.count("evaluate.py run") == (not broken)
+            assert f"without result: {both[1] if broken else 'none'}\n" in out
 
     def test_help(self, capsys):
         for script, commands in (
                 (train, [""]), (model, [""]), (data, ["download", "cache", "synth", "info"]),
-                (evaluate, ["run", "embed", "export", "compare", "study"]),
-                (attention, ["maps", "plots"])):
+                (evaluate, ["run", "embed", "compare"]), (attention, ["maps", "plots"])):
             for command in commands:
                 with pytest.raises(SystemExit, match="^0$"):
                     script.get_args([*command.split(), "--help"])
