@@ -470,8 +470,6 @@ def load_tables(folder):
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
 ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
 ENDS = ".hea", ".csv", ".edf", *ARRAYS
-KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
-        "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
 
 
@@ -516,25 +514,21 @@ def list_recordings(paths):
 
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
 def open_arrays(path):
-    """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
-    kind = path.suffix.lower()
-    if kind == ".npy":
-        arrays = dict(signal=np.load(path, mmap_mode="r"))
-    elif kind == ".npz":
+    """What an .npz or HDF5 file holds: signal, (T, n) or several of these, and fs, units, leads."""
+    if path.suffix.lower() == ".npy":
+        return dict(signal=np.load(path, mmap_mode="r"))
+    if path.suffix.lower() == ".npz":
         arrays = read_arrays(path)
     else:
         import h5py
 
         file = h5py.File(path)  # stays open: its arrays are read when they are asked for
         arrays = dict(file.attrs) | dict(file)
-        for array in file.values():
-            arrays |= dict(array.attrs)
     signals = [name for name, array in arrays.items() if len(getattr(array, "shape", ())) in (2, 3)]
     if len(signals) != 1:
         raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
                          "(time, leads), or several of these")
-    stated = {key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
-              if name in arrays}
+    stated = {name: arrays[name] for name in ("fs", "units", "leads") if name in arrays}
     return stated | dict(signal=arrays[signals[0]])
 
 
@@ -542,12 +536,11 @@ def read_columns(path):
     """A CSV file of a column a lead, and perhaps one of `time` in s: a dict like open_arrays()."""
     import pandas as pd
 
-    table = pd.read_csv(path)
+    table, stated = pd.read_csv(path), {}
     if not any(map(lead_name, table)):  # without names
         return dict(signal=pd.read_csv(path, header=None).to_numpy())
-    stated = {}
     if "time" in table:
-        stated["rate"] = [round(1 / np.median(np.diff(table.pop("time"))), 4)]
+        stated["fs"] = round(1 / np.median(np.diff(table.pop("time"))), 4)
     return stated | dict(signal=table.to_numpy(), leads=list(table))
 
 
@@ -568,8 +561,7 @@ def read_wfdb(path):
             (copy.parent / Path(name).name).symlink_to((path.parent / name).resolve())
         record = wfdb.rdrecord(str(copy.with_suffix("")))
     leads = record.sig_name if any(record.sig_name) else []  # a lead without a name is None
-    return dict(signal=record.p_signal, rate=[record.fs], leads=leads,
-                unit=[unit or "?" for unit in record.units])
+    return dict(signal=record.p_signal, fs=record.fs, leads=leads, units=record.units)
 
 
 def read_recording(path, row=None, rate=None, unit=None, leads=None):
@@ -587,13 +579,10 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     read = {".hea": read_wfdb, ".csv": read_columns}.get(kind, open_arrays)
     with reading(path.name, "mend it, or give it in another form"):
         stated = read(path)
-        signal, ids = stated["signal"], stated.get("ids", ())
-        if row is not None:
-            name = str(ids[row]) if len(ids) == len(signal) else name
-            signal = signal[row]
-        rate = stated.get("rate", [rate])[0]
+        signal = stated["signal"] if row is None else stated["signal"][row]
+        rate = stated.get("fs", rate)
         units, names = ([text.decode() if isinstance(text, bytes) else str(text)
-                         for text in stated.get(key, ())] for key in ("unit", "leads"))
+                         for text in np.ravel(stated.get(key, ()))] for key in ("units", "leads"))
         if unit and not any(text.lower() in UNITS for text in units):  # none, or none that we know
             units = [unit]
         if leads and not any(map(lead_name, names)):

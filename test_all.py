@@ -2715,8 +2715,8 @@ def write_forms(folder, mv, rate):
     np.savez(folder / "z.npz", signal=mv.T * 1000, fs=rate, units=["uV"] * 12, leads=LEADS)
     with h5py.File(folder / "h.h5", "w") as file:
         file["tracings"] = np.stack([mv[::-1], mv]).astype(np.float32)
-        file["tracings"].attrs.update(rate=rate, unit="mV", leads=list(LEADS))
-        file["exam_id"] = [7, 8]
+        file.attrs.update(fs=rate, units="mV", leads=list(LEADS))
+        file["exam_id"] = [7, 8]  # without use
     files = {"w.hea": {}, "c.csv": dict(rate=rate, unit="mV"), "t.csv": dict(unit="mV"),
              "n.npy": dict(rate=rate, unit="V", leads=LEADS), "z.npz": {}, "h.h5": {}}
     return {folder / name: flags for name, flags in files.items()}
@@ -2855,7 +2855,7 @@ class TestRecordings:
         for file, flags in write_forms(tmp_path / "f", mv, 250).items():
             (path, row), *_ = data.list_recordings([file])[::-1]
             recording = data.read_recording(path, row, **flags)
-            assert recording.name == ("8" if file.suffix == ".h5" else file.stem)
+            assert recording.name == ("h-1" if file.suffix == ".h5" else file.stem)
             cut, there, notes = data.prepare(recording, 100)
             assert there.all() and notes == ["resampled from 250 to 100 Hz"], file
             np.testing.assert_allclose(cut, want, atol=1e-3, err_msg=str(file))
