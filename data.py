@@ -37,8 +37,7 @@ from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # of the default label set, PTB-XL's superclasses
-PEOPLE = ("ecg_id", "patient_id", "strat_fold")  # the columns that decide who is trained on
-COLUMNS = (*PEOPLE, "age", "sex", "source", "record", "statements")  # of index.csv
+COLUMNS = ("ecg_id", "patient_id", "strat_fold", "age", "sex", "source", "record", "statements")
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
 FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
@@ -773,10 +772,10 @@ def digest_of(table):
         raise InputError(f"{len(missing)} of {len(files)} files of records are missing (first: "
                          f"{missing[0]}); complete them: python data.py download, or synth")
     for file in files:
-        for end in {file.suffix, ".dat", ".mat"}:  # a header's samples too
-            if file.with_suffix(end).exists():
-                stat = file.with_suffix(end).stat()
-                digest.update(f"{file} {end} {stat.st_size} {stat.st_mtime_ns}".encode())
+        for part in (file, file.with_suffix(".dat"), file.with_suffix(".mat")):  # samples too
+            if part.exists():
+                stat = part.stat()
+                digest.update(f"{part} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -830,7 +829,8 @@ def join_sources(paths, rate, given):
     """
     import pandas as pd
 
-    names = [Path(path).resolve().stem for path in paths]
+    paths = [Path(path).resolve() for path in paths]
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     if len(set(names)) < len(names):
         raise InputError(f"sources {' '.join(names)}: two of one name; rename a folder or file")
     tables, label_sets, vocabulary = [], {}, {}
@@ -845,8 +845,8 @@ def join_sources(paths, rate, given):
     table = table[["item", *COLUMNS]]
     return table, dict(
         format=FORMAT, rate=rate, source=f"{digest_of(table)} {json.dumps(given)}",
-        data=" + ".join(str(Path(path).resolve()) for path in paths),
-        synthetic=any((Path(path) / SYNTHETIC).exists() for path in paths),
+        data=" + ".join(map(str, paths)),
+        synthetic=any((path / SYNTHETIC).exists() for path in paths),
         label_sets=label_sets, vocabulary=vocabulary)
 
 
@@ -893,7 +893,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
         if not (out / "meta.json").exists():
             raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
         with reading(out, f"remove it: rm -r {out}"):
-            old = json.loads((out / "meta.json").read_text())
+            old = dict(json.loads((out / "meta.json").read_text()))
         if old.get("source") == meta["source"]:
             old = open_cache(out).meta
             print(f"{out}: up to date, {old['records']} records at {rate} Hz, "

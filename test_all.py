@@ -481,6 +481,8 @@ class TestData:
     def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
         first = cached(small).meta
         assert cached(small).meta == first and "up to date" in capsys.readouterr().out
+        assert "up to date" in script("data.py", "cache", "--data", small, "--rate", 100, "--out",
+                                      small.parent / "cache")
         os.utime(small / f"{RECORD}.dat", (1, 1))
         second = cached(small).meta
         assert second["source"] != first["source"]
