@@ -1586,10 +1586,10 @@ class TestTrain:
         assert {key: getattr(plan, key) for key in want} == want
 
     @pytest.mark.parametrize("n, processes, argv, says", [
-        (3, 1, "", "3 records in folds 1-8 and 50 in fold 9"),
-        (11, 3, "", "each of 3 processes needs 4 and 2"),
-        (344, 3, "--batch-size 64", "--batch-size 64: give at most 344, .* a multiple of 3"),
-        (344, 1, "--batch-size 512", "--batch-size 512: give at most 344"),
+        (1, 1, "", "--batch-size 2: a batch holds at most the 1 records of folds 1-8"),
+        (2, 3, "", "equal parts for each of 3 processes, which needs 2 of the 50 of fold 9"),
+        (344, 3, "--batch-size 64", "--batch-size 64: .* in equal parts for each of 3 processes"),
+        (344, 1, "--batch-size 512", "--batch-size 512: a batch holds at most the 344 records"),
         *((99, 1, flag, f"argument {flag.split()[0]}") for flag in (
             "--epochs 0", "--batch-size 1", "--tau nan", "--workers -1", "--aux-weight nan",
             "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--negatives none")),
@@ -1764,7 +1764,7 @@ class TestRun:
             other.communicate("\n")
 
     def test_the_loss_at_chance_counts_the_negatives_and_losses_that_there_are(self, finished):
-        assert f"chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
+        assert f"at chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
         args = dict(aux_weight=.5, aux_losses=True, negatives="micro")
         got = train.chance(args, dict(batch=64, micro=4, val_batch=8))
         assert got == pytest.approx([2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)])
@@ -1786,7 +1786,7 @@ class TestRun:
                            (["--device", "cuda:9"], "--device cuda:9"),
                            (["--time-stride", 501], "a view has only 500 samples"),
                            (["--cache", tmp_path / "none"], "no cache in"),
-                           (["--batch-size", 999], "--batch-size 999: give at most")):
+                           (["--batch-size", 999], "--batch-size 999: a batch holds at most")):
             with pytest.raises(InputError, match=says):
                 run_train(cache, tmp_path / "r", *argv)
         with mock.patch.dict(views.POOL, band=(.5, 80)), pytest.raises(ValueError, match="fs/2=50"):
