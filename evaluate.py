@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from data import (LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, Cache, InputError, Labels, fold_names,
                   from_args, normalize, open_cache, read_labels, reading, save_arrays)
-from model import NO_STREAMS, C, Config, Contrastive, embed, load_run, read_args, read_log
+from model import NO_STREAMS, C, Config, Contrastive, embed, load_run, read_log
 from train import VAL_STEP, clustering, fetch, pick_device, pick_precision, train
 from views import ViewConfig, draw_leads, generator, shift
 
@@ -651,6 +651,11 @@ class Run:
     weights: dict = field(default_factory=dict)  # row -> digest of what its encoder depends on
 
     @property
+    def group(self):
+        """The name that the runs of all seeds share."""
+        return re.sub(r"-s\d+$", "", self.folder.name)
+
+    @property
     def single(self):
         """Row numbers of the records with one class alone, of the folds not trained on."""
         one = self.labels.member & (self.labels.y.sum(1) == 1)
@@ -946,7 +951,6 @@ def training_lines(folder):
         return []
     log = read_log(folder).reindex(columns=[*LOGGED, *SPEED]).astype(float)
     values = log[list(LOGGED)].iloc[-1].to_dict() | log[list(SPEED)].median().to_dict()
-    values["peak_mib"] -= read_args(folder)["start_mib"]
     return lines(Key("training", "pretrained"), values)
 
 
@@ -968,8 +972,7 @@ def measure(run, rows):
         **{key: index[key].to_numpy() for key in ("ecg_id", "patient_id", "strat_fold")}))
     found = results(scores, run.labels.classes, run.settings.bootstrap)
     table = score_lines(found, learned) + representation_lines(run) + training_lines(run.folder)
-    group = re.sub(r"-s\d+$", "", run.folder.name)  # the runs of all seeds share it
-    return pd.DataFrame(table).assign(group=group)[COLUMNS]
+    return pd.DataFrame(table).assign(group=run.group)[COLUMNS]
 
 
 # ---- report ----
