@@ -2,10 +2,10 @@
 
 In:  run folders of train.py, and the caches that they were trained on.
 Out: in RUN/figures, of several runs in runs/plots: a PNG (or PDF) a figure and the numbers behind
-     it next to it, as CSV or NPZ. attention-time-*.npz holds RUN/time, the maps of the first view
-     of a record: (layers, N, N) float32, queries first, rows sum to 1, mean over heads.
+     it next to it, as CSV or NPZ. attention-time-*.npz holds RUN/time-1, the map of a first layer:
+     (N, N) float32, queries first, rows sum to 1; of the first view of a record, mean over heads.
 
-    python attention.py maps --run runs/noncontig-s0 --superclass NORM
+    python attention.py maps runs/noncontig-s0 --superclass NORM
     python attention.py plots runs/demo-noncontig-s0
 """
 import argparse
@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import uniform_filter1d
 from scipy.signal import butter, find_peaks, resample_poly, sosfiltfilt, welch
 from scipy.stats import t as student
@@ -36,14 +35,11 @@ PEAK_S = 0.05  # a time token whose middle is within this of an R peak is on it
 RECORDS = 64  # at most so many of a superclass
 # Rows of a printed ECG: 2.5 s a lead, one after another, and a rhythm strip.
 PRINTED = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"), ("II",))
-INCH = 25.4  # mm
 # Of each stream, what its queries and its keys are.
 STREAMS = {"time": ("time", "time"), "channel": ("lead", "lead"),
            "time_to_channel": ("time", "lead"), "channel_to_time": ("lead", "time")}
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
-         "lines.markersize": 3, "axes.prop_cycle": matplotlib.cycler(
-             color=matplotlib.color_sequences["okabe_ito"])}  # safe for the colour-blind
-QUANTITIES = ["entropy", "entropy, untrained", "on R peaks", "chance", "ratio", "ratio, untrained"]
+         "lines.markersize": 3}
 ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
          f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
          "chance: share of such keys; ratio: of the two. Means over records; ±: half of a 95 % "
@@ -116,23 +112,6 @@ class Records:
     leads: list  # names of the channel tokens
 
 
-def look_at(signals, rate, split, config):
-    """The Records of signals (n, T, C) int16 microvolt, in the first view of a run.
-
-    split: cuts records into views; config: the model's, a dict
-    """
-    times, stride = torch.arange(signals.shape[1])[None, :, None] / rate, config["time_stride"]
-    samples, leads = split(times)[0][0, :, 0].numpy(), LEADS
-    n_tokens = len(samples) // stride
-    if config["mix_leads"]:  # a channel token is no longer a lead
-        leads = range(1, len(LEADS) + 1)
-    return Records(
-        views=split(normalize(torch.from_numpy(signals)))[0], samples=samples, leads=leads,
-        tokens=samples[:n_tokens * stride].reshape(n_tokens, stride).mean(1),
-        peaks=[peaks[(peaks >= samples[0]) & (peaks <= samples[-1])]
-               for peaks in (r_peaks(signal, rate) for signal in signals)])
-
-
 def study(model, records, device, means=None):
     """What an encoder's attention does in each record: a table with a row a record and map.
 
@@ -144,12 +123,12 @@ def study(model, records, device, means=None):
         for (stream, layer), (weights, entropy) in attend(model, x[None].to(device)).items():
             if means is not None:
                 means[stream, layer] = means.get((stream, layer), 0) + weights / len(records.views)
-            share, chance_of_it = np.nan, np.nan
+            share, expected = np.nan, np.nan
             if STREAMS[stream][1] == "time" and near.any():
-                share, chance_of_it = weights.mean(0)[near].sum(), near.mean()
+                share, expected = weights.mean(0)[near].sum(), near.mean()
             rows.append({"attention": stream, "layer": layer + 1, "keys": weights.shape[1],
-                         "entropy": entropy, "on R peaks": share, "chance": chance_of_it,
-                         "ratio": share / chance_of_it})
+                         "entropy": entropy, "on R peaks": share, "chance": expected,
+                         "ratio": share / expected})
     return pd.DataFrame(rows)
 
 
@@ -172,7 +151,8 @@ def plot_ecg(signal, rate, title, path):
     offsets = rows_apart(np.stack(rows, 1).clip(-4, 4), 0.6)
     high = rows[0].max() + 1.2
     low = max(offsets[-1] + rows[-1].min() - 1, high - 29.7)  # no higher than a page of A4
-    figure = Figure((SECONDS * 25 / INCH, (high - low) * 10 / INCH), layout="none")
+    mm = 1 / 25.4  # inch
+    figure = Figure((SECONDS * 25 * mm, (high - low) * 10 * mm), layout="none")
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, SECONDS), ylim=(low, high))
     for leads, offset, row in zip(PRINTED, offsets, rows):
         axis.plot(np.arange(len(mv)) / rate, offset + row, color="black", linewidth=0.7)
@@ -234,9 +214,8 @@ def plot_maps(found, streams, title, path):
         for axis in row[len(shown[run]):]:  # of a run with fewer layers
             axis.set_axis_off()
         row[0].set_ylabel(f"{run}\n{row[0].get_ylabel()}")
-        for stream in streams:
-            numbers[f"{run}/{stream}"] = np.stack([w for key, w in maps.items()
-                                                   if key[0] == stream])
+        numbers |= {f"{run}/{stream}-{layer + 1}": maps[stream, layer]
+                    for stream, layer in shown[run]}
         numbers |= {f"{run}/seconds": records.tokens, f"{run}/channel_tokens": records.leads}
     figure.colorbar(image, ax=axes, aspect=40, extend="both", label="log2(attention / uniform)")
     figure.suptitle(title)
@@ -249,26 +228,25 @@ def choose(cache, args):
     By default the first of the test fold that is NORM alone, as in the paper; of a superclass, one
     record a patient. Raises InputError for an ecg_id or a superclass that is not there.
     """
-    index, labels, about = cache.index, read_labels(cache), describe_data(cache.meta)
+    index, labels = cache.index, read_labels(cache)
+    y = pd.DataFrame(labels.y == 1, columns=labels.classes)
     if args.superclass:
-        has_it = labels.y[:, labels.classes.index(args.superclass)] == 1
-        found = index[has_it & index.strat_fold.isin((VAL_FOLD, TEST_FOLD))]
+        found = index[y[args.superclass] & index.strat_fold.isin((VAL_FOLD, TEST_FOLD))]
         found = found.sample(frac=1, random_state=0).drop_duplicates("patient_id")[:RECORDS]
-        words = (f"{len(found)} records of {fold_names((VAL_FOLD, TEST_FOLD))} with "
-                 f"{args.superclass}, one a patient")
+        subject = (f"{len(found)} records of {fold_names((VAL_FOLD, TEST_FOLD))} with "
+                   f"{args.superclass}, one a patient")
         if len(found) < 2:
-            raise InputError(f"{cache.folder} has {words}; an interval needs 2")
-        return np.sort(found.index), f"{about}: mean over {words}"
-    if args.ecg_id is None:
-        normal = (labels.y.sum(1) == 1) & (labels.y[:, labels.classes.index("NORM")] == 1)
-        row = np.argmax(2 * normal + (index.strat_fold == TEST_FOLD))
-    elif args.ecg_id in set(index.ecg_id):
+            raise InputError(f"{cache.folder} has {subject}; an interval needs 2")
+        return np.sort(found.index), f"{describe_data(cache.meta)}: mean over {subject}"
+    normal = y.NORM & (y.sum(axis=1) == 1)
+    row = np.argmax(2 * normal + (index.strat_fold == TEST_FOLD))
+    if args.ecg_id is not None:
         row = np.argmax(index.ecg_id == args.ecg_id)
-    else:
-        raise InputError(f"--ecg-id {args.ecg_id} is not in the data: it has {len(index)} records, "
-                         f"such as {', '.join(map(str, index.ecg_id[:5]))}")
-    names = ", ".join(np.array(labels.classes)[labels.y[row] == 1]) or "no superclass"
-    return np.array([row]), (f"{about}: ecg_id {index.ecg_id[row]} ({names}), "
+        if index.ecg_id[row] != args.ecg_id:
+            raise InputError(f"--ecg-id {args.ecg_id} is not in the data: it has {len(index)} "
+                             f"records, such as {', '.join(map(str, index.ecg_id[:5]))}")
+    names = ", ".join(y.columns[y.loc[row]]) or "no superclass"
+    return np.array([row]), (f"{describe_data(cache.meta)}: ecg_id {index.ecg_id[row]} ({names}), "
                              f"{fold_names(index.strat_fold[row])}")
 
 
@@ -278,9 +256,16 @@ def maps(folders, out, args):
     for name, folder in folders.items():
         model, saved = load_run(folder, device)
         trained, cache = open_data(folder, saved, args.cache)
-        (rows, subject), means = choose(cache, args), {}
-        records = look_at(cache.signals[rows], cache.meta["rate"],
-                          from_args(ViewConfig, trained).split, saved["config"])
+        (rows, subject), rate, means = choose(cache, args), cache.meta["rate"], {}
+        signals, split = cache.signals[rows], from_args(ViewConfig, trained).split
+        samples = split(torch.arange(signals.shape[1])[None, :, None] / rate)[0][0, :, 0].numpy()
+        stride, leads = saved["config"]["time_stride"], LEADS
+        if saved["config"]["mix_leads"]:  # a channel token is no longer a lead
+            leads = range(1, len(LEADS) + 1)
+        records = Records(
+            views=split(normalize(torch.from_numpy(signals)))[0], samples=samples, leads=leads,
+            tokens=samples[:len(samples) // stride * stride].reshape(-1, stride).mean(1),
+            peaks=[r_peaks(signal, rate) for signal in signals])
         fresh = study(untrained(saved["config"], trained["seed"], device), records, device)
         tables[name] = study(model, records, device, means).join(
             fresh[["entropy", "ratio"]].add_suffix(", untrained"))
@@ -289,13 +274,12 @@ def maps(folders, out, args):
     title, what = "\n".join(dict.fromkeys(about)), args.superclass
     if what is None:
         what = f"ecg{cache.index.ecg_id[rows[0]]}"
-        plot_ecg(cache.signals[rows[0]], cache.meta["rate"], subject,
-                 out / f"attention-record-{what}.{args.format}")
+        plot_ecg(signals[0], rate, subject, out / f"attention-record-{what}.{args.format}")
     for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
                             ("cross", ["time_to_channel", "channel_to_time"])):
         plot_maps(found, streams, title, out / f"attention-{figure}-{what}.{args.format}")
     groups = pd.concat(tables, names=["run"]).groupby(["run", "attention", "layer", "keys"],
-                                                      sort=False)[QUANTITIES]
+                                                      sort=False)
     # half of Student's 95 % interval over records, NaN for one
     mean, half = groups.mean(), groups.sem() * student.ppf(0.975, groups.count() - 1)
     cells = mean.map("{:.3f}".format).replace("nan", "-") + half.map(
@@ -315,7 +299,8 @@ def plot_training(kind, runs, path):
     for i, (axis, (column, title)) in enumerate(zip(axes, panels.items())):
         for color, (name, (saved, log)) in enumerate(runs.items()):
             if column in log and log[column].notna().any():  # a ResNet-18 has no streams
-                axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}", label=name)
+                axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}",
+                          label=f"{name}: {describe_data(saved['data'])}")
             if kind == "loss":
                 level = chance(saved["args"], saved["in_effect"])[i]
                 axis.axhline(level, linestyle=":", color=f"C{color}")
@@ -324,7 +309,7 @@ def plot_training(kind, runs, path):
         if kind == "gradients":
             axis.set_yscale("log")
         axis.set(title=title, xlabel="epoch", xlim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.locator_params(axis="x", integer=True)
     if kind == "loss":
         figure.suptitle("dots: the loss at chance")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -348,48 +333,42 @@ def plot_ages(index, about, path):
     save_figure(figure, path, counts.rename_axis("age_from").reset_index(name="records"))
 
 
-def draw_leads(axis, seconds, x, keep, offsets, color):
-    """All leads of x (T, C) below one another; masked ones are flat, grey and marked."""
-    for trace, offset, kept in zip(x.T, offsets, keep):
-        if kept:
-            axis.plot(seconds, trace + offset, linewidth=0.6, color=color)
-            continue
-        axis.axhline(offset, linewidth=0.6, color="0.7")
-        axis.text(seconds[len(seconds) // 2], offset, "masked", fontsize=7, color="0.4",
-                  ha="center", va="center", backgroundcolor="white")
-    axis.set_yticks(offsets, LEADS, fontsize=7)
-    axis.set_xlabel("time (s)")
-    axis.margins(x=0.01, y=0.02)
-
-
 def plot_views(cache, config, seed, row, path):
     """A record raw, normalised, and its two views as a first step of training would see them.
 
     Below, the spectra of lead II: the paper checks by an FFT that its views are true to the record
     (4.2.1). Figs. 3 (stochastic), 4 (contig) and 5 (noncontig) of the paper.
     """
-    rate, color, lead = cache.meta["rate"], VIEWS[config.view].color, LEADS.index("II")
-    raw = (cache.signals[row] - np.median(cache.signals[row], axis=0)) / 1000
-    x = normalize(torch.from_numpy(cache.signals[row].copy())).numpy()
+    rate, color, signal = cache.meta["rate"], VIEWS[config.view].color, cache.signals[row]
+    raw = (signal - np.median(signal, axis=0)) / 1000
+    x = normalize(torch.from_numpy(signal.copy())).numpy()
     (batch,) = batches(cache, config, seed, [(0, np.array([row]))], torch.device("cpu"))
-    views, all_leads = batch.views[:, 0].numpy(), np.ones(len(LEADS), bool)  # (2, T', C)
-    keep = [all_leads, all_leads] if batch.keep is None else batch.keep[:, 0].numpy()
+    views, unmasked = batch.views[:, 0].numpy(), np.ones(len(LEADS), bool)  # (2, T', C)
+    keep = [unmasked, unmasked] if batch.keep is None else batch.keep[:, 0].numpy()
     times = torch.arange(len(x))[None, :, None] / rate
     cuts = [part[0, :views.shape[1], 0].numpy() for part in config.split(times)]
+    if config.disturb or config.equal or config.shift:  # views start anywhere
+        cuts = [part - part[0] for part in cuts]
     times, offsets = times[0, :, 0].numpy(), rows_apart(x, 0.5)
-    panels = {"raw (mV)": (times, raw, all_leads, rows_apart(raw, 0.2), "black"),
-              "normalised": (times, x, all_leads, offsets, "black"),
-              "view 1": (cuts[0], views[0], keep[0], offsets, color),
-              "view 2": (cuts[-1], views[1], keep[1], offsets, color)}
+    panels = {"raw (mV)": (times, raw, unmasked, rows_apart(raw, 0.2)),
+              "normalised": (times, x, unmasked, offsets),
+              "view 1": (cuts[0], views[0], keep[0], offsets),
+              "view 2": (cuts[-1], views[1], keep[1], offsets)}
     figure = Figure((11, 8.5))
     axes = figure.subplot_mosaic([[*panels], ["spectra"] * 4], height_ratios=(3, 1))
-    for (name, panel), style in zip(panels.items(), ("", "-", "-", "--")):
-        draw_leads(axes[name], *panel)
-        axes[name].set_title(f"{name}: {panel[2].sum()} of {len(LEADS)} leads")
-        if style:  # not of the raw record, which has another unit
-            of = 1 / (panel[0][1] - panel[0][0])
-            hz, power = welch(panel[1][:, lead], of, nperseg=min(round(2.5 * of), len(panel[1])))
-            axes["spectra"].semilogy(hz[1:], power[1:], style, color=panel[4], label=name)
+    for (name, panel), ink in zip(panels.items(), ("black", "black", color, "0.5")):
+        seconds, part, kept, at = panel
+        axes[name].plot(seconds, part[:, kept] + at[kept], linewidth=0.6, color=ink)
+        for offset in at[~kept]:
+            axes[name].axhline(offset, linewidth=0.6, color="0.7")
+            axes[name].text(seconds.mean(), offset, "masked", fontsize=7, color="0.4",
+                            ha="center", va="center", backgroundcolor="white")
+        axes[name].set_yticks(at, LEADS, fontsize=7)
+        axes[name].set(title=f"{name}: {kept.sum()} of {len(LEADS)} leads", xlabel="time (s)")
+        if name != "raw (mV)":  # which has another unit
+            of, lead = 1 / (seconds[1] - seconds[0]), part[:, LEADS.index("II")]
+            hz, power = welch(lead, of, nperseg=min(round(2.5 * of), len(lead)))
+            axes["spectra"].semilogy(hz[1:], power[1:], color=ink, label=name)
     axes["spectra"].set(xlabel="frequency (Hz)", xlim=(0, rate / 2))
     axes["spectra"].set_ylabel("lead II, unmasked:\npower (deviations² / Hz)", fontsize=8)
     axes["spectra"].legend(ncols=3)
@@ -398,48 +377,35 @@ def plot_views(cache, config, seed, row, path):
     save_figure(figure, path, dict(millivolt=raw, normalized=x, views=views, keep=keep))
 
 
-# Commands
-
-def plots(folders, out, args):
-    """Curves of training of runs {name: folder}; of a single one its data and views, too."""
-    runs = {name: (read_args(folder), read_log(folder)) for name, folder in folders.items()}
-    if len(runs) == 1:
-        (folder,), ((saved, _),) = folders.values(), runs.values()
-        trained, cache = open_data(folder, saved, args.cache)
-        plot_ages(cache.index, describe_data(cache.meta), out / f"data-ages.{args.format}")
-        for view in VIEWS:
-            config = ViewConfig(view=view)
-            if view == trained["view"]:
-                config = from_args(ViewConfig, trained)
-            plot_views(cache, config, trained["seed"], choose(cache, args)[0][0],
-                       out / f"views-{view}.{args.format}")
-    for kind in TRAINING:
-        plot_training(kind, runs, out / f"training-{kind}.{args.format}")
-    for name, (saved, _) in runs.items():
-        if saved["config"]["arch"] != "dualview" or not (folders[name] / "model.pt").exists():
-            print(f"note: no attention maps of {name}: it is no finished run of --arch dualview")
-            del folders[name]
-
-
 def get_args(argv=None):
-    both = argparse.ArgumentParser(add_help=False)
-    g = both.add_mutually_exclusive_group()
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("command", choices=("maps", "plots"), help="maps: attention alone; plots: "
+                        "training, too, and of a single run its data and views")
+    parser.add_argument("runs", nargs="+", help="run folders; several: side by side")
+    g = parser.add_mutually_exclusive_group()
     g.add_argument("--ecg-id", type=int, help="the record to show; by default the first of "
                    f"{fold_names(TEST_FOLD)} that is NORM alone")
     g.add_argument("--superclass", choices=CLASSES, help="attention: the mean over records of "
                    f"{fold_names((VAL_FOLD, TEST_FOLD))} with it, with intervals")
-    both.add_argument("--out", help="folder; by default the run's figures/, runs/plots for several")
-    add_shared(both, "cache", "device", "format")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p = commands.add_parser("maps", help="attention maps alone", parents=[both], **style)
-    p.add_argument("--run", dest="runs", nargs="+", default=["runs/noncontig-s0"],
-                   help="finished run folders; several: side by side")
-    p = commands.add_parser("plots", help="every figure", parents=[both], **style)
-    p.add_argument("runs", nargs="+", help="run folders; several: curves of training and attention "
-                   "alone, side by side")
+    parser.add_argument("--out", help="by default the run's figures/, runs/plots for several")
+    add_shared(parser, "cache", "device", "format")
     return parser.parse_args(argv)
+
+
+def plots(folders, out, args):
+    """The curves of training of runs {name: folder}; of a single run its data and views, too."""
+    runs = {name: (read_args(folder), read_log(folder)) for name, folder in folders.items()}
+    for kind in TRAINING:
+        plot_training(kind, runs, out / f"training-{kind}.{args.format}")
+    if len(runs) == 1:
+        (name, (saved, _)), = runs.items()
+        trained, cache = open_data(folders[name], saved, args.cache)
+        config, (rows, _) = from_args(ViewConfig, trained), choose(cache, args)
+        plot_ages(cache.index, describe_data(cache.meta), out / f"data-ages.{args.format}")
+        plot_views(cache, config, trained["seed"], rows[0],
+                   out / f"views-{config.view}.{args.format}")
 
 
 def main(args):
@@ -453,6 +419,11 @@ def main(args):
     with matplotlib.rc_context(STYLE):
         if args.command == "plots":
             plots(folders, out, args)
+            for name, folder in dict(folders).items():
+                arch = read_args(folder)["config"]["arch"]
+                if arch != "dualview" or not (folder / "model.pt").exists():
+                    print(f"note: no attention maps of {name}: it is no finished run of dualview")
+                    del folders[name]
         if folders:
             maps(folders, out, args)
 
