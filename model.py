@@ -5,11 +5,9 @@ Out: Output(z, time, channel): z (B, rep_dim), and the features of the two strea
      projections (B, proj_dim) for the loss, and represent(): what is used downstream.
      load_run(folder) gives a trained one, load_encoder(folder) one that takes recordings.
 
-Glossary, for all files:
-    B batch, T time samples, C leads (12), D model width, H heads, N tokens, K classes, V views of
-    a record in training (2), S views of it in evaluation (1 or 2), W windows of a recording,
-    d width of the representation, tau temperature.
-Signals are (B, T, C); only a Conv1d sees (B, C, T).
+Glossary, for all files: B batch, T time samples, C leads (12), D model width, H heads, N tokens,
+K classes, V views of a record in training (2), S in evaluation (1 or 2), W windows of a recording,
+d width of the representation, tau temperature. Signals are (B, T, C); a Conv1d sees (B, C, T).
 
     python model.py                   # size of the default (paper) model
     python model.py --preset conv     # of the one that is worth most on small data
@@ -17,7 +15,6 @@ Signals are (B, T, C); only a Conv1d sees (B, C, T).
 import argparse
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,33 +25,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (LEADS, SECONDS, InputError, Recording, add_flags, bounded, from_args, normalize,
-                  prepare, reading, run_script, setting)
+from data import (LEADS, SECONDS, InputError, Recording, add_flags, from_args, normalize, prepare,
+                  reading, run_script, setting)
 from views import ViewConfig
 
 C = len(LEADS)
-PROBE = "weights", "biases", "thresholds"
+group_norm = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
+# Of eval/probe.npz, (K, d), (K,), (K,); masked_: of a probe that learned from masked leads.
+PROBE = ("weights", "biases", "thresholds", "masked_weights", "masked_biases", "masked_thresholds")
 # What --arch resnet18 needs, which has no streams.
 NO_STREAMS = dict(stems="linear", mix_leads=False, channel_dropout=0.0, gate_channel=False,
                   aux_losses=False, late_masking=False)
-# The fields' defaults are `paper`; some settings are those of views.py and train.py.
-# small: the paper's model for CPUs and for a few hundred to a few thousand records at 100 Hz.
-# conv: for such records too, but convolutional stems, disturbed views and a schedule that suits
-# them.
-PRESETS = {
+PRESETS = {  # settings of this file, of views.py and of train.py; defaults are the paper's
     "paper": {},
+    # for CPUs and a few hundred to a few thousand records at 100 Hz
     "small": dict(
         width=96, heads=4, depth=2, ff_mult=4, stem_width=48, time_stride=4, channel_bins=128,
         fusion_width=384, rep_dim=256, proj_dim=128, max_lr=1e-3, epochs=40, micro_batch=64),
+    # for such records too: convolutional stems, disturbed views and a schedule that suits them
     "conv": dict(
         stems="conv", width=96, heads=4, depth=1, ff_mult=2, stem_width=64, time_stride=8,
         fusion_width=192, rep_dim=192, proj_dim=128, dropout=0.0, aux_losses=True, aux_weight=1.0,
         disturb=True, max_lr=2e-3, weight_decay=0.05, epochs=90, micro_batch=128)}
-
-
-def size(default, text):
-    """A setting that counts something."""
-    return setting(default, text, type=bounded(int, 1))
 
 
 @dataclass
@@ -63,25 +55,24 @@ class Config:
 
     arch: str = setting("dualview", "dualview; or resnet18 (1-D), as a baseline",
                         choices=("dualview", "resnet18"))
-    width: int = size(384, "model width D")
-    heads: int = size(6, "attention heads H; must divide the width")
-    depth: int = size(4, "encoder layers of each stream")
-    ff_mult: int = size(5, "feed-forward width over D")
-    stem_width: int = size(192, "width of the first convolutions; of the leads' conv stem half")
-    time_stride: int = size(1, "samples per time token; cost falls about in proportion")
-    channel_bins: int = size(512, "samples that a linear channel stem pools a lead to")
-    fusion_width: int = size(2048, "hidden width of the fusion network")
-    rep_dim: int = size(512, "width of z")
-    proj_dim: int = size(256, "width of the projection that the loss sees")
-    dropout: float = setting(0.1, "dropout of residual branches", type=bounded(float, 0, 1))
+    width: int = setting(384, "model width D")
+    heads: int = setting(6, "attention heads H; must divide the width")
+    depth: int = setting(4, "encoder layers of each stream")
+    ff_mult: int = setting(5, "feed-forward width over D")
+    stem_width: int = setting(192, "width of the first convolutions; of the leads' conv stem half")
+    time_stride: int = setting(1, "samples per time token; cost falls about in proportion")
+    channel_bins: int = setting(512, "samples that a linear channel stem pools a lead to")
+    fusion_width: int = setting(2048, "hidden width of the fusion network")
+    rep_dim: int = setting(512, "width of z")
+    proj_dim: int = setting(256, "width of the projection that the loss sees")
+    dropout: float = setting(0.1, "dropout of residual branches")
     stems: str = setting(
         "linear", "how samples become tokens. linear: one convolution and absolute time, as in the "
         "paper. conv: residual nets without positions; maxima beside means; a lead's token stays "
         "its own; both streams' features stand beside z", choices=("linear", "conv"))
     mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
                               "which mix the leads before they become tokens")
-    channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token",
-                                     type=bounded(float, 0, 1))
+    channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
     gate_channel: bool = setting(False, "paper section 6: gates on the channel stream's residuals")
     aux_losses: bool = setting(False, "paper section 6: the loss on each stream's features too")
     late_masking: bool = setting(False, "paper section 7: mask the time stream's lifted features, "
@@ -250,9 +241,6 @@ class Block(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-group_norm = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
-
-
 class ConvTimeStem(nn.Module):
     """Lift samples to time tokens by residual convolutions: (B, T, C) -> (B, T // time_stride, D).
 
@@ -378,31 +366,23 @@ class ResNet18(nn.Module):
         return Output(self.body(x.transpose(1, 2)))
 
 
-ARCHITECTURES = {"dualview": DualView, "resnet18": ResNet18}
-
-
-def projector(width, hidden, out):
-    """Projection head: (B, width) -> (B, out)."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU(),
-                         nn.Linear(hidden, out))
-
-
 class Contrastive(nn.Module):
     """An encoder with its projection head, and one more head for each stream with aux_losses.
 
     x: (B, T, C), keep: (B, C) bool or None  ->  Output, projections (1 or 3, B, proj_dim) float32
     of length 1. The loss sees the projections, everything downstream what represent() gives.
-    `precision` is that of the arithmetic: float32, tf32 or bfloat16; weights and projections are
-    float32.
+    precision: of the arithmetic, float32, tf32 or bfloat16; weights are float32 always.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.precision = config, "float32"
-        self.encoder = ARCHITECTURES[config.arch](config)
-        widths = config.widths if config.aux_losses else config.widths[:1]
-        self.heads = nn.ModuleList(projector(width, min(width, 512), config.proj_dim)
-                                   for width in widths)
+        self.encoder = DualView(config) if config.arch == "dualview" else ResNet18(config)
+        self.heads = nn.ModuleList()
+        for width in config.widths if config.aux_losses else config.widths[:1]:
+            hidden = min(width, 512)
+            self.heads.append(nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden),
+                                            nn.ReLU(), nn.Linear(hidden, config.proj_dim)))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # PyTorch's own weights put all records into one narrow cone, where the loss of
@@ -421,9 +401,7 @@ class Contrastive(nn.Module):
     def autocast(self, device):
         """The context that the encoder and the heads run in."""
         # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
-        if self.precision == "bfloat16":
-            return torch.autocast(device.type, torch.bfloat16)
-        return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def forward(self, x, keep=None):
         with self.autocast(x.device):
@@ -460,13 +438,11 @@ def watch_attention(model, x, watch, keep=None):
 
     x: (B, T, C), keep: (B, C) bool or None; watch(name, layer, head, weights) is called with name
     `time` (weights (B, N, N)), `channel` (B, C, C), `time_to_channel` (B, N, C) or
-    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for another
-    architecture.
+    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for a ResNet.
     """
     encoder = model.encoder
-    if model.config.arch != "dualview":
-        raise InputError(f"this run is of --arch {model.config.arch}, which has no attention to "
-                         "show; give a run of --arch dualview")
+    if model.config.arch == "resnet18":
+        raise InputError("a resnet18 has no attention to show: give a run of --arch dualview")
     modules = {("time_to_channel", 0): encoder.cross.time_to_channel,
                ("channel_to_time", 0): encoder.cross.channel_to_time}
     for i, layers in enumerate(zip(encoder.time_layers, encoder.channel_layers)):
@@ -515,13 +491,9 @@ def read_log(folder):
 
 
 def load_run(folder, device="cpu"):
-    """A finished run: (Contrastive in eval mode, its args.json as a dict).
-
-    Raises InputError when the folder holds no finished model.
-    """
+    """A finished run: (Contrastive in eval mode, its args.json); raises InputError for another."""
     path, saved = Path(folder) / "model.pt", read_args(folder)
-    with reading(path, "give a finished run; the command that began this one goes on from last.pt, "
-                 "and makes a damaged model.pt again once that is removed"):
+    with reading(path, "give the run's command again, which finishes it; remove a damaged file"):
         state = torch.load(path, map_location=device)
         model = Contrastive(Config(**state["config"]))
         model.load_state_dict(state["model"])
@@ -531,9 +503,8 @@ def load_run(folder, device="cpu"):
 def embed(model, x, views, keep=None):
     """Representations of the views of whole records: never augmented, nor masked unless asked.
 
-    x: (B, T, C) z-scored 10 s records; views: a ViewConfig; keep: (B, C) bool or None, leads that
-    are there
-    ->  (B, S, d), S = 1 where both views have the record's full length, else 2
+    x: (B, T, C) z-scored 10 s records; views: a ViewConfig; keep: (B, C) bool or None, the leads
+    that are there  ->  (B, S, d), S = 1 where both views have the record's full length, else 2
     """
     x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
     return torch.stack([model.represent(v, keep) for v in views.split(x)], dim=1)
@@ -543,13 +514,12 @@ class Encoder:
     """A trained encoder as it is used, on recordings from anywhere: load_encoder() gives one.
 
     views: a ViewConfig, how it was trained; rate: Hz; shortest: seconds that a recording needs,
-    those of one view; probe: the arrays of eval/probe.npz, or None; classes: of these, K names.
+    those of one view; probe: tensors by the names of PROBE, or None; classes: of these, K names.
     """
 
-    def __init__(self, model, views, rate, probe=None):
-        self.model, self.views, self.rate, self.probe = model, views, rate, probe
+    def __init__(self, model, views, rate):
+        self.model, self.views, self.rate, self.probe, self.classes = model, views, rate, None, []
         self.shortest = SECONDS * views.timing()[0]
-        self.classes = [] if probe is None else probe["classes"].tolist()
 
     def prepare(self, signal, rate, unit, leads):
         """A recording as this encoder takes it: x (W, T, C) float32, keep (W, C) bool.
@@ -558,8 +528,7 @@ class Encoder:
         case, others are ignored. W windows of 10 s, or of one view when it is shorter, z-scored as
         in training; leads that are missing are masked. Raises InputError for what cannot be used.
         """
-        leads = [leads] if isinstance(leads, str) else list(leads)
-        recording = Recording("signal", np.asarray(signal), float(rate), [str(unit)], leads)
+        recording = Recording("signal", np.asarray(signal), float(rate), [unit], list(leads))
         x, there, _ = prepare(recording, self.rate, self.shortest)
         return normalize(torch.from_numpy(x)), torch.from_numpy(there).expand(len(x), -1)
 
@@ -567,12 +536,10 @@ class Encoder:
     def __call__(self, x, keep=None):
         """Representations of windows: x (W, T, C), keep (W, C) or None -> (W, d) float32."""
         x = x.to(self.model.device)
-        if keep is not None:
-            keep = keep.to(x.device)
+        keep = None if keep is None else keep.to(x.device)
         if x.shape[1] == SECONDS * self.rate:
             return embed(self.model, x, self.views, keep).mean(1)
         duration, samples = self.views.timing()  # the windows are single views
-        x = x if keep is None else x * keep[:, None, :]
         return self.model.represent(x[:, ::round(duration / samples)], keep)
 
     def probabilities(self, z, keep=None):
@@ -583,15 +550,12 @@ class Encoder:
         """
         if self.probe is None:
             raise InputError("this encoder has no probe: make eval RUN=... fits one")
-
-        def predict(prefix):
-            weights, biases = (torch.as_tensor(self.probe[prefix + part])
-                               for part in ("weights", "biases"))
-            return (z.cpu().double() @ weights.T + biases).sigmoid()
-
-        if keep is None:
-            return predict("")
-        return torch.where(keep.cpu().all(-1, keepdim=True), predict(""), predict("masked_"))
+        z = z.cpu().double()
+        logits = z @ self.probe["weights"].T + self.probe["biases"]
+        if keep is not None:
+            masked = z @ self.probe["masked_weights"].T + self.probe["masked_biases"]
+            logits = torch.where(keep.cpu().all(-1, keepdim=True), logits, masked)
+        return logits.sigmoid()
 
 
 def load_encoder(folder, device="cpu"):
@@ -601,12 +565,13 @@ def load_encoder(folder, device="cpu"):
     """
     model, saved = load_run(folder, device)
     views = ViewConfig(view=saved["args"]["view"], equal=saved["args"]["equal"])
-    path, probe = Path(folder) / "eval" / "probe.npz", None
+    encoder = Encoder(model, views, saved["data"]["rate"])
+    path = Path(folder) / "eval" / "probe.npz"
     if path.exists():
         with reading(path, f"make it again: make eval RUN={folder}"), np.load(path) as arrays:
-            names = [*PROBE, *(f"masked_{name}" for name in PROBE), "classes"]
-            probe = {name: arrays[name] for name in names}
-    return Encoder(model, views, saved["data"]["rate"], probe)
+            encoder.probe = {name: torch.from_numpy(arrays[name]).double() for name in PROBE}
+            encoder.classes = arrays["classes"].tolist()
+    return encoder
 
 
 def add_model_flags(parser):

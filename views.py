@@ -5,7 +5,7 @@ Out: x1, x2 with the same number of records: full length, half as many samples, 
      windows of these.
 
     python views.py                                        # the table VIEWS
-    python -c "import torch, views; print(views.split(torch.arange(6.).view(1, 6, 1), 'noncontig'))"
+    python -c "import torch, views; print(views.noncontig(torch.arange(6.).view(1, 6, 1)))"
 
 A view of your own is a function and an entry in VIEWS. Strengths are set here, in POOL and DISTURB.
 """
@@ -89,7 +89,6 @@ class View:
     table3: Optional[tuple] = None  # the paper's F1 of each of the CLASSES, accuracy, macro F1
 
 
-# The Makefile reads names (lower case), aliases and rates on the first line of each entry.
 VIEWS = {
     "stochastic": View(whole, alias="augment", rate=100, pool=True, masked=False, color="#997700",
                        words="two random passes through a pool of augmentations, full length",
@@ -107,8 +106,8 @@ VIEWS = {
 
 def list_views():
     """Names and aliases, for help and errors."""
-    names = [f"{name} (or {view.alias})" if view.alias else name for name, view in VIEWS.items()]
-    return ", ".join(names)
+    return ", ".join(f"{name} (or {view.alias})" if view.alias else name
+                     for name, view in VIEWS.items())
 
 
 def resolve_view(name):
@@ -119,22 +118,11 @@ def resolve_view(name):
     raise InputError(f"unknown VIEW {name!r}; choose one of {list_views()}")
 
 
-def split(x, view, equal=False):
-    """The unmasked, unaugmented views of a record, as evaluation sees them.
-
-    x: (B, T, C)  ->  one tensor (B, T, C) or two such as (B, T // 2, C). equal: every view's
-    encoder sees the same two, the record's halves, every second sample of them.
-    """
-    if equal:
-        return tuple(half[:, ::2] for half in contig(x))
-    return VIEWS[view].cut(x)
-
-
 def view_duration(view):
     """Of one view, as shares of the record's: (its duration, its number of samples)."""
-    times = split(torch.arange(1000.)[None, :, None], view)[0][0, :, 0]
-    step = float(times[1] - times[0])
-    return len(times) * step / 1000, len(times) / 1000
+    times = VIEWS[view].cut(torch.arange(1000.)[None, :, None])[0][0, :, 0]
+    samples = len(times) / 1000
+    return samples * float(times[1] - times[0]), samples
 
 
 def equal_pair(x, view, starts):
@@ -143,8 +131,7 @@ def equal_pair(x, view, starts):
     x: (B, T, C), starts: (B,) integers  ->  two tensors (B, T // 4, C). A view that spans more than
     5 s is cut from the 5 s of its record that begin at `starts`.
     """
-    T = x.shape[1]
-    duration, samples = view_duration(view)
+    T, (duration, samples) = x.shape[1], view_duration(view)
     if duration > 0.5:
         x = shift(x, starts)[:, :round(T / 2 / duration)]
     every = 2 if duration == samples else 1  # noncontig halves the rate by itself
@@ -177,8 +164,7 @@ def disturb(x, rng):
     """Windows of views at random places, played faster or slower, with what recordings suffer from.
 
     x: (B, T, C), rng: a torch.Generator on x's device  ->  (B, round(window * T), C)
-    Drawn for the whole batch at once, with the strengths of DISTURB. A window starts between
-    samples and is read by linear interpolation, which softens its steepest parts.
+    Strengths: DISTURB. A window is read by linear interpolation, which softens its steepest parts.
     """
     B, T, C = x.shape
     W, drawn = round(DISTURB["window"] * T), dict(generator=rng, device=x.device)
@@ -192,8 +178,7 @@ def disturb(x, rng):
     after = x.gather(1, (left + 1).expand(B, W, C))
     x = torch.lerp(here, after, at - left)  # (B, W, C)
     x = x * (DISTURB["lead_gain"] * torch.randn(B, 1, C, **drawn)).exp()
-    waves = 1.2 * torch.rand(B, 1, 1, **drawn)  # in a window
-    phase = waves * t + torch.rand(B, 1, C, **drawn)
+    phase = 1.2 * torch.rand(B, 1, 1, **drawn) * t + torch.rand(B, 1, C, **drawn)  # in waves
     amplitude = DISTURB["wander"] * torch.randn(B, 1, C, **drawn)
     x = x + amplitude * torch.sin(2 * math.pi * phase)
     noise = DISTURB["max_noise"] * torch.rand(B, 1, 1, **drawn)
@@ -250,12 +235,8 @@ def pool(config, rate):
 
 def augment(x, transforms, rng):
     """Two random passes of one record: (T, C) float32 array  ->  (2, T, C) float32 array."""
-    before = np.random.get_state()  # NumPy's global one, which ecgmentations draws from
-    np.random.seed(rng.integers(2 ** 32, size=4))
-    try:
-        return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
-    finally:
-        np.random.set_state(before)
+    np.random.seed(rng.integers(2 ** 32, size=4))  # the global one, which ecgmentations draws from
+    return np.stack([transforms(ecg=x)["ecg"] for _ in range(2)]).astype(np.float32)
 
 
 @dataclass
@@ -267,13 +248,12 @@ class ViewConfig:
                                "has it: off for stochastic alone, as in the paper")
     mask_p: float = setting(0.5, "probability that a lead of a view is masked",
                             type=bounded(float, 0, .95))
-    augment_p: float = setting(None, "probability of each transform of the pool, which the record "
-                               "passes once for each view; by default 0.5 for stochastic, else 0",
-                               type=bounded(float, 0, 1))
+    augment_p: float = setting(None, "probability of each transform of the pool (POOL in views.py);"
+                               " by default 0.5 for stochastic, else 0", type=bounded(float, 0, 1))
     disturb: bool = setting(False, "random windows of each view, at another speed, with gains, "
-                            "wander and noise: their strengths are DISTURB in views.py")
-    equal: bool = setting(False, "views are 5 s at half the cache's rate whatever the strategy; "
-                          "encoders are evaluated on the same input, both halves of a record")
+                            "wander and noise; strengths: DISTURB in views.py")
+    equal: bool = setting(False, "views are 5 s at half the cache's rate whatever the strategy, "
+                          "and evaluation sees both halves of a record")
     shift: bool = setting(False, "each view starts at a random time of its own, around the end: "
                           "interleaved views then no longer share the times of their beats")
 
@@ -285,24 +265,25 @@ class ViewConfig:
         if self.augment_p is None:
             self.augment_p = 0.5 if view.pool else 0.0
         if not self.mask_leads and self.mask_p != ViewConfig.mask_p:
-            raise InputError(f"--mask-p {self.mask_p} does nothing for this {self.view} view: "
-                             "leave it out, or give --mask-leads")
+            raise InputError(f"--mask-p {self.mask_p} does nothing: give --mask-leads too")
         if self.equal:
             duration, samples = view_duration(self.view)
             if duration < 0.5 or duration / samples not in (1, 2):
-                raise InputError(f"--equal is for views of at least {SECONDS / 2:g} s at the whole "
-                                 f"rate or half of it, unlike {self.view}: leave it out")
+                raise InputError(f"--equal needs views of {SECONDS / 2:g} s or more, at the whole "
+                                 f"rate or half of it; leave it out for {self.view}")
 
     def describe(self):
         """The strategy in words, for the start of a run."""
-        masked = f"each lead masked with p = {self.mask_p}" if self.mask_leads else "no lead masked"
-        text = f"{self.view}: {VIEWS[self.view].words}; {masked}, pool with p = {self.augment_p}"
+        p = self.mask_p if self.mask_leads else 0
         switches = [name for name in ("disturb", "equal", "shift") if getattr(self, name)]
-        return ", ".join([text, *switches])
+        return ", ".join([f"{self.view}: {VIEWS[self.view].words}; leads masked with p = {p:g}",
+                          f"pool with p = {self.augment_p:g}", *switches])
 
     def split(self, x):
-        """split() as this strategy is evaluated."""
-        return split(x, self.view, self.equal)
+        """Views as evaluation sees them: x (B, T, C) -> one (B, T, C), or two as (B, T // 2, C)."""
+        if self.equal:  # what every strategy's encoder can be asked
+            return tuple(half[:, ::2] for half in contig(x))
+        return VIEWS[self.view].cut(x)
 
     def timing(self):
         """Of one view, as shares of the record's: (its duration, its number of samples)."""
