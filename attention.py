@@ -119,7 +119,7 @@ def study(model, records, device, means=None):
     """
     rows = []
     for x, peaks in zip(tqdm(records.views, "records", leave=False, disable=None), records.peaks):
-        near = (np.abs(records.tokens[:, None] - peaks) <= PEAK_S).any(1)  # (N,)
+        near = (np.abs(records.tokens[:, None] - peaks) < PEAK_S + 1e-6).any(1)  # (N,)
         for (stream, layer), (weights, entropy) in attend(model, x[None].to(device)).items():
             if means is not None:
                 means[stream, layer] = means.get((stream, layer), 0) + weights / len(records.views)

@@ -68,6 +68,7 @@ import wfdb
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wfdb.processing import xqrs_detect
 
 import attention
 import data
@@ -437,8 +438,8 @@ def beats(rate, every=0.8, first=0.5):
 
 
 def read_signal(table, row, rate):
-    """A real record (T, C) int16, of a table of load_tables()."""
-    return data.read_record(Path(PTBXL) / table[data.RATES[rate]][row], rate)
+    """A real record (T, C) in microvolt, of a table of load_tables()."""
+    return data.in_leads(data.read_recording(f"{PTBXL}/{table[data.RATES[rate]][row]}.hea"))[0]
 
 
 def figures_of(*argv):
@@ -2506,23 +2507,25 @@ class TestAttention:
             assert not len(attention.r_peaks(nothing, 100))
 
     @real
-    def test_r_peaks_of_real_records_agree_with_another_detector(self):
-        """XQRS of wfdb, where half of eight leads agree; both rates give the same beats."""
+    def test_r_peaks_of_real_records_agree_with_another_detector_and_at_both_rates(self):
+        """Within 80 ms of an R peak XQRS (wfdb) finds a complex in most of eight leads; or not."""
         table, extra, missed, n = data.load_tables(PTBXL), 0, 0, 0
-        for i in table.index[8::100]:  # the first is ecg_id 9
-            high, low = (read_signal(table, i, rate) for rate in (500, 100))
-            found = attention.r_peaks(high, 500)
-            votes = [wfdb.processing.xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
-                     for k in (0, 1, 6, 7, 8, 9, 10, 11)]
-            near = np.array([[np.abs(v - r).min(initial=9) < .08 for v in votes] for r in found])
-            extra += (near.sum(1) < 4).sum()
-            candidates = np.sort(np.concatenate(votes))
-            agreed = [t for t in candidates if sum(np.abs(v - t).min(initial=9) < .08
-                                                   for v in votes) >= 6]
-            missed += sum(np.abs(found - t).min(initial=9) > .1 for t in agreed if .1 < t < 9.9)
-            n += len(found)
-            np.testing.assert_allclose(attention.r_peaks(low, 100), found, atol=.05)
-        assert n > 40 and extra <= .02 * n and missed == 0, (n, extra, missed)
+        for row in table.index[8::100]:  # the first is ecg_id 9
+            high, low = (read_signal(table, row, rate) for rate in (500, 100))
+            found, same = attention.r_peaks(high, 500), attention.r_peaks(low, 100)
+            others = [xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
+                      for k in (0, 1, 6, 7, 8, 9, 10, 11)]
+
+            def votes(t):
+                return sum(np.abs(other - t).min(initial=9) < .08 for other in others)
+
+            inside = [t for t in found if .2 < t < 9.8]
+            extra += sum(votes(t) < 4 for t in inside)
+            missed += sum(np.abs(found - t).min() > .1 for t in np.concatenate(others)
+                          if votes(t) >= 6 and .2 < t < 9.8)
+            n += len(inside)
+            assert max(np.abs(same - t).min() for t in inside) < .03
+        assert n > 40 and extra + missed == 0, (n, extra, missed)
 
     @real
     def test_no_r_peak_is_found_where_ecg_9_has_no_complex(self):
@@ -2579,38 +2582,41 @@ class TestAttention:
     def test_a_superclass_is_the_mean_over_patients_with_intervals_and_the_untrained_beside(
             self, finished, cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
-        args = attention.get_args(["maps", str(run), "--superclass", "MI"])
+        args = attention.get_args(["maps", str(run), "--superclass", "NORM"])
         with mock.patch.object(attention, "RECORDS", 2):
             assert len(attention.choose(c, args)[0]) == 2
         rows, subject = attention.choose(c, args)
-        has_it = data.read_labels(c).y[:, CLASSES.index("MI")] == 1
+        has_it = data.read_labels(c).y[:, CLASSES.index("NORM")] == 1
         pool = c.index[has_it & c.index.strat_fold.isin([9, 10])]
-        chosen = pool.loc[rows]
-        assert len(rows) == chosen.patient_id.nunique() == pool.patient_id.nunique() < len(pool)
-        figures, _ = figures_of("maps", run, "--superclass", "MI", "--out", tmp_path)
+        assert len(rows) == pool.patient_id.nunique() > 2 and set(rows) <= set(pool.index)
+        other = data.open_cache(cache)
+        other.index.loc[pool.index[:2], "patient_id"] = -1  # one patient's, who counts once
+        assert len(attention.choose(other, args)[0]) == len(rows) - 1
+        figures, _ = figures_of("maps", run, "--superclass", "NORM", "--out", tmp_path)
         m, saved = model.load_run(run)
         torch.manual_seed(saved["args"]["seed"])
         fresh = model.Contrastive(model.Config(**saved["config"])).eval()
         each, before = ([attention.attend(n, x[None]) for x in normalized(c, rows)[:, ::2]]
                         for n in (m, fresh))
         maps = np.stack([seen["channel", 0][0] for seen in each])
-        np.testing.assert_allclose(figures["attention-channel-MI"][1]["one/channel-1"],
+        np.testing.assert_allclose(figures["attention-channel-NORM"][1]["one/channel-1"],
                                    maps.mean(0), atol=1e-6)
-        assert f"{len(rows)} records of folds 9 and 10 with MI" in subject
+        assert f"{len(rows)} records of folds 9 and 10 with NORM" in subject
         tokens, shares = .19 + .4 * np.arange(25)[:, None], []  # s
         for record, seen in zip(c.signals[rows], each):
-            near = (np.abs(tokens - attention.r_peaks(record, 100)) <= .05).any(1)
+            near = (np.abs(tokens - attention.r_peaks(record, 100)) < .05 + 1e-6).any(1)
             if near.any():
                 shares.append((seen["time", 0][0].mean(0)[near].sum(), near.mean()))
         on_peaks, expected = np.transpose(shares)
-        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index("attention")
+        table = pd.read_csv(tmp_path / "attention-NORM.csv").set_index("attention")
         entropy = [seen["channel", 0][1] for seen in each]
         low, high = scipy.stats.t.interval(.95, len(rows) - 1, np.mean(entropy),
                                            scipy.stats.sem(entropy))
         row = table.loc["channel"]
-        np.testing.assert_allclose([row["entropy"], row["entropy, half"], row["entropy, untrained"]],
-                                   [(low + high) / 2, (high - low) / 2, np.mean(
-                                       [seen["channel", 0][1] for seen in before])], rtol=1e-4)
+        np.testing.assert_allclose(
+            row[["entropy", "entropy, half", "entropy, untrained"]].astype(float),
+            [(low + high) / 2, (high - low) / 2,
+             np.mean([seen["channel", 0][1] for seen in before])], rtol=1e-4)
         np.testing.assert_allclose(
             table.loc["time", ["on R peaks", "chance", "ratio"]].astype(float),
             [on_peaks.mean(), expected.mean(), (on_peaks / expected).mean()], rtol=1e-4)
@@ -2646,7 +2652,7 @@ class TestAttention:
         hz, power = scipy.signal.welch(x[:, 1], 100, nperseg=250)
         record, view, _ = figure.axes[4].lines
         np.testing.assert_allclose(record.get_xydata(), np.stack([hz, power], 1)[1:], rtol=1e-5)
-        assert view.get_xdata()[-1] == pytest.approx(25)  # half of an interleaved view's rate
+        assert 24 < view.get_xdata()[-1] <= 25  # half of an interleaved view's rate
 
     def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
         index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
@@ -2672,8 +2678,8 @@ class TestAttention:
         assert list(table.run) == ["one"] * 2 + ["other"] * 2 + ["half"] * 2
         assert "no attention maps of half" in out
         figure, numbers = figures["attention-time-NORM"]
-        one, two = (np.quantile(np.abs(np.log2(w * w.shape[1])), .995) for w in (
-            numbers["one/time-1"], numbers["other/time-1"]))
+        one, two = (np.quantile(np.abs(np.log2((w * w.shape[1]).clip(1 / 16, 16))), .995)
+                    for w in (numbers["one/time-1"], numbers["other/time-1"]))
         assert two > 1.1 * one
         limits = [axis.images[0].get_clim() for axis in figure.axes if axis.images]
         np.testing.assert_allclose(limits, [(-two, two)] * 2, rtol=1e-3)
@@ -2686,8 +2692,8 @@ class TestAttention:
                 ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", finished[0], "--ecg-id",
                  999),
                 ("two runs of one name", "plots", finished[0], finished[0]),
-                ("none has no args.json.*make pretrain", "plots", tmp_path / "none"),
-                ("bare has no log.jsonl", "plots", bare)):
+                ("none/args.json cannot be read.*make pretrain", "plots", tmp_path / "none"),
+                ("bare/log.jsonl cannot be read", "plots", bare)):
             with refused(says):
                 run_attention(*argv)
         with mock.patch.object(attention, "RECORDS", 1), refused("1 records .* needs 2"):
@@ -2696,7 +2702,7 @@ class TestAttention:
     @slow
     def test_figures_are_files_also_of_a_run_without_attention(self, cache, finished, tmp_path):
         run_train(cache, tmp_path / "resnet", "--arch", "resnet18", "--max-steps", 1)
-        with refused("--arch resnet18, which has no attention"):
+        with refused("a resnet18 has no attention"):
             run_attention("maps", tmp_path / "resnet")
         out = said(run_attention, "plots", tmp_path / "resnet")
         assert "no attention maps of resnet" in out
