@@ -164,7 +164,6 @@ def plot_ecg(signal, rate, title, path):
         axis.set_xticks(np.arange(0, SECONDS, step / 25), minor=ticks == "minor")
         axis.set_yticks(np.arange(math.ceil(2 * low) / 2, high, step / 10), minor=ticks == "minor")
         axis.grid(which=ticks, color=colour, linewidth=0.4)
-    axis.set_axisbelow(True)
     axis.text(0.06, high - 0.5, title, fontsize=10)
     axis.text(0.06, low + 0.2, "25 mm/s and 10 mm/mV when printed at 100 %; triangles: R peaks")
     save_figure(figure, path, dict(millivolt=mv, leads=LEADS, r_peaks=peaks))
@@ -237,7 +236,7 @@ def choose(cache, args):
                    f"{args.superclass}, one a patient")
         if len(found) < 2:
             raise InputError(f"{cache.folder} has {subject}; an interval needs 2")
-        return np.sort(found.index), f"{describe_data(cache.meta)}: mean over {subject}"
+        return np.sort(found.index), f"mean over {subject}"
     normal = y.NORM & (y.sum(axis=1) == 1)
     row = np.argmax(2 * normal + (index.strat_fold == TEST_FOLD))
     if args.ecg_id is not None:
@@ -246,8 +245,8 @@ def choose(cache, args):
             raise InputError(f"--ecg-id {args.ecg_id} is not in the data: it has {len(index)} "
                              f"records, such as {', '.join(map(str, index.ecg_id[:5]))}")
     names = ", ".join(y.columns[y.loc[row]]) or "no superclass"
-    return np.array([row]), (f"{describe_data(cache.meta)}: ecg_id {index.ecg_id[row]} ({names}), "
-                             f"{fold_names(index.strat_fold[row])}")
+    fold = fold_names(index.strat_fold[row])
+    return np.array([row]), f"ecg_id {index.ecg_id[row]} ({names}), {fold}"
 
 
 def maps(folders, out, args):
@@ -274,7 +273,8 @@ def maps(folders, out, args):
     title, what = "\n".join(dict.fromkeys(about)), args.superclass
     if what is None:
         what = f"ecg{cache.index.ecg_id[rows[0]]}"
-        plot_ecg(signals[0], rate, subject, out / f"attention-record-{what}.{args.format}")
+        plot_ecg(signals[0], rate, f"{describe_data(cache.meta)}: {subject}",
+                 out / f"attention-record-{what}.{args.format}")
     for figure, streams in (("time", ["time"]), ("channel", ["channel"]),
                             ("cross", ["time_to_channel", "channel_to_time"])):
         plot_maps(found, streams, title, out / f"attention-{figure}-{what}.{args.format}")
@@ -400,7 +400,7 @@ def plots(folders, out, args):
     for kind in TRAINING:
         plot_training(kind, runs, out / f"training-{kind}.{args.format}")
     if len(runs) == 1:
-        (name, (saved, _)), = runs.items()
+        ((name, (saved, _)),) = runs.items()
         trained, cache = open_data(folders[name], saved, args.cache)
         config, (rows, _) = from_args(ViewConfig, trained), choose(cache, args)
         plot_ages(cache.index, describe_data(cache.meta), out / f"data-ages.{args.format}")

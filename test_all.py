@@ -2627,7 +2627,7 @@ class TestAttention:
         y = data.read_labels(c).y
         row = np.flatnonzero((c.index.strat_fold == 10) & (y[:, 0] == 1) & (y.sum(1) == 1))[0]
         first = c.index.ecg_id[row]
-        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in out
+        assert f"ecg_id {first} (NORM), fold 10" in out and "SYNTHETIC data synth" in out
         assert {name.replace(f"ecg{first}", "ID") for name in figures} == {
             "training-loss", "training-gradients", "training-clustering", "data-ages",
             "views-noncontig", "attention-record-ID", "attention-time-ID", "attention-channel-ID",
