@@ -37,8 +37,7 @@ from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # of the default label set, PTB-XL's superclasses
-PEOPLE = ("ecg_id", "patient_id", "strat_fold")  # the columns that decide who is trained on
-COLUMNS = (*PEOPLE, "age", "sex", "source", "record", "statements")  # of index.csv
+COLUMNS = ("ecg_id", "patient_id", "strat_fold", "age", "sex", "source", "record", "statements")
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
 FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
@@ -470,8 +469,6 @@ def load_tables(folder):
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
 ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
 ENDS = ".hea", ".csv", ".edf", *ARRAYS
-KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
-        "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
 
 
@@ -516,25 +513,21 @@ def list_recordings(paths):
 
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
 def open_arrays(path):
-    """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
-    kind = path.suffix.lower()
-    if kind == ".npy":
-        arrays = dict(signal=np.load(path, mmap_mode="r"))
-    elif kind == ".npz":
+    """What an .npz or HDF5 file holds: signal, (T, n) or several of these, and fs, units, leads."""
+    if path.suffix.lower() == ".npy":
+        return dict(signal=np.load(path, mmap_mode="r"))
+    if path.suffix.lower() == ".npz":
         arrays = read_arrays(path)
     else:
         import h5py
 
         file = h5py.File(path)  # stays open: its arrays are read when they are asked for
         arrays = dict(file.attrs) | dict(file)
-        for array in file.values():
-            arrays |= dict(array.attrs)
     signals = [name for name, array in arrays.items() if len(getattr(array, "shape", ())) in (2, 3)]
     if len(signals) != 1:
         raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
                          "(time, leads), or several of these")
-    stated = {key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
-              if name in arrays}
+    stated = {name: arrays[name] for name in ("fs", "units", "leads") if name in arrays}
     return stated | dict(signal=arrays[signals[0]])
 
 
@@ -542,12 +535,11 @@ def read_columns(path):
     """A CSV file of a column a lead, and perhaps one of `time` in s: a dict like open_arrays()."""
     import pandas as pd
 
-    table = pd.read_csv(path)
+    table, stated = pd.read_csv(path), {}
     if not any(map(lead_name, table)):  # without names
         return dict(signal=pd.read_csv(path, header=None).to_numpy())
-    stated = {}
     if "time" in table:
-        stated["rate"] = [round(1 / np.median(np.diff(table.pop("time"))), 4)]
+        stated["fs"] = round(1 / np.median(np.diff(table.pop("time"))), 4)
     return stated | dict(signal=table.to_numpy(), leads=list(table))
 
 
@@ -568,8 +560,7 @@ def read_wfdb(path):
             (copy.parent / Path(name).name).symlink_to((path.parent / name).resolve())
         record = wfdb.rdrecord(str(copy.with_suffix("")))
     leads = record.sig_name if any(record.sig_name) else []  # a lead without a name is None
-    return dict(signal=record.p_signal, rate=[record.fs], leads=leads,
-                unit=[unit or "?" for unit in record.units])
+    return dict(signal=record.p_signal, fs=record.fs, leads=leads, units=record.units)
 
 
 def read_recording(path, row=None, rate=None, unit=None, leads=None):
@@ -587,13 +578,10 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     read = {".hea": read_wfdb, ".csv": read_columns}.get(kind, open_arrays)
     with reading(path.name, "mend it, or give it in another form"):
         stated = read(path)
-        signal, ids = stated["signal"], stated.get("ids", ())
-        if row is not None:
-            name = str(ids[row]) if len(ids) == len(signal) else name
-            signal = signal[row]
-        rate = stated.get("rate", [rate])[0]
+        signal = stated["signal"] if row is None else stated["signal"][row]
+        rate = stated.get("fs", rate)
         units, names = ([text.decode() if isinstance(text, bytes) else str(text)
-                         for text in stated.get(key, ())] for key in ("unit", "leads"))
+                         for text in np.ravel(stated.get(key, ()))] for key in ("units", "leads"))
         if unit and not any(text.lower() in UNITS for text in units):  # none, or none that we know
             units = [unit]
         if leads and not any(map(lead_name, names)):
@@ -784,10 +772,10 @@ def digest_of(table):
         raise InputError(f"{len(missing)} of {len(files)} files of records are missing (first: "
                          f"{missing[0]}); complete them: python data.py download, or synth")
     for file in files:
-        for end in {file.suffix, ".dat", ".mat"}:  # a header's samples too
-            if file.with_suffix(end).exists():
-                stat = file.with_suffix(end).stat()
-                digest.update(f"{file} {end} {stat.st_size} {stat.st_mtime_ns}".encode())
+        for part in (file, file.with_suffix(".dat"), file.with_suffix(".mat")):  # samples too
+            if part.exists():
+                stat = part.stat()
+                digest.update(f"{part} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -841,7 +829,8 @@ def join_sources(paths, rate, given):
     """
     import pandas as pd
 
-    names = [Path(path).resolve().stem for path in paths]
+    paths = [Path(path).resolve() for path in paths]
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     if len(set(names)) < len(names):
         raise InputError(f"sources {' '.join(names)}: two of one name; rename a folder or file")
     tables, label_sets, vocabulary = [], {}, {}
@@ -856,8 +845,8 @@ def join_sources(paths, rate, given):
     table = table[["item", *COLUMNS]]
     return table, dict(
         format=FORMAT, rate=rate, source=f"{digest_of(table)} {json.dumps(given)}",
-        data=" + ".join(str(Path(path).resolve()) for path in paths),
-        synthetic=any((Path(path) / SYNTHETIC).exists() for path in paths),
+        data=" + ".join(map(str, paths)),
+        synthetic=any((path / SYNTHETIC).exists() for path in paths),
         label_sets=label_sets, vocabulary=vocabulary)
 
 
@@ -904,7 +893,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
         if not (out / "meta.json").exists():
             raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
         with reading(out, f"remove it: rm -r {out}"):
-            old = json.loads((out / "meta.json").read_text())
+            old = dict(json.loads((out / "meta.json").read_text()))
         if old.get("source") == meta["source"]:
             old = open_cache(out).meta
             print(f"{out}: up to date, {old['records']} records at {rate} Hz, "

@@ -1,28 +1,92 @@
-"""What a pretrained encoder is worth on a label set, beside baselines (paper 5.1, 5.3)."""
+"""What a pretrained encoder is worth on a label set, beside baselines (paper 5.1, 5.3).
+
+In:  a finished run folder of train.py, and the cache that it was trained on (or one like it).
+Out: in that folder metrics.csv, every number, a line each: group, row, minus, protocol, labels,
+     leads, metric, value, low, high; report.md and figures/, made from it; eval/scores.npz, labels
+     and scores of all test records; eval/probe.npz, the probes; eval/pieces/, finished work, each
+     piece kept while nothing changes that it depends on (ROCKET's: in the cache's folder).
+     eval/embeddings-pretrained.npz has z (N, S, d) float32, S = 1 or 2 views, ids and labels.
+
+How a number comes about: open_run() reads the run; measure() asks encoders for representations
+(Run.represent), fits probes to them fold by fold (score_probe), and keeps each row's Scores; from
+these, and nothing else, follow values and intervals (results, score_lines).
+
+    python evaluate.py run --run runs/noncontig-s0
+    python evaluate.py run --run runs/demo-noncontig-s0 --fast --cv
+    python evaluate.py compare runs/contig-s0 runs/contig-s1 runs/noncontig-s0 --out runs/compare
+    python evaluate.py embed one.hea a/folder --run runs/noncontig-s0
+"""
 import argparse
 import json
 import math
+import os
 import re
+import warnings
+from argparse import Namespace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple, Optional
 from urllib.parse import quote
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from scipy.spatial.distance import pdist
+from scipy.special import expit, logit
+from scipy.stats import chi2
+from scipy.stats import t as student
+from sklearn import config_context
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, roc_auc_score
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, InputError, add_shared, bounded,
-                  fold_names, list_recordings, normalize, prepare, read_recording, reading,
-                  run_script, save_arrays, source_names, write_atomic, write_json, write_text)
-from model import C, load_encoder, read_args
-from train import NOT_A_RESULT, pick_device
-from views import VIEWS
+from data import (CLASSES, LEADS, TEST_FOLD, TRAIN_FOLDS, VAL_FOLD, Cache, InputError, Labels,
+                  add_shared, bounded, fold_names, from_args, list_recordings, normalize,
+                  open_cache, prepare, read_labels, read_recording, reading, run_script,
+                  save_arrays, source_names, write_atomic, write_json, write_text)
+from model import (NO_STREAMS, C, Config, Contrastive, embed, load_encoder, load_run, read_args,
+                   read_log)
+from train import NOT_A_RESULT, VAL_STEP, clustering, fetch, pick_device, pick_precision, train
+from views import VIEWS, ViewConfig, draw_leads, generator, shift
 
+FORMAT = 4  # raise it when the meaning of a piece or of a result changes: they are then made anew
+FOLDS = sorted([*TRAIN_FOLDS, VAL_FOLD, TEST_FOLD])
+STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # inverse L2 penalties that a probe chooses from
+LEAD_SETS = {12: LEADS, 6: LEADS[:6], 3: ("I", "II", "V2"), 2: ("I", "II"), 1: ("II",)}
+MASKED = 0.5, 0.8  # a probe for fewer leads also learns from copies of its records, masked so
+LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH = 60, 100, 32  # of networks that learn from labels
+MEASURES = ("macro_auroc", "macro_f1", "accuracy")  # the metrics that have intervals
+CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
+RARE = 10  # test records; classes with fewer are named in the notes
+BOTH_STREAMS = "both streams"
+ONE_STREAM = ("time stream sees another record", "time stream sees nothing",
+              "channel stream sees another record", "channel stream sees nothing")
+LOGGED = ("loss", "val_loss", "grad_norm_ratio", "grad_norm_ratio_corrected")  # of the last epoch
+SPEED = ("records_per_second", "data_share", "peak_mib")  # medians over the epochs
+COLUMNS = ["group", "row", "minus", "protocol", "labels", "leads", "metric", "value", "low", "high"]
+ROWS = {"majority": "the most frequent classes, always",
+        "rocket": "random convolutions (ROCKET), probed",
+        "untrained": "this encoder untrained, probed",
+        "pretrained": "this encoder pretrained, probed",
+        "resnet18": "ResNet-18 pretrained, probed",
+        "finetuned": "this encoder fine-tuned",
+        "supervised": "this encoder from scratch",
+        "resnet18-supervised": "ResNet-18 from scratch"}
+NETWORKS = ("finetuned", "supervised", "resnet18-supervised")  # they learn from labels
+SLOW = {"resnet18", *NETWORKS}  # rows that train networks: --fast leaves them out
 KEY_COLUMNS = ["protocol", "row", "labels", "leads"]  # of metrics.csv, as in a Key
 PAPER = "the paper"
 BASELINES = {"untrained": "the untrained encoder", "rocket": "ROCKET"}
@@ -63,6 +127,641 @@ ROW_COLORS = dict(zip(("pretrained", "finetuned", "resnet18", "resnet18-supervis
                        "untrained", "rocket", "majority"), COLORS))
 
 
+# Protocols: which records train, choose and test
+
+class Fold(NamedTuple):
+    """Row numbers of records: `choose` settles the penalty, thresholds and when a network stops."""
+
+    train: np.ndarray
+    choose: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Labels y (N, K) 0/1 and patients (N,) of a cache's records, and the folds to score them by.
+
+    Each record that is tested is tested in one fold, by what was learned from that fold's `train`.
+    single: one class each, the largest score decides; else each class has a threshold, chosen on
+    `choose`. by_view: each view of a record is a sample, and `choose` trains too, at the end.
+    """
+
+    name: str
+    y: np.ndarray
+    patients: np.ndarray
+    folds: list
+    single: bool = False
+    by_view: bool = False
+
+    @property
+    def tested(self):
+        """Row numbers of all records that are tested, ascending."""
+        return np.sort(np.concatenate([fold.test for fold in self.folds]))
+
+    def samples(self, z, rows):
+        """Features z (N, S, d) of some records -> (n, d), and the n rows that they belong to."""
+        if self.by_view:
+            return z[rows].reshape(-1, z.shape[2]), np.repeat(rows, z.shape[1])
+        return z[rows].mean(axis=1), rows
+
+
+def protocols(index, labels, cv=False):
+    """The Protocols {name: Protocol} of a cache's index and Labels.
+
+    official: the benchmark of Strodthoff et al. 2021 (doi 10.1109/JBHI.2020.3022989). table3, for
+    superclasses alone: as the paper's Table 3, records with exactly one, each view a sample, tested
+    on both folds not trained on; C is chosen on the last training fold. cv: all folds are tested,
+    the fold that follows chooses, the others train. Raises InputError where a part has no record.
+    """
+    splits = dict(official=[(TRAIN_FOLDS, [VAL_FOLD], [TEST_FOLD])])
+    if labels.name == "superclass":
+        splits["table3"] = [(TRAIN_FOLDS[:-1], TRAIN_FOLDS[-1:], [VAL_FOLD, TEST_FOLD])]
+    if cv:
+        splits["cv"] = [([f for f in FOLDS if f not in (test, choose)], [choose], [test])
+                        for test, choose in zip(FOLDS, FOLDS[1:] + FOLDS[:1])]
+    tasks = {}
+    for name, split in splits.items():
+        paper = name == "table3"
+        member = labels.member & (labels.y.sum(1) == 1) if paper else labels.member
+        folds = [Fold(*(rows_of(index, member, name, part) for part in parts)) for parts in split]
+        tasks[name] = Protocol(name, labels.y, index.patient_id.to_numpy(), folds, paper, paper)
+    return tasks
+
+
+def rows_of(index, member, name, folds):
+    """Row numbers of the members in some folds; raises InputError if there is none."""
+    rows = np.flatnonzero(member & np.isin(index.strat_fold, folds))
+    if len(rows) == 0:
+        raise InputError(f"{len(index)} records, but {fold_names(folds)} has none with a label for "
+                         f"the protocol {name}: each part needs some; see python data.py info, "
+                         "take more records, leave out --cv, or evaluate on others: --cache")
+    return rows
+
+
+def note_rare(tasks, classes):
+    """A line that names the classes with few test records, or ""; tasks: {name: Protocol}."""
+    few = [f"{name} {n} ({task.name})" for task in tasks.values()
+           for name, n in zip(classes, task.y[task.tested].sum(0)) if n < RARE]
+    if not few:
+        return ""
+    return (f"Classes with fewer than {RARE} of the records tested (with 0 the macro means are of "
+            f"the others): {', '.join(few)}.")
+
+
+def draw_labels(y, rows, budget, seed):
+    """Rows whose labels a method may use: "10" in all, "10shot" a class, "10%" of them.
+
+    y: (N, K) of all records. For 10shot each class, the rarest first, gets 10 records that have it
+    and were not drawn yet.
+    """
+    rng = np.random.default_rng([seed, int(re.sub(r"\D", "", budget))])
+    rows = rng.permutation(rows)
+    if budget.endswith("%"):
+        return np.sort(rows[:max(1, round(len(rows) * float(budget[:-1]) / 100))])
+    if budget.isdigit():
+        return np.sort(rows[:int(budget)])
+    drawn = []
+    for k in np.argsort(y[rows].sum(0)):
+        free = rows[~np.isin(rows, drawn) & (y[rows, k] == 1)]
+        drawn += free[:int(budget.removesuffix("shot"))].tolist()
+    return np.sort(drawn)
+
+
+# Scores
+
+class Key(NamedTuple):
+    """What a row's scores are of."""
+
+    protocol: str
+    row: str
+    labels: str = "100%"  # or few: see draw_labels()
+    leads: str = "all"  # or their number: then by the probe that learned from masked copies too
+    draw: int = 0  # of few labels
+
+
+class Scores(NamedTuple):
+    """Of n test records, or of their views: labels, scores, decisions (n, K); patients (n,)."""
+
+    y: np.ndarray
+    p: np.ndarray
+    predicted: np.ndarray
+    patients: np.ndarray
+
+
+def write_scores(path, scores):
+    """Keep {Key: Scores} in an .npz file: `keys` (m, 5), and y-0, p-0, ... of the first of them."""
+    arrays = dict(keys=np.array([[str(part) for part in key] for key in scores]))
+    for i, found in enumerate(scores.values()):
+        arrays |= {f"{name}-{i}": array for name, array in found._asdict().items()}
+    save_arrays(path, arrays)
+
+
+def read_scores(path):
+    """What write_scores() wrote: {Key: Scores}; raises InputError for a damaged file."""
+    scores = {}
+    with reading(path, "evaluate the run again: make eval"), np.load(path) as arrays:
+        for i, (*key, draw) in enumerate(arrays["keys"].tolist()):
+            scores[Key(*key, int(draw))] = Scores(*(arrays[f"{name}-{i}"]
+                                                    for name in Scores._fields))
+    return scores
+
+
+def join_folds(task, parts):
+    """Scores from parts (rows, p, predicted) of a protocol's folds, in the order of the records."""
+    rows, p, predicted = (np.concatenate(arrays) for arrays in zip(*parts))
+    order = np.argsort(rows, kind="stable")
+    rows = rows[order]
+    return Scores(task.y[rows], p[order], predicted[order].astype(int), task.patients[rows])
+
+
+def best_thresholds(y, p):
+    """For each class the threshold of p (n, K) with the highest F1 on y (n, K); 0.5 if unknown."""
+    thresholds = np.full(y.shape[1], 0.5)
+    for k in np.flatnonzero(y.any(0)):
+        precision, recall, at = precision_recall_curve(y[:, k], p[:, k])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        thresholds[k] = at[f1[:-1].argmax()]
+    return thresholds
+
+
+def mean_of_known(a):
+    """Mean over the last axis of what is not NaN; NaN where nothing is known."""
+    known = np.isfinite(a)
+    return np.where(known, a, 0).sum(-1) / np.where(known.any(-1), known.sum(-1), np.nan)
+
+
+def aurocs(y, p):
+    """AUROC of each class (K,) from labels and scores (n, K); NaN where y is constant."""
+    return np.array([roc_auc_score(a, b) if 0 < a.sum() < len(a) else np.nan
+                     for a, b in zip(y.T, p.T)])
+
+
+def score(y, p, predicted, classes):
+    """AUROC and F1 of each class and their means, accuracy (all classes right); all in 0..1.
+
+    y, p, predicted: (n, K). Higher is better. NaN for a class without positives (or negatives),
+    which the means leave out.
+    """
+    auroc = aurocs(y, p)
+    f1 = np.array([f1_score(a, b, zero_division=0) if a.any() else np.nan
+                   for a, b in zip(y.T, predicted.T)])
+    return dict(macro_auroc=mean_of_known(auroc), macro_f1=mean_of_known(f1),
+                accuracy=accuracy_score(y, predicted),
+                **{f"auroc/{name}": value for name, value in zip(classes, auroc)},
+                **{f"f1/{name}": value for name, value in zip(classes, f1)})
+
+
+# Intervals
+
+def bootstrap(y, p, predicted, patients, n, seed=0):
+    """Draws (n, 3) of the MEASURES when patients are drawn with replacement, all their records.
+
+    Computed for all draws at once from how often each record is drawn; equal to `score` on the
+    repeated records, but NaN where a draw lacks a class that is there. The same patients in the
+    same order are drawn alike: runs can be paired.
+    """
+    who, member = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(len(who), np.full(len(who), 1 / len(who)), n)
+    w = drawn[:, member].astype(float)  # (n, records)
+    auroc = np.full((n, y.shape[1]), np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a draw lacks a class
+        for k in range(y.shape[1]):  # Mann-Whitney: pairs whose positive has the higher score
+            at = np.argsort(p[:, k])
+            ties = np.flatnonzero(np.diff(p[at, k], prepend=-np.inf))  # where equal scores begin
+            yes, no = (np.add.reduceat(w[:, at] * (y[at, k] == v), ties, axis=1) for v in (1, 0))
+            auroc[:, k] = (yes * (no.cumsum(1) - no / 2)).sum(1) / (yes.sum(1) * no.sum(1))
+        f1 = 2 * (w @ (y * predicted)) / (w @ y + w @ predicted)
+    f1[w @ y == 0] = np.nan
+    right = w @ (y == predicted).all(1) / w.sum(1)
+    lacks = (w @ y == 0)[:, y.any(0)].any(1)  # a mean over other classes is another number
+    auroc[lacks] = f1[lacks] = np.nan
+    return np.stack([mean_of_known(auroc), mean_of_known(f1), right], axis=1)
+
+
+def interval(draws):
+    """95 % percentile interval of bootstrap draws, without those that could not be computed."""
+    draws = draws[np.isfinite(draws)]
+    if len(draws) == 0:
+        return np.nan, np.nan
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return low, high
+
+
+def interval_over_runs(values, draws, minus=None):
+    """95 % interval of the mean of a group of S runs, over patients and over runs.
+
+    values: (S,) of the runs on the same test records; draws: (S, n) of their paired bootstraps over
+    patients; minus: (values, draws) of another group, for the difference of the two means.
+
+    Variance of the mean: what patients vary it, from the draws, and the runs' variance / S beyond
+    what patients vary each run by itself. Student's factor with the degrees of freedom of Welch and
+    Satterthwaite. For these the runs' variance is taken at its upper 75 % limit: two runs that
+    agree by chance would else pass for certain (their intervals hold the truth in 88 %). A single
+    run, or two, one a group, have percentile intervals.
+    """
+    groups = [(values, draws)]
+    if minus is not None:
+        groups.append(minus)
+    draws_of_means = [group_draws.mean(0) for _, group_draws in groups]
+    drawn = draws_of_means[0] - sum(draws_of_means[1:])
+    if max(len(group_values) for group_values, _ in groups) == 1:
+        return interval(drawn)
+
+    means = [np.mean(group_values) for group_values, _ in groups]
+    of_runs, limits, over_freedom = 0.0, 0.0, 0.0
+    for group_values, group_draws in groups:
+        S = len(group_values)
+        if S == 1:
+            continue
+        centred = group_draws - group_draws.mean(1, where=np.isfinite(group_draws), keepdims=True)
+        of_each = np.nanmean(centred.var(axis=0, ddof=1))  # patients' part in each run by itself
+        spread = np.var(group_values, ddof=1)
+        limit = max(0.0, spread * (S - 1) / chi2.ppf(0.25, S - 1) - of_each) / S
+        of_runs += max(0.0, spread - of_each) / S
+        limits += limit
+        over_freedom += limit ** 2 / (S - 1)
+    of_patients, freedom = np.nanvar(drawn, ddof=1), math.inf
+    if over_freedom > 0:
+        freedom = (of_patients + limits) ** 2 / over_freedom
+    half = student.ppf(0.975, freedom) * math.sqrt(of_patients + of_runs)
+    middle = means[0] - sum(means[1:])
+    return middle - half, middle + half
+
+
+# Quality without labels
+
+def shift_distance(z, later):
+    """Mean distance of a record to itself, started later, over that between records: low is good.
+
+    z, later: (n, d). 0 when the representation does not mind when beats fall; about 1 when that is
+    all it tells.
+    """
+    return float(np.linalg.norm(z - later, axis=1).mean() / max(pdist(z).mean(), 1e-12))
+
+
+def rankme(z):
+    """Effective rank of representations z (n, d): 1..min(n, d), high is good.
+
+    exp of the entropy of the singular values (Garrido et al. 2023, arXiv 2210.02885).
+    """
+    s = np.linalg.svd(z, compute_uv=False)
+    p = s / s.sum() + 1e-7
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+# Features without training
+
+class Rocket:
+    """Random dilated convolutions (ROCKET, Dempster et al. 2020, doi 10.1007/s10618-020-00701-z).
+
+    Called with x (B, T, C): the share of positive values and the maximum of each of n kernels over
+    a random subset of the leads -> (B, 1, 2 n). Dilations are powers of 2, so that kernels of one
+    shape share a convolution.
+    """
+
+    def __init__(self, T, n=1000, seed=0):
+        rng, groups = np.random.default_rng(seed), {}
+        for _ in range(n):
+            length = int(rng.choice((7, 9, 11)))
+            dilation = 2 ** int(rng.uniform(0, math.log2((T - 1) / (length - 1))))
+            padding = int(rng.integers(2)) * (length - 1) * dilation // 2
+            w = rng.standard_normal((C, length))
+            w -= w.mean(axis=1, keepdims=True)
+            w[rng.permutation(C)[int(2 ** rng.uniform(0, math.log2(C + 1))):]] = 0
+            groups.setdefault((dilation, padding, length), []).append((w, rng.uniform(-1, 1)))
+        self.groups = [(*shape[:2], *(torch.tensor(np.stack(a), dtype=torch.float32)
+                                      for a in zip(*kernels))) for shape, kernels in groups.items()]
+
+    def __call__(self, x):
+        features = []
+        for dilation, padding, w, b in self.groups:
+            h = F.conv1d(x.transpose(1, 2), w.to(x.device), b.to(x.device), 1, padding, dilation)
+            features += [(h > 0).float().mean(dim=2), h.amax(dim=2)]  # h: (B, kernels, T')
+        return torch.cat(features, dim=1)[:, None]
+
+
+# Probes: logistic regression on representations
+
+@threadpool_limits.wrap(limits=1)  # problems are small: BLAS threads get in each other's way
+def fit_pipeline(z, y, strength, single):
+    """Logistic regression on standardised features z (n, d), as scikit-learn's pipeline.
+
+    y: (n, K) 0/1. single: one softmax; else a sigmoid for each class. strength: C of scikit-learn.
+    A class that no record has, or all have, gets a constant score.
+    """
+    classifier, target = LogisticRegression(C=strength, max_iter=5000), y
+    if not single:
+        classifier = OneVsRestClassifier(classifier)
+    else:
+        target = y.argmax(1)
+        if np.ptp(target) == 0:
+            classifier = DummyClassifier()
+    with (warnings.catch_warnings(),
+          config_context(assume_finite=True, skip_parameter_validation=True)):  # many small fits
+        # a class is constant: its score is then, too
+        warnings.filterwarnings("ignore", "Label .* is present in all training examples")
+        return make_pipeline(StandardScaler(), classifier).fit(z, target)
+
+
+def predict(pipeline, z, K):
+    """Scores (n, K) of fit_pipeline()'s result for features z (n, d)."""
+    p = pipeline.predict_proba(z)
+    if isinstance(pipeline[-1], OneVsRestClassifier):
+        return p
+    return p @ np.eye(K)[pipeline.classes_]  # a softmax over the classes that training had
+
+
+def choose_probe(z, task, fold, rows):
+    """The probe that learns from `rows` and whose cross-entropy on `choose` is least: (probe, C).
+
+    z: features (N, S, d) of all records. The probe is a pipeline of fit_pipeline().
+    """
+    K = task.y.shape[1]
+    x, rows = task.samples(z, rows)
+    x_choose, choose = task.samples(z, fold.choose)
+    y, best = task.y[choose], math.inf
+    for strength in STRENGTHS:
+        candidate = fit_pipeline(x, task.y[rows], strength, task.single)
+        p = predict(candidate, x_choose, K).clip(1e-7, 1 - 1e-7)
+        terms = y * np.log(p)
+        if not task.single:
+            terms = terms + (1 - y) * np.log(1 - p)
+        loss = -terms.sum(1).mean()
+        if loss < best:
+            best, probe, chosen = loss, candidate, float(strength)
+    if task.by_view:
+        x, rows = np.concatenate([x, x_choose]), np.concatenate([rows, choose])
+        probe = fit_pipeline(x, task.y[rows], chosen, task.single)
+    return probe, chosen
+
+
+def score_probe(z, task, budget="100%", draw=0):
+    """Scores of a row's probes, fold by fold, and what they learned from.
+
+    z: features (N, S, d) of all records
+    ->  Scores, a list of dicts (one a fold) of probe, strength, records, thresholds
+    """
+    K, parts, learned = task.y.shape[1], [], []
+    for fold in task.folds:
+        rows = draw_labels(task.y, fold.train, budget, draw)
+        probe, strength = choose_probe(z, task, fold, rows)
+        x, tested = task.samples(z, fold.test)
+        p, thresholds = predict(probe, x, K), None
+        if task.single:
+            predicted = np.eye(K)[p.argmax(1)]
+        else:
+            p_choose = predict(probe, task.samples(z, fold.choose)[0], K)
+            thresholds = best_thresholds(task.y[fold.choose], p_choose)
+            predicted = p >= thresholds
+        parts.append((tested, p, predicted))
+        learned.append(dict(probe=probe, strength=strength, records=len(rows),
+                            thresholds=thresholds))
+    return join_folds(task, parts), learned
+
+
+def score_masked_probe(copies, fewer, task, strengths):
+    """Scores with fewer leads, fold by fold, by probes that also learned from masked records.
+
+    copies: [(N, d)] features of all records, whole and masked; fewer: {number of leads: (N, d)} of
+    the records that are tested; strengths: of each fold's probe of whole records
+    ->  {number of leads: Scores}, a list of dicts (one a fold) of probe and thresholds
+    """
+    K, learned, parts = task.y.shape[1], [], {n: [] for n in fewer}
+    for fold, strength in zip(task.folds, strengths):
+        x, x_choose = (np.concatenate([z[rows] for z in copies])
+                       for rows in (fold.train, fold.choose))
+        y, y_choose = (np.tile(task.y[rows], (len(copies), 1))
+                       for rows in (fold.train, fold.choose))
+        probe = fit_pipeline(x, y, strength / len(copies), False)  # as strong as on whole records
+        thresholds = best_thresholds(y_choose, predict(probe, x_choose, K))
+        for n, z in fewer.items():
+            p = predict(probe, z[fold.test], K)
+            parts[n].append((fold.test, p, p >= thresholds))
+        learned.append(dict(probe=probe, thresholds=thresholds))
+    return {n: join_folds(task, of_folds) for n, of_folds in parts.items()}, learned
+
+
+def score_majority(task):
+    """Scores of always answering the most frequent classes."""
+    parts = []
+    for fold in task.folds:
+        y = task.y[fold.train]
+        answers, count = np.unique(y, axis=0, return_counts=True)
+        parts.append((fold.test, np.tile(y.mean(0), (len(fold.test), 1)),
+                      np.tile(answers[count.argmax()], (len(fold.test), 1))))
+    return join_folds(task, parts)
+
+
+def weights_of(pipeline):
+    """A probe as weights (K, d) and biases (K,) of its logits, on features as they come."""
+    scaler, weights, biases = pipeline[0], [], []
+    for classifier in pipeline[1].estimators_:
+        if hasattr(classifier, "coef_"):
+            w, b = classifier.coef_[0] / scaler.scale_, classifier.intercept_[0]
+        else:  # a class that no record has, or all have
+            w = np.zeros(len(scaler.mean_))
+            b = logit(classifier.predict_proba(w[None])[0, 1])
+        weights.append(w)
+        biases.append(b - w @ scaler.mean_)
+    return np.array(weights), np.array(biases)
+
+
+# Networks that learn from labels
+
+class Classifier(nn.Module):
+    """An encoder with a logit for each class: x (B, T, C), keep (B, C) or None -> (B, 1, K)."""
+
+    def __init__(self, model, views, K):
+        super().__init__()
+        self.model, self.views = model, views
+        self.head = nn.Linear(model.width, K)
+
+    def forward(self, x, keep=None):
+        return self.head(embed(self.model, x, self.views, keep).mean(1, keepdim=True))
+
+
+def fit_network(net, run, task, rows, rates, seed):
+    """Train encoder and head of a Classifier on the labels of some rows, a sigmoid for each class.
+
+    Each record starts at a random time, circularly: without that small sets are overfitted. The
+    weights that end up in net are those with the highest macro AUROC on `choose`, looked at
+    ten times. rates: peak ones of encoder and head. Raises FloatingPointError when a loss is not
+    finite.
+    """
+    torch.manual_seed(seed)
+    batch = min(LABEL_BATCH, max(8, len(rows) // 4), len(rows))  # few labels: smaller batches
+    steps = max(LABEL_EPOCHS * math.ceil(len(rows) / batch), LABEL_STEPS)
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(rows) for _ in range(steps * batch // len(rows) + 1)])
+    y = torch.from_numpy(task.y).float().to(run.device)
+    optimizer = torch.optim.AdamW([dict(params=net.model.encoder.parameters()),
+                                   dict(params=net.head.parameters())], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates), total_steps=steps)
+    best, choose = -math.inf, task.folds[0].choose
+    for step in range(steps):
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        now = order[step * batch:(step + 1) * batch]
+        for part in np.array_split(now, math.ceil(batch / run.trained["micro_batch"])):
+            x = normalize(fetch(run.cache, part, run.device))
+            x = shift(x, torch.from_numpy(rng.integers(x.shape[1], size=len(x))).to(run.device))
+            logits = net(x)[:, 0]
+            loss = F.binary_cross_entropy_with_logits(logits, y[part]) * len(part) / batch
+            if not loss.isfinite():
+                raise FloatingPointError(f"loss {loss} at step {step} of training with labels; try "
+                                         "a lower --label-lr")
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // 10) == 0:
+            p = run.apply(net.eval(), choose)[:, 0]
+            auroc = mean_of_known(aurocs(task.y[choose], p))
+            if not auroc <= best:
+                best, state = auroc, deepcopy(net.state_dict())
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def score_network(run, task, key):
+    """Scores of a network that learns from labels, in a Protocol of one fold; [a dict] of it."""
+    (fold,), row, lr = task.folds, key.row, run.settings.label_lr
+    if lr is None:
+        lr = run.trained["max_lr"]
+    rates = (0.1 * lr, lr) if row == "finetuned" else (lr, lr)
+    rows = draw_labels(task.y, fold.train, key.labels, key.draw)
+    seed = key.draw + 1000 * run.trained["seed"]  # other runs: other weights, the same labels
+
+    def make():
+        torch.manual_seed(seed)
+        if row == "finetuned":
+            model = deepcopy(run.models["pretrained"])
+        elif row == "supervised":
+            model = run.fresh(run.saved["config"], seed)
+        else:
+            model = run.fresh(resnet_config(run.saved["config"]), seed)
+        net = Classifier(model, run.views, task.y.shape[1]).to(run.device)
+        fit_network(net, run, task, rows, rates, seed)
+        return [expit(run.apply(net, part)[:, 0]) for part in (fold.choose, fold.test)]
+
+    p_choose, p = run.remember(make, row, y=task.y, fold=fold, rows=rows, rates=rates, seed=seed,
+                               constants=[LABEL_EPOCHS, LABEL_STEPS, LABEL_BATCH])
+    predicted = p >= best_thresholds(task.y[fold.choose], p_choose)
+    return join_folds(task, [(fold.test, p, predicted)]), [dict(records=len(rows))]
+
+
+# One run: its encoders, and what they make of the records
+
+def compute(key, make):
+    """What make() gives. joblib.Memory keeps it by `key`, a dict of all that it depends on."""
+    return make()
+
+
+def open_data(folder, saved, cache=None):
+    """What a run was trained with and the records to look at: (its arguments as a dict, Cache).
+
+    saved: its args.json; cache: a folder, by default the run's own. Raises InputError when its rate
+    is another one.
+    """
+    trained = saved["args"]
+    cache = open_cache(cache or trained["cache"])
+    rate, was = cache.meta["rate"], saved["data"]["rate"]
+    if rate != was:
+        raise InputError(f"{folder} was trained at {was} Hz, {cache.folder} is at {rate} Hz: give "
+                         f"a --cache at {was} Hz (make cache RATE={was} DATA=...)")
+    return trained, cache
+
+
+def untrained(config, seed, device):
+    """A Contrastive with fresh weights: those that a run of this seed began with."""
+    torch.manual_seed(seed)
+    return Contrastive(Config(**config)).to(device).eval()
+
+
+def resnet_config(settings):
+    """The same settings (of a Config, or of a run) for a ResNet-18, which has no streams."""
+    return settings | NO_STREAMS | dict(arch="resnet18")
+
+
+@dataclass
+class Run:
+    """A finished run and the records that it is tested on; add_encoders() fills in the last three.
+    """
+
+    folder: Path
+    out: Path  # where the results go: the folder, or one within it for other data than its own
+    saved: dict  # args.json
+    trained: dict  # its arguments
+    views: ViewConfig  # its strategy
+    cache: Cache
+    device: torch.device
+    labels: Labels
+    protocols: dict  # name -> Protocol
+    settings: Namespace  # of the evaluation
+    models: dict = field(default_factory=dict)  # row -> Contrastive
+    encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
+    weights: dict = field(default_factory=dict)  # row -> digest of what its encoder depends on
+
+    @property
+    def group(self):
+        """The name that the runs of all seeds share."""
+        return group_name(self.folder)
+
+    @property
+    def single(self):
+        """Row numbers of the records with one class alone, of the folds not trained on."""
+        one = self.labels.member & (self.labels.y.sum(1) == 1)
+        return np.flatnonzero(one & np.isin(self.cache.index.strat_fold, [VAL_FOLD, TEST_FOLD]))
+
+    def fresh(self, config, seed):
+        """An untrained model that computes in the precision of this run's."""
+        model = untrained(config, seed, self.device)
+        model.precision = self.models["pretrained"].precision
+        return model
+
+    @torch.no_grad()
+    def apply(self, function, rows, keep=None):
+        """What function(x, keep) gives for z-scored records x (b, T, C) of the cache -> (n, ...).
+
+        keep: leads that are there, of all records (C,) or of each (n, C); None: all leads
+        """
+        size, found = max(self.trained["micro_batch"], 16), []
+        for at in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / size)):
+            x, there = normalize(fetch(self.cache, rows[at], self.device)), None
+            if keep is not None:
+                there = torch.from_numpy(np.broadcast_to(keep, (len(rows), C))[at])
+                there = there.to(self.device)
+            found.append(function(x, there).float().cpu().numpy())
+        return np.concatenate(found)
+
+    def represent(self, row, rows, keep=None):
+        """Features (n, S, d) of some records by a row's encoder; kept on disk."""
+        def make():
+            z = self.apply(self.encoders[row], rows, keep)
+            if not np.isfinite(z).all():
+                raise FloatingPointError(f"{row}: features of {self.cache.folder} are not finite")
+            return z
+
+        return self.remember(make, row, rows=rows, keep=keep)
+
+    def remember(self, make, row, **depends):
+        """What make() gives, kept on disk while all that it depends on is the same.
+
+        ROCKET's features depend on no run: they are kept in the cache's folder, if it can be
+        written, for all runs. A damaged piece is made anew.
+        """
+        pieces = self.folder / "eval" / "pieces"
+        key = depends | dict(row=row, weights=self.weights.get(row), format=FORMAT,
+                             data=self.cache.meta["fingerprint"])
+        if not row.startswith("rocket"):
+            key |= dict(pretrained=self.weights["pretrained"], config=self.saved["config"],
+                        precision=self.models["pretrained"].precision, views=self.views,
+                        device=self.device.type, micro_batch=self.trained["micro_batch"])
+        elif os.access(self.cache.folder, os.W_OK):
+            pieces = self.cache.folder / "pieces"
+        return joblib.Memory(pieces, verbose=0).cache(compute, ignore=["make"])(key, make)
+
+
 def group_name(folder):
     """The name that the runs of all seeds share: of the folder, without -s0, -s1, ..."""
     return re.sub(r"-s\d+$", "", Path(folder).name)
@@ -81,7 +780,270 @@ def results_folder(folder, labels="superclass", data=None):
     return folder
 
 
-# ---- report ----
+def open_run(args):
+    """The Run that the arguments name; raise InputError for settings that it cannot have."""
+    folder, device = Path(args.run), pick_device(args.device)
+    model, saved = load_run(folder, device)
+    trained, cache = open_data(folder, saved, args.cache)
+    model.precision = pick_precision(trained["precision"], device)
+    labels = read_labels(cache, args.labels_of)
+    other = cache.meta["fingerprint"] != saved["data"]["fingerprint"]
+    out = results_folder(folder, labels.name, cache.folder if other else None)
+    return Run(folder, out, saved, trained, from_args(ViewConfig, trained), cache,
+               device, labels, protocols(cache.index, labels, args.cv), args,
+               models=dict(pretrained=model))
+
+
+def pretrain_resnet(run):
+    """ResNet-18, pretrained as this run was, in the folder resnet18 within its own."""
+    folder, cache = run.folder / "resnet18", run.cache.folder
+    if run.out != run.folder:  # tested on other data than this run was trained on
+        cache = run.trained["cache"]
+    if not (folder / "model.pt").exists():
+        print(f"ResNet-18 is pretrained with this run's settings, in {folder}", flush=True)
+        train(Namespace(**resnet_config(run.trained) | dict(
+            run=str(folder), cache=str(cache), device=str(run.device))))
+    return load_run(folder, run.device)[0]
+
+
+def add_encoders(run, rows):
+    """Fill in a Run's models, and for each row that is probed its encoder and their digests.
+
+    Also `NAME later` (records start half a second later) and, of this run, ONE_STREAM.
+    """
+    later = run.cache.meta["rate"] // 2
+    run.models["untrained"] = run.fresh(run.saved["config"], run.trained["seed"])
+    if "resnet18" in rows:
+        run.models["resnet18"] = pretrain_resnet(run)
+        run.models["resnet18"].precision = run.models["pretrained"].precision
+    rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
+    run.encoders["rocket"] = lambda x, keep: rocket(x if keep is None else x * keep[:, None])
+    run.weights["rocket"] = joblib.hash([[*shape, w.numpy(), b.numpy()]
+                                         for *shape, w, b in rocket.groups])
+    for row, model in run.models.items():
+        run.encoders[row] = lambda x, keep, model=model: embed(model, x, run.views, keep)
+        run.weights[row] = joblib.hash([weight.cpu().numpy()
+                                        for weight in model.state_dict().values()])
+    for row, encoder in list(run.encoders.items()):
+        run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
+            x.roll(-later, 1), keep)
+        run.weights[f"{row} later"] = run.weights[row]
+    for name in ONE_STREAM:
+        run.encoders[name] = lambda x, keep, name=name: embed_changed(run, x, keep, name)
+
+
+def embed_changed(run, x, keep, name):
+    """embed() of this run while one stream sees another record, or nothing; name: of ONE_STREAM.
+
+    The other stream sees the record as before, and the cross-attention joins the two.
+    """
+    def change(module, args):
+        x, *more = args
+        return (torch.zeros_like(x) if name.endswith("nothing") else x.roll(1, 0), *more)
+
+    model = run.models["pretrained"]
+    stem = model.encoder.time_stem if name.startswith("time") else model.encoder.channel_stem
+    hook = stem.register_forward_pre_hook(change)
+    z = embed(model, x, run.views, keep)
+    hook.remove()
+    return z
+
+
+# Every number of a run
+
+def score_rows(run, rows):
+    """Scores of the rows under every protocol, and what they learned from.
+
+    Networks, which train long, are scored by the official protocol alone; fine-tuning takes all
+    labels where --labels names them. Of few labels there are --seeds draws; in cv one, since each
+    of its folds draws anew.
+    ->  {Key: Scores}, {Key: [a dict for each fold]}
+    """
+    scores, learned, everything = {}, {}, np.arange(len(run.cache.index))
+    bar = tqdm(rows, "rows", disable=None)
+    for row in bar:
+        bar.set_postfix_str(row)
+        for task in run.protocols.values():
+            if row in NETWORKS and task.name != "official":
+                continue
+            keys = [Key(task.name, row)]
+            if not task.by_view:
+                keys += [Key(task.name, row, budget, draw=draw) for budget in run.settings.labels
+                         for draw in range(run.settings.seeds)
+                         if draw == 0 or task.name == "official" and budget != "100%"]
+            if row == "finetuned":
+                keys = keys[1:]
+            for key in dict.fromkeys(keys):
+                if row == "majority":
+                    scores[key] = score_majority(task)
+                elif row in NETWORKS:
+                    scores[key], learned[key] = score_network(run, task, key)
+                else:
+                    z = run.represent(row, everything)
+                    scores[key], learned[key] = score_probe(z, task, key.labels, key.draw)
+        if row in run.encoders:
+            add_fewer_leads(run, row, scores, learned)
+    return scores, learned
+
+
+def add_fewer_leads(run, row, scores, learned):
+    """Add to score_rows()'s results those of a row with fewer leads.
+
+    The masked copies of records are the same for all rows of a run.
+    """
+    tasks = [task for task in run.protocols.values() if not task.by_view]
+    tested, everything = tasks[-1].tested, np.arange(len(run.cache.index))  # of cv, if it is there
+    z = run.represent(row, everything).mean(1)
+    copies, fewer = [z], {C: z}
+    for p in MASKED:
+        rng = generator("mask", run.trained["seed"], VAL_STEP)
+        keep = draw_leads((len(z), C), p, rng).numpy()
+        copies.append(run.represent(row, everything, keep).mean(1))
+    for n, names in LEAD_SETS.items():
+        if n < C:
+            fewer[n] = np.zeros_like(z)
+            fewer[n][tested] = run.represent(row, tested, np.isin(LEADS, names)).mean(1)
+    for task in tasks:
+        strengths = [fold["strength"] for fold in learned[Key(task.name, row)]]
+        found, probes = score_masked_probe(copies, fewer, task, strengths)
+        for n, of_leads in found.items():
+            key = Key(task.name, row, leads=str(n))
+            scores[key], learned[key] = of_leads, probes
+
+
+def score_streams(run, probe, thresholds):
+    """Scores of this run's official probe when one stream sees another record, or nothing.
+
+    On all records with labels of the folds that did not train. {Key: Scores}
+    """
+    official = run.protocols["official"]
+    (fold,) = official.folds
+    tested = np.append(fold.choose, fold.test)
+    scores = {}
+    for row in (BOTH_STREAMS, *ONE_STREAM):
+        z = run.represent("pretrained" if row == BOTH_STREAMS else row, tested)
+        p = predict(probe, z.mean(1), official.y.shape[1])
+        scores[Key("streams", row)] = join_folds(official, [(tested, p, p >= thresholds)])
+    return scores
+
+
+def write_probe(run, learned):
+    """Keep the official probes of this run, for whole records and for fewer leads: eval/probe.npz.
+
+    Each class for itself: logits are z @ weights.T + biases; load_encoder() reads it.
+    """
+    arrays = dict(classes=np.array(run.labels.classes))
+    for prefix, leads in (("", "all"), ("masked_", str(C))):
+        (fold,) = learned[Key("official", "pretrained", leads=leads)]
+        weights, biases = weights_of(fold["probe"])
+        arrays |= {f"{prefix}weights": weights, f"{prefix}biases": biases,
+                   f"{prefix}thresholds": fold["thresholds"]}
+    save_arrays(run.out / "eval" / "probe.npz", arrays)
+
+
+def results(scores, classes, n):
+    """Values and bootstrap draws of {Key: Scores}; of several draws of few labels their means.
+
+    ->  {Key with draw 0: ({metric: value}, draws (n, 3) of the MEASURES)}
+    """
+    together = {}
+    for key, found in scores.items():
+        together.setdefault(key._replace(draw=0), []).append(found)
+    out = {}
+    for key, several in tqdm(together.items(), "intervals", leave=False, disable=None):
+        values = pd.DataFrame([score(*found[:3], classes) for found in several])
+        draws = np.mean([bootstrap(*found, n) for found in several], axis=0)
+        out[key] = values.mean(skipna=False).to_dict(), draws
+    return out
+
+
+def lines(key, values, draws=None, minus=""):
+    """Lines of metrics.csv, without their group: of a Key, {metric: value} and draws (n, 3)."""
+    out = []
+    for metric, value in values.items():
+        low, high = np.nan, np.nan
+        if draws is not None and metric in MEASURES:
+            low, high = interval(draws[:, MEASURES.index(metric)])
+        out.append(dict(row=key.row, minus=minus, protocol=key.protocol, labels=key.labels,
+                        leads=key.leads, metric=metric, value=value, low=low, high=high))
+    return out
+
+
+def score_lines(found, learned):
+    """Lines of results(), with how many labels were used and the penalty (C) that they chose.
+
+    Then their paired differences: this run minus the others, both streams minus one.
+    """
+    out, differences = [], []
+    for key, (values, draws) in found.items():
+        out += lines(key, values, draws)
+        folds = [fold for other in learned if other._replace(draw=0) == key
+                 for fold in learned[other]]
+        for name in ("records", "strength"):
+            if folds and name in folds[0]:
+                out += lines(key, {name: float(np.median([fold[name] for fold in folds]))})
+        first = key._replace(row=BOTH_STREAMS if key.protocol == "streams" else "pretrained")
+        if key != first and first in found:
+            first_values, first_draws = found[first]
+            values = {metric: first_values[metric] - values[metric] for metric in MEASURES}
+            differences += lines(first, values, first_draws - draws, minus=key.row)
+    return out + differences
+
+
+def representation_lines(run):
+    """Lines of what each row's representations are like, without a probe.
+
+    clustering: scores of Run.single under its classes; `chance`: of this run's, classes permuted.
+    quality: `shift` of the same records, and RankMe of all.
+    """
+    out, rows, everything = [], run.single, np.arange(len(run.cache.index))
+    labels, rng = run.labels.y[rows].argmax(1), np.random.default_rng(0)
+    for row in [row for row in ROWS if row in run.encoders]:
+        z = run.represent(row, everything).mean(1)
+        later = run.represent(f"{row} later", rows).mean(1)
+        quality = dict(shift=shift_distance(z[rows], later))
+        if row == "rocket":  # its shares and maxima have different scales
+            z = StandardScaler().fit_transform(z)
+        else:
+            quality["rankme"] = rankme(z)
+        out += lines(Key("quality", row), quality)
+        out += lines(Key("clustering", row), clustering(z[rows], labels))
+        if row == "pretrained":
+            permuted = pd.DataFrame([clustering(z[rows], rng.permutation(labels))
+                                     for _ in range(20)])
+            out += lines(Key("clustering", "chance"), permuted.astype(float).mean().to_dict())
+    return out
+
+
+def training_lines(folder):
+    """Lines of a run's log: losses and gradient ratios of the last epoch, medians of its speed."""
+    if not (folder / "log.jsonl").exists():
+        return []
+    log = read_log(folder).reindex(columns=[*LOGGED, *SPEED]).astype(float)
+    values = log[list(LOGGED)].iloc[-1].to_dict() | log[list(SPEED)].median().to_dict()
+    return lines(Key("training", "pretrained"), values)
+
+
+def measure(run, rows):
+    """Every number of a run: a table of COLUMNS; writes eval/scores.npz, probe.npz, embeddings.
+
+    rows: some of ROWS, `pretrained` and `untrained` among them
+    """
+    add_encoders(run, rows)
+    scores, learned = score_rows(run, rows)
+    write_probe(run, learned)
+    if run.saved["config"]["arch"] != "resnet18":
+        (fold,) = learned[Key("official", "pretrained")]
+        scores |= score_streams(run, fold["probe"], fold["thresholds"])
+    write_scores(run.out / "eval" / "scores.npz", scores)
+    index, z = run.cache.index, run.represent("pretrained", np.arange(len(run.cache.index)))
+    save_arrays(run.out / "eval" / "embeddings-pretrained.npz", dict(
+        z=z, labels=run.labels.y, classes=np.array(run.labels.classes),
+        **{key: index[key].to_numpy() for key in ("ecg_id", "patient_id", "strat_fold")}))
+    found = results(scores, run.labels.classes, run.settings.bootstrap)
+    table = score_lines(found, learned) + representation_lines(run) + training_lines(run.folder)
+    return pd.DataFrame(table).assign(group=run.group)[COLUMNS]
+
 
 # Tables in Markdown
 
