@@ -1427,8 +1427,10 @@ def work_of_a_process(rank, port, cache, folder):
         return told(device)
 
     train.train(train.get_args(argv_of(cache, folder / "told")), one_is_told)
+    config, order = views.ViewConfig(view="noncontig"), [(0, np.arange(6))]
+    drawn = next(train.batches(data.open_cache(cache), config, 0, order, CPU))
     torch.distributed.destroy_process_group()
-    torch.save((found, m.encoder.body[1].running_mean, len(asked)), folder / f"{rank}.pt")
+    torch.save((found, m.encoder.body[1].running_mean, len(asked), drawn), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="session")
@@ -1439,7 +1441,7 @@ def two(cache, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work_of_a_process, (port, cache, folder), 2)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 class TestTrain:
@@ -1476,10 +1478,13 @@ class TestTrain:
         m.precision = "float32"
         exact = train.project(m, big_batch(), slice(3, 6))[1]
         assert 0 < (first - exact).abs().max() < .1 < (first - other).abs().max()
+        alike = train.Batch(big_batch().views[:, :1].expand(-1, 12, -1, -1), None, 5)
+        a, b = (train.project(m, alike, slice(i, i + 3))[1] for i in (0, 3))
+        assert (a - b).abs().max() > .1  # each micro-batch has dropout of its own
 
     @slow
     def test_two_processes_give_the_gradient_of_one(self, two):
-        (found, mean, _), (others, *_) = two[1]
+        (found, mean, *_), (others, *_) = two[1]
         for case, got, other in zip(CASES, found, others):
             assert_close_steps(got, step_with_graph(with_dropout(), *case, *process_batches()))
             assert torch.equal(got[0], other[0])
@@ -1706,6 +1711,31 @@ class TestRun:
         want = metrics.silhouette_score(z[one], labels[one].argmax(1))
         assert last["silhouette"] == pytest.approx(want, abs=1e-4)
 
+    def test_a_run_is_adam_on_clipped_gradients_with_the_rates_of_the_schedule(self, cache,
+                                                                               tmp_path):
+        run_train(cache, tmp_path, "--view", "contig", "--epochs", 2, "--dropout", 0, "--warmup", 3,
+                  "--weight-decay", 1, "--clip", .05, "--max-lr", 1e-3)
+        c, m = data.open_cache(cache), tiny(dropout=0.)
+        rows = c.rows(data.TRAIN_FOLDS)
+        optimizer, steps = torch.optim.AdamW(m.parameters(), weight_decay=1), len(rows) // 8
+        for epoch, logged in enumerate(log_of(tmp_path)):
+            order, losses = views.generator("order", 0, epoch).permutation(rows), []
+            for i in range(steps):
+                step, x = epoch * steps + i, normalized(c, order[8 * i:8 * i + 8])
+                keep = views.draw_leads((2, 8, 12), .5, views.generator("mask", 0, step))
+                z1, z2 = (m(view, k)[1][0] for view, k in zip(views.contig(x), keep))
+                loss = model.nt_xent(z1, z2, .1)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), .05)
+                optimizer.param_groups[0]["lr"] = train.learning_rate(step, 2 * steps, 3, 1e-3,
+                                                                      3e-5)
+                optimizer.step()
+                losses.append(loss.item())
+            assert logged["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        for got, want in zip(model.load_run(tmp_path)[0].parameters(), m.parameters()):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
     def test_without_superclasses_training_goes_on_without_clustering(self, cache, tmp_path):
         c = data.open_cache(cache)
         c.meta["label_sets"] = {}
@@ -1827,6 +1857,13 @@ class TestRun:
         for name in ("cut", "whole"):
             run_train(cache, tmp_path / name, *flags)
         assert_same(tmp_path / "cut", tmp_path / "whole")
+
+    @slow
+    def test_two_processes_share_the_rows_and_draw_masks_of_their_own(self, cache, two):
+        a, b = (drawn for *_, drawn in two[1])
+        x = normalized(data.open_cache(cache), np.arange(6))
+        assert torch.equal(torch.cat([a.views, b.views], 1), torch.stack(views.noncontig(x)))
+        assert a.keep.shape == b.keep.shape == (2, 3, 12) and not torch.equal(a.keep, b.keep)
 
     @slow
     def test_two_processes_train_as_one_does(self, cache, two, tmp_path):
@@ -3135,7 +3172,7 @@ class TestSurvives:
     @slow
     def test_two_processes_stop_at_the_same_step_when_one_is_told(self, two):
         folder, found = two
-        assert [asked for _, _, asked in found] == [5, 5]
+        assert [asked for _, _, asked, _ in found] == [5, 5]
         assert torch.load(folder / "told" / "last.pt")["step"] == 5
 
     def test_a_second_ctrl_c_stops_at_once(self):
