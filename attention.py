@@ -40,10 +40,9 @@ STREAMS = {"time": ("time", "time"), "channel": ("lead", "lead"),
            "time_to_channel": ("time", "lead"), "channel_to_time": ("lead", "time")}
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
          "lines.markersize": 3}
-ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
-         f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
-         "chance: share of such keys; ratio: of the two. Means over records; ±: half of a 95 % "
-         "interval.")
+ABOUT = ("Entropy of the queries' weights over ln(keys), mean over heads: 1 is uniform. On R peaks: "
+         f"share of attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of "
+         "such keys; ratio: of the two. Means over records; ±: half of a 95 % interval.")
 # Figures of training (paper Figs. 7 to 9): columns of log.jsonl, a panel each.
 TRAINING = {
     "loss": dict(loss="loss in training", val_loss=f"loss on {fold_names(VAL_FOLD)}"),
@@ -293,10 +292,9 @@ def maps(folders, out, args):
 
 def plot_training(kind, runs, path):
     """A figure of TRAINING, a panel a column and a line a run; runs: {name: (args.json, log)}."""
-    panels = TRAINING[kind]
-    figure = Figure((3.6 * len(panels), 3.8))
+    figure, panels = Figure((3.6 * len(TRAINING[kind]), 3.8)), TRAINING[kind].items()
     axes = figure.subplots(1, len(panels), sharey=kind == "loss")
-    for i, (axis, (column, title)) in enumerate(zip(axes, panels.items())):
+    for i, (axis, (column, title)) in enumerate(zip(axes, panels)):
         for color, (name, (saved, log)) in enumerate(runs.items()):
             if column in log and log[column].notna().any():  # a ResNet-18 has no streams
                 axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}",
