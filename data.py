@@ -259,12 +259,11 @@ def read_sums(path):
     """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form."""
     sums = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.strip().partition(" ")
-        name = name.strip().lstrip("*")
-        if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)):
+        found = re.fullmatch(r"([0-9a-f]{64}) +\*?(.+)", line.strip())
+        if not (found and goes_down(found[2])):
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
                              "folder; is the address right?")
-        sums[name] = digest
+        sums[found[2]] = found[1]
     return sums
 
 
@@ -359,11 +358,12 @@ def own_label_set(spec, counts, sets):
     """
     classes = {}
     for word in spec.split() or [spec]:
-        name, _, codes = word.partition("=")
-        if word in counts or not codes:
-            name, codes = word, word
-        classes[name] = codes.split("+")
-        for code in classes[name]:
+        name, codes = word, [word]
+        if word not in counts and "=" in word:
+            name, codes = word.split("=", 1)
+            codes = codes.split("+")
+        classes[name] = codes
+        for code in codes:
             if code not in counts:
                 there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80))
                 raise InputError(
@@ -605,8 +605,7 @@ def in_leads(recording):
     ->  that, (C,) bool: the leads that are there, and notes for the user. Raises InputError.
     """
     name, signal, units = recording.name, recording.signal, recording.unit
-    leads, notes = [lead_name(str(text)) for text in recording.leads], []
-    n = len(leads)
+    leads, n = [lead_name(str(text)) for text in recording.leads], len(recording.leads)
     if len(units) == 1:
         units = units * n
     if signal.ndim == 2 and signal.shape[1] != n == signal.shape[0]:  # (leads, time)
@@ -618,26 +617,25 @@ def in_leads(recording):
     if not known or len(set(known)) < len(known):
         raise InputError(f"{name}: leads {' '.join(map(str, recording.leads))[:200]}; needs some "
                          f"of {' '.join(LEADS)}, each once")
-    x = np.zeros((len(signal), len(LEADS)))
+    x, notes = np.zeros((len(signal), len(LEADS))), []
     for lead, unit, column in zip(leads, units, signal.T):
         if lead and unit.lower() not in UNITS:
             raise InputError(f"{name}: unit {unit}; needs mV, uV or V (--unit)")
         if lead:
             x[:, LEADS.index(lead)] = column * UNITS[unit.lower()]
     live = np.flatnonzero(np.nan_to_num(x).any(1))
-    padding = len(x) - (live[-1] + 1 - live[0]) if len(live) else 0
+    padding = len(x) - np.ptp(live) - 1 if len(live) else 0
     if padding > 0.1 * recording.rate and len(x) > SECONDS * recording.rate:
         x = x[live[0]:live[-1] + 1]
         notes.append(f"{padding / recording.rate:.1f} s of zeros or NaN at its ends are cut off")
     x[:, ~(np.abs(x) < 1e15).all(0)] = 0  # not finite, or squares leave float32
     there = x.std(0) >= FLAT_UV
-    if strange := [str(text) for text, lead in zip(recording.leads, leads) if not lead]:
-        notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
+    if not there.any():
+        raise InputError(f"{name}: all leads are flat or not finite; is the unit right?")
+    if len(known) < n:
+        notes.append(f"{n - len(known)} not among the 12 leads: not used")
     if not there.all():
         notes.append(f"{', '.join(np.array(LEADS)[~there])} missing, flat or not finite: masked")
-    if not there.any():
-        raise InputError(f"{name}: no lead to look at, all are flat or not finite; is the unit "
-                         "right?")
     size = np.median(np.ptp(x[:, there], axis=0)) / 1000
     if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
         notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
@@ -903,6 +901,8 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
               f"{FORMAT}): it is made anew", flush=True)
 
     new, was = (out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("new", "was"))
+    for folder in (new, was):  # of a process of the same number that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     new.mkdir(parents=True)
     # Ctrl-C is for this process alone, which then cancels what has not begun.
     pool = ProcessPoolExecutor(workers, initializer=signals.signal,

@@ -93,6 +93,7 @@ evaluate.STRENGTHS = evaluate.STRENGTHS[::4]  # an evaluation of a tiny run is m
 
 # Scripts and processes
 
+
 def script(*argv, ok=True, cwd=HERE):
     """Run a script of the project; return its output. With ok=False it must fail in one line."""
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, text=True,
@@ -128,6 +129,7 @@ def refused(says):
 
 
 # Data
+
 
 @pytest.fixture(scope="session")
 def synth(tmp_path_factory):
@@ -271,6 +273,7 @@ def normalized(cache, rows):
 
 # Models and batches
 
+
 def tiny(**more):
     torch.manual_seed(0)
     return model.Contrastive(model.Config(**(TINY | more)))
@@ -302,6 +305,7 @@ def gradient(m):
 
 
 # Runs
+
 
 def log_of(run):
     """The rows of a run's log."""
@@ -380,6 +384,7 @@ def finished(cache, tmp_path_factory):
 
 # Evaluations
 
+
 def run_evaluate(*argv):
     """Evaluate, or compare, in this process."""
     evaluate.main(evaluate.get_args([str(a) for a in argv]))
@@ -418,6 +423,7 @@ def random_scores(n=200, seed=0):
 
 
 # Figures
+
 
 def run_attention(*argv):
     """Draw in this process."""
@@ -678,14 +684,6 @@ class TestSynth:
         assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
         np.testing.assert_allclose(self.beat(["LVH", "AMI"], 0)["V2"], normal["V2"])
 
-    def test_it_refuses_a_folder_of_something_else_and_too_few_records(self, tmp_path):
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(InputError, match="holds no synthetic data"):
-            data.synthesize(tmp_path, 20)
-        for flag, says in (("--records=3", "at least 20"), ("--seed=-1", "at least 0")):
-            with refused(says):
-                data.get_args(["synth", flag])
-
     def test_classes_folds_and_patients_are_those_of_ptb_xl_s_layout(self, synth):
         table, label_sets, vocabulary = data.open_source(synth, 100)
         labels = data.assign_labels(table.statements, "superclass", label_sets, [vocabulary] * 100)
@@ -764,36 +762,6 @@ class TestDownload:
         assert server.asked == ["SHA256SUMS.txt"]
         assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
 
-    def test_a_full_disk_ends_a_download_in_one_line_and_what_has_come_is_kept(
-            self, twenty, tmp_path, monkeypatch):
-        server, replace, written = Server(twenty), os.replace, set()
-
-        def full(tmp, path):
-            if len(written) > 9:
-                raise OSError(28, "No space left on device", str(path))
-            replace(tmp, path)
-            written.add(path)
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="^[^\n]*No space left[^\n]*same command again.*$"):
-            data.download(tmp_path / "d", 100, server.url, workers=2)
-        assert len(server.asked) < 40
-        assert {path for path in (tmp_path / "d").rglob("*") if path.is_file()} == written
-
-    @slow
-    def test_ctrl_c_ends_a_download_in_one_line(self, twenty, tmp_path):
-        names = [*data.read_sums(twenty / "SHA256SUMS.txt")][20:40]
-        server = Server(twenty, {name: ["stall"] for name in names})
-        process = begun(tmp_path / "words", "download", "--data", tmp_path / "d", "--rate", 100,
-                        "--url", server.url)
-        until(lambda: len(set(server.asked) & {*names}) >= 8, process)
-        os.killpg(process.pid, signal.SIGINT)
-        process.join(50)
-        out = (tmp_path / "words").read_text()
-        assert process.exitcode == 1
-        assert out.endswith("stopped; the same command goes on from here\n"), out
-        assert "Traceback" not in out and not list((tmp_path / "d").rglob("*.tmp*"))
-
 
 class TestHostileData:
     @pytest.mark.parametrize("column, cell, says", [
@@ -824,12 +792,6 @@ class TestHostileData:
         pd.concat([codes, codes[:1]]).to_csv(path, index=False)
         with pytest.raises(InputError, match="s.csv cannot be read.*a code has two rows"):
             data.read_label_sets(path)
-
-    def test_records_may_lie_behind_a_link_of_the_user(self, small, tmp_path):
-        (small / "records100").rename(tmp_path / "disk")
-        (small / "records100").symlink_to(tmp_path / "disk")
-        (tmp_path / "link").symlink_to(small)
-        assert cached(tmp_path / "link").meta["records"] == 20
 
     @pytest.mark.parametrize("name", ["meta.json", "index.csv", "signals.int16"])
     @pytest.mark.parametrize("how", ["cut", "empty", "junk"])
@@ -895,16 +857,6 @@ class TestHostileData:
             assert not list(tmp_path.glob("cache.*"))
         data.build_cache(folder, 100, out, workers=1)
         assert data.open_cache(out).index.age[0] == 50
-
-    @slow
-    def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
-        both = [begun(tmp_path / name, "cache", "--data", synth, "--rate", 100, "--out",
-                      tmp_path / "c", "--workers", 1) for name in ("one", "two")]
-        for process in both:
-            process.join(60)
-        assert [process.exitcode for process in both] == [0, 0]
-        assert data.open_cache(tmp_path / "c").meta == data.open_cache(cache).meta
-        assert {path.name for path in tmp_path.iterdir()} == {"c", "one", "two"}
 
 
 class TestViews:
@@ -1435,8 +1387,10 @@ def work_of_a_process(rank, port, cache, folder):
         return told(device)
 
     train.train(train.get_args(argv_of(cache, folder / "told")), one_is_told)
+    config, order = views.ViewConfig(view="noncontig"), [(0, np.arange(6))]
+    drawn = next(train.batches(data.open_cache(cache), config, 0, order, CPU))
     torch.distributed.destroy_process_group()
-    torch.save((found, m.encoder.body[1].running_mean, len(asked)), folder / f"{rank}.pt")
+    torch.save((found, m.encoder.body[1].running_mean, len(asked), drawn), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="session")
@@ -1447,7 +1401,7 @@ def two(cache, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work_of_a_process, (port, cache, folder), 2)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 class TestTrain:
@@ -1484,10 +1438,13 @@ class TestTrain:
         m.precision = "float32"
         exact = train.project(m, big_batch(), slice(3, 6))[1]
         assert 0 < (first - exact).abs().max() < .1 < (first - other).abs().max()
+        alike = train.Batch(big_batch().views[:, :1].expand(-1, 12, -1, -1), None, 5)
+        a, b = (train.project(m, alike, slice(i, i + 3))[1] for i in (0, 3))
+        assert (a - b).abs().max() > .1  # each micro-batch has dropout of its own
 
     @slow
     def test_two_processes_give_the_gradient_of_one(self, two):
-        (found, mean, _), (others, *_) = two[1]
+        (found, mean, *_), (others, *_) = two[1]
         for case, got, other in zip(CASES, found, others):
             assert_close_steps(got, step_with_graph(with_dropout(), *case, *process_batches()))
             assert torch.equal(got[0], other[0])
@@ -1714,6 +1671,31 @@ class TestRun:
         want = metrics.silhouette_score(z[one], labels[one].argmax(1))
         assert last["silhouette"] == pytest.approx(want, abs=1e-4)
 
+    def test_a_run_is_adam_on_clipped_gradients_with_the_rates_of_the_schedule(self, cache,
+                                                                               tmp_path):
+        run_train(cache, tmp_path, "--view", "contig", "--epochs", 2, "--dropout", 0, "--warmup", 3,
+                  "--weight-decay", 1, "--clip", .05, "--max-lr", 1e-3)
+        c, m = data.open_cache(cache), tiny(dropout=0.)
+        rows = c.rows(data.TRAIN_FOLDS)
+        optimizer, steps = torch.optim.AdamW(m.parameters(), weight_decay=1), len(rows) // 8
+        for epoch, logged in enumerate(log_of(tmp_path)):
+            order, losses = views.generator("order", 0, epoch).permutation(rows), []
+            for i in range(steps):
+                step, x = epoch * steps + i, normalized(c, order[8 * i:8 * i + 8])
+                keep = views.draw_leads((2, 8, 12), .5, views.generator("mask", 0, step))
+                z1, z2 = (m(view, k)[1][0] for view, k in zip(views.contig(x), keep))
+                loss = model.nt_xent(z1, z2, .1)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), .05)
+                optimizer.param_groups[0]["lr"] = train.learning_rate(step, 2 * steps, 3, 1e-3,
+                                                                      3e-5)
+                optimizer.step()
+                losses.append(loss.item())
+            assert logged["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        for got, want in zip(model.load_run(tmp_path)[0].parameters(), m.parameters()):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
     def test_without_superclasses_training_goes_on_without_clustering(self, cache, tmp_path):
         c = data.open_cache(cache)
         c.meta["label_sets"] = {}
@@ -1835,6 +1817,13 @@ class TestRun:
         for name in ("cut", "whole"):
             run_train(cache, tmp_path / name, *flags)
         assert_same(tmp_path / "cut", tmp_path / "whole")
+
+    @slow
+    def test_two_processes_share_the_rows_and_draw_masks_of_their_own(self, cache, two):
+        a, b = (drawn for *_, drawn in two[1])
+        x = normalized(data.open_cache(cache), np.arange(6))
+        assert torch.equal(torch.cat([a.views, b.views], 1), torch.stack(views.noncontig(x)))
+        assert a.keep.shape == b.keep.shape == (2, 3, 12) and not torch.equal(a.keep, b.keep)
 
     @slow
     def test_two_processes_train_as_one_does(self, cache, two, tmp_path):
@@ -2514,6 +2503,10 @@ class TestAttention:
         for row in table.index[8::100]:  # the first is ecg_id 9
             high, low = (read_signal(table, row, rate) for rate in (500, 100))
             found, same = attention.r_peaks(high, 500), attention.r_peaks(low, 100)
+            if table.ecg_id[row] == 9:  # its ten complexes, by eye
+                for peaks in (found, same):
+                    np.testing.assert_allclose(peaks, [.86, 1.78, 2.73, 3.71, 4.69, 5.70, 6.72,
+                                                       7.74, 8.75, 9.73], atol=.03)
             others = [xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
                       for k in (0, 1, 6, 7, 8, 9, 10, 11)]
 
@@ -2528,30 +2521,21 @@ class TestAttention:
             assert max(np.abs(same - t).min() for t in inside) < .03
         assert n > 40 and extra + missed == 0, (n, extra, missed)
 
-    @real
-    def test_no_r_peak_is_found_where_ecg_9_has_no_complex(self):
-        table = data.load_tables(PTBXL)
-        (row,) = table.index[table.ecg_id == 9]
-        for rate in data.RATES:  # its ten complexes, by eye
-            np.testing.assert_allclose(attention.r_peaks(read_signal(table, row, rate), rate), [
-                .86, 1.78, 2.73, 3.71, 4.69, 5.70, 6.72, 7.74, 8.75, 9.73], atol=.03)
-
     def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt(self, tmp_path):
         signal = (beats(100)[0] * np.arange(1, 13) / 12).astype(np.int16)
         with mock.patch.object(attention, "save_figure") as save:
             attention.plot_ecg(signal, 100, "", tmp_path / "ecg.png")
-        (axis,), numbers = save.call_args[0][0].axes, save.call_args[0][2]
-        axis.figure.set_dpi(254)  # ten dots a millimetre
+        figure, _, numbers = save.call_args[0]
+        figure.set_dpi(254)  # ten dots a millimetre
+        (axis,) = figure.axes
         at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
         np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, 10]], atol=1e-6)
         assert {text.get_text() for text in axis.texts} > set(LEADS)
-        row = axis.lines[1].get_ydata()  # II aVL V2 V5
-        want = np.concatenate([numbers["millivolt"][i * 250:(i + 1) * 250, k]
-                               for i, k in enumerate((1, 4, 7, 10))])
-        np.testing.assert_allclose(row - row[0], want - want[0], atol=1e-9)
         rows = np.stack([line.get_ydata() for line in axis.lines[:4]])
+        want = np.concatenate([numbers["millivolt"][i * 250:(i + 1) * 250, k]
+                               for i, k in enumerate((1, 4, 7, 10))])  # II aVL V2 V5
+        np.testing.assert_allclose(rows[1] - rows[1, 0], want - want[0], atol=1e-9)
         np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
-        np.testing.assert_array_equal(numbers["r_peaks"], attention.r_peaks(signal, 100))
 
     @pytest.mark.parametrize("flags", [[], ["--mix-leads"]])
     def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags):
@@ -2584,8 +2568,6 @@ class TestAttention:
             self, finished, cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
         args = attention.get_args(["maps", str(run), "--superclass", "NORM"])
-        with mock.patch.object(attention, "RECORDS", 2):
-            assert len(attention.choose(c, args)[0]) == 2
         rows, subject = attention.choose(c, args)
         has_it = data.read_labels(c).y[:, CLASSES.index("NORM")] == 1
         pool = c.index[has_it & c.index.strat_fold.isin([9, 10])]
@@ -2641,8 +2623,9 @@ class TestAttention:
 
     def test_views_are_those_of_training_with_masked_leads_marked_and_their_spectra(self, drawn,
                                                                                   cache):
-        c, (figure, numbers) = data.open_cache(cache), drawn[0]["views-noncontig"]
-        x = numbers["normalized"]
+        figure, numbers = drawn[0]["views-noncontig"]
+        every, x = normalized(data.open_cache(cache), range(100)), numbers["normalized"]
+        assert (every - torch.tensor(x)).abs().amax((1, 2)).min() < 1e-6
         for got, want in zip(numbers["views"], views.noncontig(torch.tensor(x)[None])):
             np.testing.assert_allclose(got, want[0], atol=1e-6)
         keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0].numpy()
@@ -2885,7 +2868,7 @@ class TestRecordings:
             for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
                 np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column],
                                            rtol=1e-5)
-            assert notes == ["RESP not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
+            assert notes == ["1 not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
                              "V4, V5, V6 missing, flat or not finite: masked"]
 
     def test_windows_cover_a_recording_and_padding_is_cut_off(self):
@@ -2947,8 +2930,8 @@ class TestRecordings:
         for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
                                (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
-                               (dict(x=x * 0), "no lead to look at"),
-                               (dict(x=x * np.nan), "no lead to look at"),
+                               (dict(x=x * 0), "all leads are flat"),
+                               (dict(x=x * np.nan), "all leads are"),
                                (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
                                (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
             with pytest.raises(InputError, match=words):
@@ -3118,7 +3101,7 @@ class TestSurvives:
     @slow
     def test_two_processes_stop_at_the_same_step_when_one_is_told(self, two):
         folder, found = two
-        assert [asked for _, _, asked in found] == [5, 5]
+        assert [asked for _, _, asked, _ in found] == [5, 5]
         assert torch.load(folder / "told" / "last.pt")["step"] == 5
 
     def test_a_second_ctrl_c_stops_at_once(self):
