@@ -1133,13 +1133,13 @@ def name_leads(n):
     return f"{'lead' if n == 1 else 'leads'} {', '.join(LEAD_SETS[n])}"
 
 
-def paper_lines(view, group):
+def paper_lines(view):
     """What the paper reports of a view, on all of PTB-XL, as lines of metrics (Tables 2 and 3)."""
     table2 = dict(zip(CLUSTERING, VIEWS[view].table2 or ()))
     names = [f"f1/{name}" for name in CLASSES]
     table3 = dict(zip([*names, "accuracy", "macro_f1"], VIEWS[view].table3 or ()))
     found = lines(Key("clustering", PAPER), table2) + lines(Key("table3", PAPER), table3)
-    return pd.DataFrame(found).assign(group=group)
+    return pd.DataFrame(found).assign(group=view)
 
 
 def make_tables(table, classes, index):
@@ -1248,6 +1248,23 @@ def describe(saved, meta):
             f"{saved['config']['arch']}; {describe_data(meta)}, {records} at {meta['rate']} Hz")
 
 
+def write_report(path, title, table, abouts, notes, base=None):
+    """Write the answer, notes and a table a protocol to a Markdown file; print the answer.
+
+    abouts, base: as answer() takes them; notes: a list of lines
+    """
+    sentences, shown, index = answer(table, abouts, base), [table], ["group", "row"]
+    if len(abouts) == 1:
+        index = ["row"]
+    for about in {about["view"]: about for about in abouts.values()}.values():
+        if about["labels"] == "superclass":
+            shown.append(paper_lines(about["view"]))
+    parts = [f"# {title}", "\n".join(sentences), "\n".join(notes),
+             *make_tables(pd.concat(shown), about["classes"], index)]
+    write_text(path, "\n\n".join(parts) + "\n")
+    print("\n".join(sentences))
+
+
 # A report of a run
 
 def evaluate(args):
@@ -1264,13 +1281,10 @@ def evaluate(args):
         labels=run.labels.name, classes=list(run.labels.classes),
         tested={name: len(task.tested) for name, task in run.protocols.items()},
         data={key: meta[key] for key in ("data", "rate", "records", "synthetic", "fingerprint")})
-
     write_json(run.out / "eval" / "about.json", about)
     write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
 
-    shown, notes = table, [INTERVALS]
-    if run.labels.name == "superclass":
-        shown = pd.concat([table, paper_lines(about["view"], run.group)])
+    notes = [INTERVALS]
     if rare := note_rare(run.protocols, run.labels.classes):
         notes.append(rare)
     if meta["left_out"]:
@@ -1279,14 +1293,11 @@ def evaluate(args):
     if meta["fingerprint"] != run.saved["data"]["fingerprint"]:
         notes.append(f"Pretrained on other data: {run.saved['data']['data']}.")
     training = table[table.protocol == "training"]
-    numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
-    notes.append(f"Training, last epoch and median speed: {numbers or 'without a log'}.")
-    sentences, figures = answer(table, {run.group: about}), draw(run, table, title)
-    text = [f"# {run.out}\n{title}", "\n".join(sentences), "\n".join(notes),
-            *make_tables(shown, run.labels.classes, ["row"]),
-            " ".join(f"![{path.stem}](figures/{path.name})" for path in figures)]
-    write_text(run.out / "report.md", "\n\n".join(text) + "\n")
-    print("\n".join(sentences))
+    if len(training):
+        numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
+        notes.append(f"Training, last epoch and median speed: {numbers}.")
+    notes += [f"![{path.stem}](figures/{path.name})" for path in draw(run, table, title)]
+    write_report(run.out / "report.md", f"{run.out}\n{title}", table, {run.group: about}, notes)
     print(f"-> {run.out}: report.md (the tables), metrics.csv (every number), figures/")
 
 
@@ -1531,22 +1542,14 @@ def compare(args):
     abouts = {group: of_group[0].about for group, of_group in groups.items()}
     table = pool_groups(groups, args.bootstrap)
 
-    last = {about["view"]: group for group, about in abouts.items()}
-    notes, shown = [INTERVALS + " " + OVER_SEEDS], []
+    notes = [INTERVALS, OVER_SEEDS]
     for group, about in abouts.items():
         seeds = ", ".join(str(run.about["seed"]) for run in groups[group])
-        notes.append(f"{group}: view {about['view']}, seeds {seeds}; "
+        notes.append(f"- {group}: view {about['view']}, seeds {seeds}; "
                      f"{describe_data(about['data'])}, {about['data']['records']} records at "
                      f"{about['data']['rate']} Hz; labels: {labels}.")
-        shown.append(table[table.group == group])
-        if labels == "superclass" and last[about["view"]] == group:
-            shown.append(paper_lines(about["view"], about["view"]))
-    sentences = answer(table, abouts, args.base)
-    text = ["# Comparison of runs", "\n".join(sentences), "\n".join(notes),
-            *make_tables(pd.concat(shown), about["classes"], ["group", "row"])]
-    write_text(f"{args.out}.md", "\n\n".join(text) + "\n")
+    write_report(f"{args.out}.md", "Comparison of runs", table, abouts, notes, args.base)
     write_atomic(f"{args.out}.csv", lambda tmp: table.to_csv(tmp, index=False))
-    print("\n".join(sentences))
     print(f"-> {args.out}.md (the tables), {args.out}.csv (every number)")
 
 

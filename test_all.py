@@ -2995,6 +2995,13 @@ class TestEmbed:
         with refused(r"none of 1 recordings can be used:\n.*cannot be read"):
             embedded(evaluated[0], tmp_path, bad)
 
+    def test_without_a_probe_there_are_representations_alone(self, finished, synth, tmp_path):
+        run = Path(shutil.copytree(finished[0], tmp_path / "r"))
+        (run / "eval" / "probe.npz").unlink(missing_ok=True)
+        table, arrays, words = embedded(run, tmp_path, synth / RECORD)
+        assert list(table) == ["name", "leads", "windows", "notes"] and "make eval" in words
+        assert arrays["z"].shape == (1, TINY["rep_dim"]) and arrays["probabilities"].size == 0
+
     def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
         x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
         for folder in ("a", "b"):
