@@ -6,20 +6,16 @@
 
 Faults, what is promised then, and the tests of it:
 
-    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
-    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
-    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
-    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
-    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
-    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
-    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
-    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
-    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
-    another device                goes on there                            *_gpu_*, *_device
-    out of memory                 one line: what to halve                  *_out_of_memory_*
-    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
-    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
+    a server stalls, cuts, lies    tried again, else named; once each byte   TestDownload
+    a hostile list or table        nothing outside the folder; cells named   TestHostileData
+    a damaged cache or recording   named; the others go on                   *Hostile*, TestEmbed
+    a damaged file of a run        named, with what to do; it is kept        test_a_damaged_file_*
+    a full disk                    named; what was there is kept             *_full_disk_*
+    SIGTERM, Ctrl-C                the step is saved; no traceback           *_signal_*, *_ctrl_c_*
+    kill -9                        goes on, and ends bit for bit the same    *_killed_*
+    torchrun killed, told to stop  all stop, at the same step; goes on       *_torchrun_*, *_told
+    another device                 goes on there                             *_gpu_*, *_device
+    out of memory                  one line: what to halve                   *_out_of_memory_*
 """
 import os
 
@@ -29,7 +25,6 @@ import argparse
 import contextlib
 import dataclasses
 import email.utils
-import errno
 import functools
 import http.server
 import importlib
@@ -52,7 +47,6 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import ecgmentations
 import h5py
 import numpy as np
 import pandas as pd
@@ -67,9 +61,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.tensorboard
 import wfdb
+from matplotlib.colors import to_hex
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wfdb.processing import xqrs_detect
 
 import attention
 import data
@@ -80,7 +76,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
+PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -98,6 +94,7 @@ evaluate.STRENGTHS = evaluate.STRENGTHS[::4]  # an evaluation of a tiny run is m
 
 
 # Scripts and processes
+
 
 def script(*argv, ok=True, cwd=HERE):
     """Run a script of the project; return its output. With ok=False it must fail in one line."""
@@ -134,6 +131,7 @@ def refused(says):
 
 
 # Data
+
 
 @pytest.fixture(scope="session")
 def synth(tmp_path_factory):
@@ -277,6 +275,7 @@ def normalized(cache, rows):
 
 # Models and batches
 
+
 def tiny(**more):
     torch.manual_seed(0)
     return model.Contrastive(model.Config(**(TINY | more)))
@@ -308,6 +307,7 @@ def gradient(m):
 
 
 # Runs
+
 
 def log_of(run):
     """The rows of a run's log."""
@@ -386,6 +386,7 @@ def finished(cache, tmp_path_factory):
 
 # Evaluations
 
+
 def run_evaluate(*argv):
     """Evaluate, or compare, in this process."""
     evaluate.main(evaluate.get_args([str(a) for a in argv]))
@@ -397,22 +398,12 @@ def quick(run, *more):
             *more)
 
 
-def metrics_of(run):
-    """The values of metrics.csv by protocol, row, labels, seed and metric."""
-    return pd.read_csv(run / "metrics.csv").set_index(evaluate.KEYS)
-
-
-def numbers_of(run):
-    """The same, without what depends on the clock."""
-    return metrics_of(run).drop(index="seconds", level="metric")
-
-
 @pytest.fixture(scope="session")
 def evaluated(finished, cache):
     """The finished run, evaluated without the slow rows; its encoder's bytes before; what it said.
     """
     before = (finished[0] / "model.pt").read_bytes()
-    return finished[0], before, said(run_evaluate, *quick(finished[0]))
+    return finished[0], before, said(run_evaluate, *quick(finished[0], "--cv", "--seeds", 2))
 
 
 def random_scores(n=200, seed=0):
@@ -425,6 +416,7 @@ def random_scores(n=200, seed=0):
 
 # Figures
 
+
 def run_attention(*argv):
     """Draw in this process."""
     attention.main(attention.get_args([str(a) for a in argv]))
@@ -436,6 +428,11 @@ def beats(rate, every=0.8, first=0.5):
     mv = sum(np.exp(-((t - r) / .012) ** 2 / 2) + .3 * np.exp(-((t - r - .25) / .05) ** 2 / 2)
              for r in times)
     return np.repeat(np.rint(1000 * mv).astype(np.int16)[:, None], 12, axis=1), times
+
+
+def read_signal(table, row, rate):
+    """A real record (T, C) in microvolt, of a table of load_tables()."""
+    return data.in_leads(data.read_recording(f"{PTBXL}/{table[data.RATES[rate]][row]}.hea"))[0]
 
 
 def figures_of(*argv):
@@ -483,6 +480,8 @@ class TestData:
     def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
         first = cached(small).meta
         assert cached(small).meta == first and "up to date" in capsys.readouterr().out
+        assert "up to date" in script("data.py", "cache", "--data", small, "--rate", 100, "--out",
+                                      small.parent / "cache")
         os.utime(small / f"{RECORD}.dat", (1, 1))
         second = cached(small).meta
         assert second["source"] != first["source"]
@@ -677,14 +676,6 @@ class TestSynth:
         assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
         np.testing.assert_allclose(self.beat(["LVH", "AMI"], 0)["V2"], normal["V2"])
 
-    def test_it_refuses_a_folder_of_something_else_and_too_few_records(self, tmp_path):
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(InputError, match="holds no synthetic data"):
-            data.synthesize(tmp_path, 20)
-        for flag, says in (("--records=3", "at least 20"), ("--seed=-1", "at least 0")):
-            with refused(says):
-                data.get_args(["synth", flag])
-
     def test_classes_folds_and_patients_are_those_of_ptb_xl_s_layout(self, synth):
         table, label_sets, vocabulary = data.open_source(synth, 100)
         labels = data.assign_labels(table.statements, "superclass", label_sets, [vocabulary] * 100)
@@ -763,36 +754,6 @@ class TestDownload:
         assert server.asked == ["SHA256SUMS.txt"]
         assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
 
-    def test_a_full_disk_ends_a_download_in_one_line_and_what_has_come_is_kept(
-            self, twenty, tmp_path, monkeypatch):
-        server, replace, written = Server(twenty), os.replace, set()
-
-        def full(tmp, path):
-            if len(written) > 9:
-                raise OSError(28, "No space left on device", str(path))
-            replace(tmp, path)
-            written.add(path)
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="^[^\n]*No space left[^\n]*same command again.*$"):
-            data.download(tmp_path / "d", 100, server.url, workers=2)
-        assert len(server.asked) < 40
-        assert {path for path in (tmp_path / "d").rglob("*") if path.is_file()} == written
-
-    @slow
-    def test_ctrl_c_ends_a_download_in_one_line(self, twenty, tmp_path):
-        names = [*data.read_sums(twenty / "SHA256SUMS.txt")][20:40]
-        server = Server(twenty, {name: ["stall"] for name in names})
-        process = begun(tmp_path / "words", "download", "--data", tmp_path / "d", "--rate", 100,
-                        "--url", server.url)
-        until(lambda: len(set(server.asked) & {*names}) >= 8, process)
-        os.killpg(process.pid, signal.SIGINT)
-        process.join(50)
-        out = (tmp_path / "words").read_text()
-        assert process.exitcode == 1
-        assert out.endswith("stopped; the same command goes on from here\n"), out
-        assert "Traceback" not in out and not list((tmp_path / "d").rglob("*.tmp*"))
-
 
 class TestHostileData:
     @pytest.mark.parametrize("column, cell, says", [
@@ -823,12 +784,6 @@ class TestHostileData:
         pd.concat([codes, codes[:1]]).to_csv(path, index=False)
         with pytest.raises(InputError, match="s.csv cannot be read.*a code has two rows"):
             data.read_label_sets(path)
-
-    def test_records_may_lie_behind_a_link_of_the_user(self, small, tmp_path):
-        (small / "records100").rename(tmp_path / "disk")
-        (small / "records100").symlink_to(tmp_path / "disk")
-        (tmp_path / "link").symlink_to(small)
-        assert cached(tmp_path / "link").meta["records"] == 20
 
     @pytest.mark.parametrize("name", ["meta.json", "index.csv", "signals.int16"])
     @pytest.mark.parametrize("how", ["cut", "empty", "junk"])
@@ -894,16 +849,6 @@ class TestHostileData:
             assert not list(tmp_path.glob("cache.*"))
         data.build_cache(folder, 100, out, workers=1)
         assert data.open_cache(out).index.age[0] == 50
-
-    @slow
-    def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
-        both = [begun(tmp_path / name, "cache", "--data", synth, "--rate", 100, "--out",
-                      tmp_path / "c", "--workers", 1) for name in ("one", "two")]
-        for process in both:
-            process.join(60)
-        assert [process.exitcode for process in both] == [0, 0]
-        assert data.open_cache(tmp_path / "c").meta == data.open_cache(cache).meta
-        assert {path.name for path in tmp_path.iterdir()} == {"c", "one", "two"}
 
 
 class TestViews:
@@ -1434,8 +1379,10 @@ def work_of_a_process(rank, port, cache, folder):
         return told(device)
 
     train.train(train.get_args(argv_of(cache, folder / "told")), one_is_told)
+    config, order = views.ViewConfig(view="noncontig"), [(0, np.arange(6))]
+    drawn = next(train.batches(data.open_cache(cache), config, 0, order, CPU))
     torch.distributed.destroy_process_group()
-    torch.save((found, m.encoder.body[1].running_mean, len(asked)), folder / f"{rank}.pt")
+    torch.save((found, m.encoder.body[1].running_mean, len(asked), drawn), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="session")
@@ -1446,7 +1393,7 @@ def two(cache, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work_of_a_process, (port, cache, folder), 2)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 class TestTrain:
@@ -1483,10 +1430,13 @@ class TestTrain:
         m.precision = "float32"
         exact = train.project(m, big_batch(), slice(3, 6))[1]
         assert 0 < (first - exact).abs().max() < .1 < (first - other).abs().max()
+        alike = train.Batch(big_batch().views[:, :1].expand(-1, 12, -1, -1), None, 5)
+        a, b = (train.project(m, alike, slice(i, i + 3))[1] for i in (0, 3))
+        assert (a - b).abs().max() > .1  # each micro-batch has dropout of its own
 
     @slow
     def test_two_processes_give_the_gradient_of_one(self, two):
-        (found, mean, _), (others, *_) = two[1]
+        (found, mean, *_), (others, *_) = two[1]
         for case, got, other in zip(CASES, found, others):
             assert_close_steps(got, step_with_graph(with_dropout(), *case, *process_batches()))
             assert torch.equal(got[0], other[0])
@@ -1575,10 +1525,10 @@ class TestTrain:
         assert {key: getattr(plan, key) for key in want} == want
 
     @pytest.mark.parametrize("n, processes, argv, says", [
-        (3, 1, "", "3 records in folds 1-8 and 50 in fold 9"),
-        (11, 3, "", "each of 3 processes needs 4 and 2"),
-        (344, 3, "--batch-size 64", "--batch-size 64: give at most 344, .* a multiple of 3"),
-        (344, 1, "--batch-size 512", "--batch-size 512: give at most 344"),
+        (1, 1, "", "--batch-size 2: a batch holds at most the 1 records of folds 1-8"),
+        (2, 3, "", "equal parts for each of 3 processes, which needs 2 of the 50 of fold 9"),
+        (344, 3, "--batch-size 64", "--batch-size 64: .* in equal parts for each of 3 processes"),
+        (344, 1, "--batch-size 512", "--batch-size 512: a batch holds at most the 344 records"),
         *((99, 1, flag, f"argument {flag.split()[0]}") for flag in (
             "--epochs 0", "--batch-size 1", "--tau nan", "--workers -1", "--aux-weight nan",
             "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--negatives none")),
@@ -1682,7 +1632,7 @@ class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
-        assert f"finished, 18 steps; next: make eval RUN={run}" in out
+        assert re.search(rf"finished, \d+ steps; next: make eval RUN={run}", out)
         assert {path.name for path in run.iterdir()} - {"eval", "figures"} >= {
             ".lock", "args.json", "log.jsonl", "last.pt", "model.pt", "tensorboard"}
         m, saved = model.load_run(run)
@@ -1712,6 +1662,31 @@ class TestRun:
         one = labels.sum(1) == 1
         want = metrics.silhouette_score(z[one], labels[one].argmax(1))
         assert last["silhouette"] == pytest.approx(want, abs=1e-4)
+
+    def test_a_run_is_adam_on_clipped_gradients_with_the_rates_of_the_schedule(self, cache,
+                                                                               tmp_path):
+        run_train(cache, tmp_path, "--view", "contig", "--epochs", 2, "--dropout", 0, "--warmup", 3,
+                  "--weight-decay", 1, "--clip", .05, "--max-lr", 1e-3)
+        c, m = data.open_cache(cache), tiny(dropout=0.)
+        rows = c.rows(data.TRAIN_FOLDS)
+        optimizer, steps = torch.optim.AdamW(m.parameters(), weight_decay=1), len(rows) // 8
+        for epoch, logged in enumerate(log_of(tmp_path)):
+            order, losses = views.generator("order", 0, epoch).permutation(rows), []
+            for i in range(steps):
+                step, x = epoch * steps + i, normalized(c, order[8 * i:8 * i + 8])
+                keep = views.draw_leads((2, 8, 12), .5, views.generator("mask", 0, step))
+                z1, z2 = (m(view, k)[1][0] for view, k in zip(views.contig(x), keep))
+                loss = model.nt_xent(z1, z2, .1)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), .05)
+                optimizer.param_groups[0]["lr"] = train.learning_rate(step, 2 * steps, 3, 1e-3,
+                                                                      3e-5)
+                optimizer.step()
+                losses.append(loss.item())
+            assert logged["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        for got, want in zip(model.load_run(tmp_path)[0].parameters(), m.parameters()):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
     def test_without_superclasses_training_goes_on_without_clustering(self, cache, tmp_path):
         c = data.open_cache(cache)
@@ -1753,7 +1728,7 @@ class TestRun:
             other.communicate("\n")
 
     def test_the_loss_at_chance_counts_the_negatives_and_losses_that_there_are(self, finished):
-        assert f"chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
+        assert f"at chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
         args = dict(aux_weight=.5, aux_losses=True, negatives="micro")
         got = train.chance(args, dict(batch=64, micro=4, val_batch=8))
         assert got == pytest.approx([2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)])
@@ -1775,7 +1750,7 @@ class TestRun:
                            (["--device", "cuda:9"], "--device cuda:9"),
                            (["--time-stride", 501], "a view has only 500 samples"),
                            (["--cache", tmp_path / "none"], "no cache in"),
-                           (["--batch-size", 999], "--batch-size 999: give at most")):
+                           (["--batch-size", 999], "--batch-size 999: a batch holds at most")):
             with pytest.raises(InputError, match=says):
                 run_train(cache, tmp_path / "r", *argv)
         with mock.patch.dict(views.POOL, band=(.5, 80)), pytest.raises(ValueError, match="fs/2=50"):
@@ -1800,11 +1775,11 @@ class TestRun:
     def test_a_run_killed_at_a_random_save_and_told_to_stop_ends_bit_for_bit_like_another(
             self, cache, tmp_path, argv, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
-        saves = int(np.random.default_rng().integers(1, 16))
+        saves = int(np.random.default_rng().integers(1, 14))
         run_train(cache, whole, *argv)
         run_cut_short(saves, cache, cut, *argv, "--save-minutes", 0)
         run_train(cache, cut, *argv, stop=4)
-        assert f"stopped at step {saves + 4} of 18; the same" in capsys.readouterr().out, saves
+        assert f"stopped at step {saves + 4} of " in capsys.readouterr().out, saves
         assert not (cut / "model.pt").exists()
         run_train(cache, cut, *argv)
         assert f"from step {saves + 4}" in capsys.readouterr().out
@@ -1836,6 +1811,13 @@ class TestRun:
         assert_same(tmp_path / "cut", tmp_path / "whole")
 
     @slow
+    def test_two_processes_share_the_rows_and_draw_masks_of_their_own(self, cache, two):
+        a, b = (drawn for *_, drawn in two[1])
+        x = normalized(data.open_cache(cache), np.arange(6))
+        assert torch.equal(torch.cat([a.views, b.views], 1), torch.stack(views.noncontig(x)))
+        assert a.keep.shape == b.keep.shape == (2, 3, 12) and not torch.equal(a.keep, b.keep)
+
+    @slow
     def test_two_processes_train_as_one_does(self, cache, two, tmp_path):
         """Each draws its own views, which only a run without chance can be compared in."""
         run_train(cache, tmp_path, *TWO["contig"])
@@ -1861,18 +1843,15 @@ def settings_of(run, **more):
                                      bootstrap=200) | more)
 
 
-def measured_run(run, rows=("majority", "rocket", "untrained", "pretrained"), **more):
-    """An evaluate.Run of a quick evaluation, and its table of numbers."""
-    opened = evaluate.open_run(settings_of(run, **more))
-    return opened, evaluate.measure(opened, rows)
-
-
 @pytest.fixture(scope="session")
-def measured(finished, tmp_path_factory):
-    """A copy of the finished run, evaluated: its evaluate.Run, table and {Key: Scores}."""
-    folder = shutil.copytree(finished[0], tmp_path_factory.mktemp("measured") / "one-s0")
-    run, table = measured_run(folder)
-    return run, table, evaluate.read_scores(folder / "eval" / "scores.npz")
+def measured(evaluated):
+    """The evaluated run as an evaluate.Run with its encoders, its metrics.csv, {Key: Scores}."""
+    run = evaluate.open_run(settings_of(evaluated[0]))
+    evaluate.add_encoders(run, [])
+    blank = dict.fromkeys(("value", "low", "high"), [""])
+    table = pd.read_csv(run.out / "metrics.csv", keep_default_na=False, na_values=blank,
+                        float_precision="round_trip")
+    return run, table, evaluate.read_scores(run.out / "eval" / "scores.npz")
 
 
 def protocol(y, fold=None, single=False, by_view=False):
@@ -2313,7 +2292,8 @@ class TestEvaluate:
                          STRENGTHS=np.array([.1]))
     def test_every_row_is_there_also_for_stochastic_views(self, cache, tmp_path):
         run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
-        _, table = measured_run(tmp_path / "r", evaluate.ROWS, cv=False, labels=["3shot", "100%"])
+        settings = settings_of(tmp_path / "r", cv=False, labels=["3shot", "100%"])
+        table = evaluate.measure(evaluate.open_run(settings), evaluate.ROWS)
         rows = {name: set(part.row) for name, part in table[table.minus == ""].groupby("protocol")}
         assert rows["official"] == set(evaluate.ROWS)
         assert rows["table3"] == rows["official"] - {*evaluate.NETWORKS}
@@ -2321,344 +2301,248 @@ class TestEvaluate:
         for row in ("finetuned", "supervised", "resnet18-supervised"):
             assert 0 <= self.value(table, row=row, labels="3shot").value <= 1
         with mock.patch.object(evaluate, "fit_network", None):  # it is not trained again
-            _, again = measured_run(tmp_path / "r", evaluate.ROWS, cv=False,
-                                    labels=["3shot", "100%"])
+            again = evaluate.measure(evaluate.open_run(settings), evaluate.ROWS)
         pd.testing.assert_frame_equal(table, again)
 
 
-class TestReported:
-    def test_report_figures_and_numbers_are_there(self, evaluated):
+def write_results(folder, seed=0, view="contig", **changes):
+    """A run folder as evaluate() leaves it, from random scores, which are returned: {Key: Scores}.
+
+    changes: of what args.json holds
+    """
+    rng, (y, _, _, patients) = np.random.default_rng(seed), random_scores()
+    keys = [evaluate.Key("official", row, *more) for row in ("rocket", "untrained", "pretrained")
+            for more in ((), ("10",), ("10", "all", 1), ("100%", "1"))]
+    scores = {}
+    for key in keys:
+        p = .5 * rng.random(y.shape) + .2 * y * (key.row == "pretrained")
+        scores[key] = evaluate.Scores(y, p, (p > .3).astype(int), patients)
+    found = evaluate.results(scores, CLASSES, 20)
+    table = pd.DataFrame(
+        evaluate.score_lines(found, {keys[9]: [dict(records=10)]})
+        + evaluate.lines(evaluate.Key("clustering", "pretrained"), dict(silhouette=seed / 10)))
+    folder.mkdir(parents=True)
+    table.assign(group="x")[evaluate.COLUMNS].to_csv(folder / "metrics.csv", index=False)
+    evaluate.write_scores(folder / "eval" / "scores.npz", scores)
+    data.write_json(folder / "args.json", dict(args=dict(view=view, tau=.1), config={},
+                                               strengths={}) | changes)
+    meta = dict(data="d/synth", rate=100, records=200, synthetic=True, fingerprint="f" * 64)
+    data.write_json(folder / "eval" / "about.json", dict(
+        format=evaluate.FORMAT, settings=dict(label_lr=None), view=view, seed=seed,
+        labels="superclass", classes=CLASSES, tested=dict(official=200), data=meta))
+    return scores
+
+
+def read_lines(path):
+    """A table of metrics from its CSV file."""
+    numbers = dict.fromkeys(("value", "low", "high", "sd"), [""])
+    return pd.read_csv(path, dtype=dict(labels=str, leads=str), keep_default_na=False,
+                       na_values=numbers)
+
+
+def metric_lines(**numbers):
+    """A table of metrics of one run: {`row` or `row_minus_other`: (value, low, high)}."""
+    rows = []
+    for name, (value, low, high) in numbers.items():
+        row, _, minus = name.partition("_minus_")
+        for leads in ("all", "1"):
+            rows.append(("g", row, minus, "official", "100%", leads, "macro_auroc", value, low,
+                         high))
+    return pd.DataFrame(rows, columns=evaluate.COLUMNS)
+
+
+def about_of(**changes):
+    return dict(tested=dict(official=64), data=dict(synthetic=False)) | changes
+
+
+class TestReport:
+    @pytest.mark.parametrize("low, high, words", [
+        (.01, .09, "yes.* above the untrained"), (-.09, -.01, "no, it does harm.* below the untr"),
+        (-.01, .09, "these records do not tell.* not told apart from the untrained"),
+        (np.nan, np.nan, "these records do not tell")])
+    def test_the_answer_is_what_the_interval_of_the_difference_says(self, low, high, words):
+        table = metric_lines(pretrained=(.8, .7, .9), pretrained_minus_untrained=(.04, low, high),
+                             pretrained_minus_rocket=(-.02, -.031, -.01))
+        text = "\n".join(evaluate.answer(table, dict(g=about_of())))
+        assert re.search(words, text), text
+        for number in ("0.800 [0.700, 0.900]", "+0.040", "below ROCKET (-0.020 [-0.031, -0.010])",
+                       f"64 records, fold {data.TEST_FOLD}", "From lead II alone"):
+            assert number in text, (number, text)
+        assert "SYNTHETIC" not in text and 3 <= len(text.splitlines()) <= 6
+        real = about_of(data=dict(synthetic=True))
+        assert "SYNTHETIC" in "\n".join(evaluate.answer(table, dict(g=real)))
+
+    def test_of_groups_the_highest_is_named_and_stands_against_a_base(self):
+        parts = []
+        for group, value in dict(a=.7, b=.9, c=.8).items():
+            parts.append(metric_lines(
+                pretrained=(value, value, value), pretrained_minus_untrained=(.1, .05, .2),
+                pretrained_minus_rocket=(.1, .05, .2)).assign(group=group, minus_group=""))
+        between = metric_lines(pretrained_minus_pretrained=(-.1, -.2, -.05))
+        for one, other in (("a", "b"), ("c", "b"), ("b", "a")):
+            parts.append(between.assign(group=one, minus_group=other))
+        groups = {group: about_of() for group in "abc"}
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups))
+        assert "The highest is b. Against b: a is below it (-0.100 [-0.200, -0.050]), c is" in text
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups, "a"))
+        assert "The highest is b. Against a: b is below it" in text
+
+    def test_a_table_holds_each_number_at_its_row_and_column(self):
+        rows = [("g", row, "", "official", "100%", "all", metric, value, np.nan, np.nan)
+                for row, value in (("rocket", .25), ("pretrained", .5))
+                for metric, value in (("macro_auroc", value), ("rankme", 100 * value))]
+        table = pd.DataFrame(rows[:-1], columns=evaluate.COLUMNS)
+        text = evaluate.pivot(table, ["row"], dict(rankme="R", macro_auroc="A", absent="X"))
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+        assert cells[0] == ["row", "R", "A"] and len({len(line) for line in text.splitlines()}) == 1
+        assert cells[2:] == [[evaluate.ROWS["rocket"], "25.0", "0.250"],
+                             [evaluate.ROWS["pretrained"], "-", "0.500"]]
+        assert evaluate.cell(None) == "-"
+
+    def test_a_report_answers_first_in_under_80_lines_and_holds_the_numbers(self, evaluated):
+        run, _, printed = evaluated
+        text, table = (run / "report.md").read_text(), pd.read_csv(run / "metrics.csv")
+        assert len(text.splitlines()) < 80
+        first = text.split("\n\n")[1]
+        assert first.startswith("Does pretraining help?") and first in printed
+        assert "SYNTHETIC" in first and "|" not in printed and "report.md" in printed
+        own = table[(table.protocol == "official") & (table.labels == "100%")
+                    & (table.leads == "all") & (table.metric == "macro_auroc")]
+        for line in own.itertuples():
+            assert f"{line.value:.3f} [{line.low:.3f}, {line.high:.3f}]" in text, line
+        for number in views.VIEWS["noncontig"].table3:  # the paper's, beside ours
+            assert f"{number:.3f}" in re.search(r"\| the paper .*0.820.*", text)[0]
+        assert text.count("the paper  ") == 2 and "6.424" in text
+
+    def test_figures_show_the_numbers_beside_them(self, evaluated, cache):
         run = evaluated[0]
-        text, at = (run / "report.md").read_text(), metrics_of(run)
-        for name in ("tsne", "confusion", "roc", "leads", "labels"):
-            assert f"(figures/{name}.png)" in text
+        table = read_lines(run / "metrics.csv")
+        for name in ("fewer", "tsne"):
+            assert f"(figures/{name}.png)" in (run / "report.md").read_text()
             assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
-            assert len(pd.read_csv(run / "figures" / f"{name}.csv")) > 3
-        assert at.index.is_unique
-        counts = pd.read_csv(run / "figures" / "confusion.csv")
-        right = counts[counts.true == counts.predicted].groupby("row").records.sum()
-        for row, share in (right / counts.groupby("row").records.sum()).items():
-            assert share == pytest.approx(at.value["paper", row, "100%", 0, "accuracy"])
-        rows = set(evaluate.ROWS) - evaluate.SLOW
-        for protocol in ("official", "paper", "table3", "leads"):
-            found = set(at.loc[protocol].index.get_level_values("row"))
-            assert {row for row in found if " - " not in row} == rows, protocol
-        value, low, high = at.loc["official", "pretrained", "100%", 0, "macro_auroc"]
-        assert at.value["leads", "pretrained", "100%", 0, "macro_auroc/12"] == pytest.approx(value)
-        for name in ("streams", "streams-masked"):
-            rows = at.loc[name].index.get_level_values("row").unique()
-            assert list(rows[:5]) == list(evaluate.STREAMS) and at.loc[name].value.nunique() > 1
-        head = [line for line in text.splitlines() if line.startswith("| this run, probed ")][0]
-        assert f"| {value:.3f} [{low:.3f}, {high:.3f}] |" in head
+        drawn = pd.read_csv(run / "figures" / "fewer.csv")
+        assert {*drawn.leads} == {"all", *map(str, evaluate.LEAD_SETS)}
+        for line in drawn.itertuples():
+            same = table[(table.protocol == "official") & (table.metric == "macro_auroc")
+                         & (table.minus == "") & (table.row == line.row)
+                         & (table.labels == line.labels) & (table.leads == line.leads)]
+            assert same.value.item() == pytest.approx(line.value, rel=1e-5)
+        dots = pd.read_csv(run / "figures" / "tsne.csv")
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        one = (labels.y.sum(1) == 1) & (index.strat_fold >= 9)
+        assert sorted(dots.ecg_id) == sorted([*index.ecg_id[one]] * 2)
+        k = labels.y[index.ecg_id.searchsorted(dots.ecg_id)].argmax(1)
+        assert list(dots.label) == [CLASSES[i] for i in k]
 
-    def test_no_panel_of_a_figure_stays_empty(self):
-        for n in (1, 4, 5, 8):
-            axes, corner = evaluate.panels(n, (1, 1), "title")
-            assert corner.figure.axes == axes and len(axes) == n and corner in axes
+    def test_there_is_a_colour_for_each_of_any_number_of_classes(self):
+        for n in (1, 5, 9, 71):
+            colors = evaluate.class_colors([f"c{i}" for i in range(n)])
+            assert len({to_hex(c) for c in colors.values()}) == n
 
-    @slow
-    def test_a_second_time_nothing_is_done_again_nor_rocket_by_a_run(self, evaluated, cache,
-                                                                     tmp_path):
-        def stamps(folder):
-            return {f.name: f.stat().st_mtime_ns for f in folder.glob("*-*.npz")}
+    def test_each_label_set_and_each_other_data_has_a_folder_of_its_own(self):
+        specs = ["superclass", "rhythm", "AFIB AFLT", "AF=AFIB+AFLT", "A/B", "A_B", ".."]
+        folders = [evaluate.results_folder("r", labels, data=other)
+                   for labels in specs for other in (None, "cache/c")]
+        assert len(set(folders)) == len(folders) and folders[0] == Path("r")
+        for folder in folders:
+            assert ".." not in folder.parts and len(folder.parts) <= 3
 
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        before, rocket, first = stamps(run / "eval"), stamps(cache / "rocket-s0"), numbers_of(run)
-        (run / "resnet18").mkdir()
-        (run / "resnet18" / "log.jsonl").touch()  # its pretraining was cut off in the first epoch
-        run_evaluate(*quick(run))
-        assert len(before) > 5 < len(rocket) and before == stamps(run / "eval")
-        pd.testing.assert_frame_equal(first, numbers_of(run))
-        run_evaluate(*quick(run, "--readout", "all"))  # as another run would
-        assert rocket == stamps(cache / "rocket-s0")
-        with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
-            assert saved["z"].shape[2] > 16
 
-    @slow
-    @mock.patch.multiple(evaluate, LABEL_EPOCHS=1, LABEL_STEPS=10, LABEL_BATCH=8,
-                         STRENGTHS=np.array([.1]))
-    def test_every_row_is_there_also_for_stochastic_few_labels_and_cross_validation(
-            self, cache, tmp_path):
-        own = shutil.copytree(cache, tmp_path / "cache")  # with ROCKET's pieces of these settings
-        run_train(own, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
-        run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
-                     "--cv", "labels", "leads", "--amplitude", "--bootstrap", 100)
-        at = metrics_of(tmp_path / "r").value
-        rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
-                           if " - " not in row} for protocol in ("official", "table3", "cv")}
-        assert rows["official"] == set(evaluate.ROWS)
-        assert rows["table3"] == rows["official"] - {*evaluate.NETWORKS}
-        assert rows["table3"] == rows["cv"] | {"majority"}
-        for row in ("finetuned", "supervised"):
-            assert at["official", row, "3shot"][:, "macro_auroc"].nunique() == 2
-        for protocol, variants in (("labels-cv", {"3shot", "100%"}), ("leads-cv", set("12631"))):
-            for row in (*rows["cv"], "pretrained - rocket"):
-                found = at[protocol, row].index.get_level_values("metric").str.split("/").str[1]
-                assert set("".join(found)) == set("".join(variants)), (protocol, row)
-        assert at["labels-cv", "rocket", "100%", 0, "macro_auroc/100%"] == pytest.approx(
-            at["cv", "rocket", "100%", 0, "macro_auroc"])
-        assert (tmp_path / "r" / "resnet18" / "model.pt").exists()
-        assert at["quality", "resnet18", "100%", 0, "alignment"] > 0
+class TestCompare:
+    def run(self, tmp_path, *names, more=()):
+        """What `compare` of folders prints, its report and its table."""
+        words = said(run_evaluate, "compare", *(tmp_path / name for name in names), "--bootstrap",
+                     50, "--out", tmp_path / "all", *more)
+        return words, (tmp_path / "all.md").read_text(), read_lines(tmp_path / "all.csv")
 
-    @slow
-    def test_bad_input_is_named_and_other_data_are_noted(self, evaluated, small, tmp_path):
-        data.build_cache(small, 500, tmp_path / "c500", workers=1)
-        run_evaluate("export", "--run", evaluated[0], "--out", export := tmp_path / "export")
-        for argv, says in (
-                (["--run", tmp_path], "no model.pt in"),
-                (["--run", export], "is an export, without .* evaluate the run that it"),
-                (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
-                (["--labels", "ten"], "--labels: ten: give such as 10, for"),
-                (["--seeds", 0], "--seeds"), (["--label-lr", 0], "--label-lr")):
-            with refused(says):
-                run_evaluate("run", "--run", evaluated[0], *argv)
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with changed_json(run / "args.json") as saved:
-            del saved["args"]["shift"]  # as a run that is older than a flag
-            saved["data"]["fingerprint"] = "other"
-        before = (run / "report.md").read_text()
-        run_evaluate(*quick(run))
-        there = run / f"on-{Path(saved['args']['cache']).name}"  # the run's own results stay
-        assert "evaluated on other data" in (there / "report.md").read_text()
-        pd.testing.assert_frame_equal(numbers_of(run), numbers_of(there))  # it repeats
-        assert (run / "report.md").read_text() == before
+    def test_means_and_intervals_are_of_the_runs_of_a_group(self, tmp_path):
+        scores = {name: write_results(tmp_path / name, seed, view) for name, seed, view in (
+            ("a-s0", 0, "contig"), ("a-s1", 1, "contig"), ("b-s0", 5, "noncontig"))}
+        words, text, table = self.run(tmp_path, *scores)
 
-    def copy_of(self, run, to, **changes):
-        """A copy of an evaluated run, as if made with other arguments, data or settings."""
-        run = Path(shutil.copytree(run, to))
-        with changed_json(run / "args.json") as saved:
-            saved["args"] |= changes.get("args", {})
-        with changed_json(run / "eval" / "about.json") as about:
-            for name in ("data", "settings"):
-                about[name] |= changes.get(name, {})
-            about["seed"] = saved["args"]["seed"]
-        return run
+        def sample(name, row, labels="100%"):
+            """Value and bootstrap draws of macro F1, means over draws of the labels."""
+            found = [s for k, s in scores[name].items()
+                     if (k.row, k.labels, k.leads) == (row, labels, "all")]
+            return (np.mean([metrics.f1_score(s.y, s.predicted, average="macro") for s in found]),
+                    np.mean([evaluate.bootstrap(*s, 50)[:, 1] for s in found], axis=0))
 
-    def test_runs_of_one_name_are_a_group_and_differ_by_their_seed_alone(self, evaluated, tmp_path):
-        one, two = (self.copy_of(evaluated[0], tmp_path / f"r-s{i}", args=dict(seed=i))
-                    for i in (0, 1))
-        groups = evaluate.group_runs(evaluate.read_evaluated([two, evaluated[0], one]))
-        assert {name: len(some) for name, some in groups.items()} == {"r": 2, "one": 1}
-        for i, (changes, word) in enumerate((
-                (dict(args=dict(tau=.5, seed=2)), "tau 0.1 and 0.5"), ({}, "the same seed"),
-                (dict(args=dict(seed=2), data=dict(fingerprint="f" * 64)), "and ffffff"),
-                (dict(args=dict(seed=2), settings=dict(amplitude=True)), "amplitude False and"))):
-            other = self.copy_of(evaluated[0], tmp_path / str(i) / "r-s2", **changes)
-            with pytest.raises(InputError, match=f"of one name.*{word}.*another name"):
-                evaluate.group_runs(evaluate.read_evaluated([one, other]))
+        for labels in ("100%", "10"):
+            (a0, a0s), (a1, a1s), (b, bs) = (sample(name, "pretrained", labels) for name in scores)
+            (u0, u0s), (u1, u1s) = (sample(f"a-s{i}", "untrained", labels) for i in (0, 1))
+            values, draws = np.array([a0, a1]), np.stack([a0s, a1s])
+            for facts, value, limits in (
+                    (dict(), values.mean(), evaluate.interval_over_runs(values, draws)),
+                    (dict(minus="untrained", minus_group="a"), np.mean([a0 - u0, a1 - u1]),
+                     evaluate.interval_over_runs(values - [u0, u1], draws - [u0s, u1s])),
+                    (dict(minus="pretrained", minus_group="b"), values.mean() - b,
+                     evaluate.interval_over_runs(values, draws, (np.array([b]), bs[None])))):
+                line = evaluate.look_up(table, group="a", metric="macro_f1", labels=labels, **facts)
+                assert line.value == pytest.approx(value), facts
+                least = -1 if facts else 0
+                np.testing.assert_allclose([line.low, line.high], np.clip(limits, least, 1))
+        line = evaluate.look_up(table, group="a", protocol="clustering", metric="silhouette")
+        assert (line.value, line.sd) == pytest.approx((.05, .1 / math.sqrt(2)))
+        assert "0.050 ± 0.071" in text and text.split("\n\n")[1] in words and "|" not in words
+        for view in ("contig", "noncontig"):
+            assert f"{views.VIEWS[view].table2[0]:.3f}" in text  # the paper's
+        assert "SYNTHETIC" in words and "Against a: b is" in self.run(
+            tmp_path, *scores, more=("--base", "a"))[0]
+        with refused("--base c: give one of a, b"):
+            self.run(tmp_path, *scores, more=("--base", "c"))
 
-    def test_compare_pools_seeds_pairs_groups_and_prints_the_papers_numbers(self, evaluated,
-                                                                            tmp_path):
-        rng, runs, draws = np.random.default_rng(0), [], []
-        for i, (name, seed) in enumerate((("a", 0), ("a", 1), ("tau", 0))):  # two groups
-            runs.append(self.copy_of(evaluated[0], tmp_path / f"{name}-s{seed}",
-                                     args=dict(seed=seed, tau=dict(a=.1, tau=.5)[name])))
-            table = pd.read_csv(runs[-1] / "metrics.csv")
-            table.value += i * rng.random(len(table))
-            if i == 1:  # a row that the other seed has not
-                table.loc[table.row == "majority", "row"] = "supervised"
-            table.to_csv(runs[-1] / "metrics.csv", index=False)
-            old = data.read_arrays(runs[-1] / "eval" / "draws.npz")
-            if i == 1:
-                old = {key.replace("majority", "supervised"): draw for key, draw in old.items()}
-            draws.append({key: draw + i * rng.random(draw.shape) for key, draw in old.items()})
-            np.savez(runs[-1] / "eval" / "draws.npz", **draws[-1])
+    @pytest.mark.parametrize("changes, words", [
+        (dict(args=dict(view="contig", tau=.5)), "tau 0.1 and 0.5"),
+        (dict(strengths=dict(POOL=1)), "strengths {} and"), (dict(seed=0), "seed 0 twice")])
+    def test_runs_of_one_name_differ_by_their_seed_alone(self, tmp_path, changes, words):
+        write_results(tmp_path / "r-s0")
+        write_results(tmp_path / "r-s1", **dict(seed=1) | changes)
+        with refused(f"r-s0 and .*r-s1 are of one name, but .*{words}.*rename"):
+            self.run(tmp_path, "r-s0", "r-s1")
+
+    def test_runs_on_other_patients_are_not_compared(self, tmp_path):
+        for name in ("a", "b"):
+            scores = write_results(tmp_path / name)
+        moved = {key: s._replace(patients=s.patients + 1) for key, s in scores.items()}
+        evaluate.write_scores(tmp_path / "b" / "eval" / "scores.npz", moved)
+        table = self.run(tmp_path, "a", "b")[2]
+        assert set(table.minus) == {"", "untrained", "rocket"} and set(table.group) == {"a", "b"}
+
+    @pytest.mark.parametrize("file, old, new", [
+        ("eval/about.json", '"label_lr"', '"x"'), ("eval/about.json", "}", ""),
+        ("metrics.csv", "low", "lower"), ("metrics.csv", r"[^\n]*,untrained,[^\n]*\n", ""),
+        ("metrics.csv", r"(?s)(.{300}).*", r"\1"), ("eval/scores.npz", None, None)])
+    def test_damaged_results_are_named_with_what_to_do(self, tmp_path, file, old, new):
+        write_results(tmp_path / "r")
+        path = tmp_path / "r" / file
+        if old is None:
+            path.write_bytes(path.read_bytes()[:-500])
+        else:
+            path.write_text(re.sub(old, new, path.read_text()))
+        with refused(f"{file} cannot be read.*evaluate .*again: make eval"):
+            self.run(tmp_path, "r")
+        assert not list(tmp_path.glob("all*"))
+
+    def test_what_is_not_evaluated_by_this_code_for_these_labels_is_left_out(self, tmp_path):
+        for name in ("good", "old"):
+            write_results(tmp_path / name)
         (tmp_path / "bare").mkdir()
-        printed = said(run_evaluate, "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
-        text, found = (tmp_path / "all.md").read_text(), pd.read_csv(tmp_path / "all.csv")
-        assert "bare has no metrics.csv and is left out" in printed and text in printed
-        a, b, c = (metrics_of(run).value["official", "pretrained", "100%", 0, "macro_f1"]
-                   for run in runs)
-        at = found[(found.protocol == "official") & (found.metric == "macro_f1")
-                   & (found.labels == "100%")].set_index("row")
-        ours = at.loc["pretrained"].set_index("group")
-        assert ours.value["a"] == pytest.approx((a + b) / 2) and ours.n["a"] == 2
-        assert ours.sd["a"] == pytest.approx(np.std([a, b], ddof=1))
-        assert ours.value["tau"] == pytest.approx(c)
-        assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
-        difference = at.loc["a: pretrained - tau: pretrained"]
-        assert difference.value == pytest.approx((a + b) / 2 - c)
-        a, b, c = (draw["official/pretrained/100%/0/macro_f1"] for draw in draws)
-        low, high = np.nanpercentile((a + b) / 2 - c, (2.5, 97.5))  # of patients alone
-        assert difference.low < low and high < difference.high
-        for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
-                     "f1 NORM", "0.820"):
-            assert word in text, word
-
-    @pytest.mark.parametrize("keys", ["settings", "settings readout", "data index"])
-    def test_compare_names_what_about_json_lacks(self, evaluated, tmp_path, keys):
-        run, (*parts, key) = Path(shutil.copytree(evaluated[0], tmp_path / "r")), keys.split()
-        with changed_json(run / "eval/about.json") as about:
-            del (about[parts[0]] if parts else about)[key]
-        with refused(f"r is damaged .*{key}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    @pytest.mark.parametrize("old, new, says", [
-        (r".*,pretrained,.*\n", "", "is not whole"),
-        (r"(?s)\A(.{9000}.*?\n).*", r"\1", "is not whole"),
-        ("low", "lower", "has other columns")])
-    def test_compare_names_a_metrics_csv_that_is_not_whole(self, evaluated, tmp_path, old, new,
-                                                           says):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        text = (run / "metrics.csv").read_text()
-        (run / "metrics.csv").write_text(re.sub(old, new, text))
-        with refused(f"r is damaged .*{says}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    def test_what_is_not_evaluated_by_this_code_is_left_out(self, evaluated, tmp_path, capsys):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with changed_json(run / "eval/about.json") as about:
+        with changed_json(tmp_path / "old" / "eval" / "about.json") as about:
             about["format"] -= 1
-        (tmp_path / "bare").mkdir()
-        with refused("train and evaluate some first"):
-            run_evaluate("compare", run, tmp_path / "bare", "--out", tmp_path / "x")
-        told = capsys.readouterr().out
-        assert "r, which other code evaluated, is left out" in told
-        assert "bare has no metrics.csv" in told
-        assert not list(tmp_path.glob("x*"))
-
-
-SHORT_STUDY = ("--train", " ".join([*TINY_FLAGS, "--epochs 2"]), "--eval",
-               "--fast --labels 10 --seeds 1 --bootstrap 20")
-
-
-def called(argv, stdout=None, **_):
-    """What Popen or run gives of one of our scripts, in this process: imports are slow."""
-    scripts = dict(train=lambda *flags: train.train(train.get_args(flags)), evaluate=run_evaluate,
-                   attention=run_attention)
-    error = ""
-    with contextlib.redirect_stdout(stdout or io.StringIO()):
-        try:
-            scripts[Path(argv[1]).stem](*argv[2:])
-        except InputError as stopped:
-            print(error := f"error: {stopped}")
-    return mock.Mock(returncode=bool(error), stderr=error)
-
-
-def run_study(*argv, popen=called, run=called):
-    """A study, the scripts of which run in this process."""
-    with mock.patch.object(evaluate, "subprocess", types.SimpleNamespace(Popen=popen, run=run)):
-        run_evaluate("study", "--preset", "small", *SHORT_STUDY, *argv)
-
-
-class TestStudy:
-    def plan(self, cache, out, *more):
-        args = evaluate.get_args(["study", "--caches", str(cache), "--preset", "small", "--out",
-                                  str(out), *more])
-        return args, evaluate.plan_study(args)
-
-    @pytest.mark.parametrize("name", evaluate.STUDIES)
-    def test_each_row_is_a_command_of_train_and_a_base_is_among_them(self, cache, tmp_path, name):
-        study = evaluate.STUDIES[name]
-        _, members = self.plan(cache, tmp_path, "--study", name, "--seeds", "2")
-        assert len(members) == 2 * len(study.rows)
-        assert {*study.bases, *study.bases.values()} <= set(study.rows)
-        for member in members:
-            args = train.get_args(member.flags)
-            assert args.seed == member.seed and Path(args.run) == member.folder
-
-    def test_rows_that_a_preset_cannot_have_or_has_anyway_are_left_out(self, cache, tmp_path,
-                                                                       capsys):
-        args = "--study", "streams", "--preset", "conv", "--seeds", "2"
-        rows = [member.row for member in self.plan(cache, tmp_path, *args)[1]]
-        assert {*evaluate.STUDIES["streams"].rows} - {*rows} == {"late", "mix", "aux"}
-        assert len(rows) == 2 * len({*rows})
-        told = capsys.readouterr().out
-        assert "row late is left out: --late-masking needs" in told
-        assert "row aux is left out: with this preset it is contig" in told
-
-    def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
-                                                                            tmp_path):
-        for part, more in (("4", 40), ("64", 30)):  # 4 passes to 3; a batch of one part has 3
-            _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
-                                   "--train", f"--epochs 30 --micro-batch {part}")
-            epochs = {m.row: train.get_args(m.flags).epochs for m in members}
-            assert epochs["micro"] == more and epochs["contig"] == 30
-        data.build_cache(twenty, 500, tmp_path / "fast", workers=1)
-        for name, rates in (("views", {"contig": "fast", "stochastic": Path(cache).name}),
-                            ("equal", {"contig": Path(cache).name})):
-            _, members = self.plan(cache, tmp_path, "--study", name, "--caches", str(cache),
-                                   str(tmp_path / "fast"))
-            for row, want in rates.items():
-                assert {Path(train.get_args(m.flags).cache).name for m in members
-                        if m.row == row} == {want}
-
-    @pytest.mark.parametrize("argv, says", [
-        (["--study", "none"], "--study"), (["--seeds", "0"], "--seeds"),
-        (["--train", "--heads 5 --width 24"], "--heads 5 does not divide"),
-        (["--train", "--crop 0.9"], "--crop 0.9 does nothing"),
-        (["--preset", "conv", "--train=--mix-leads"], "--mix-leads needs --channel-stem linear")])
-    def test_bad_input_is_refused_before_work(self, cache, tmp_path, argv, says):
-        with refused(says):
-            self.plan(cache, tmp_path, *argv)
-
-    def test_jobs_are_done_at_a_time_and_share_the_cores(self, cache, tmp_path, monkeypatch):
-        monkeypatch.setitem(evaluate.STUDIES, "views", evaluate.Study(
-            "?", dict(a="", b="--epochs 3")))
-        monkeypatch.setattr(os, "cpu_count", lambda: 8)
-        meet = threading.Barrier(2, timeout=30)  # each waits for the other
-        child = mock.Mock(return_value=mock.Mock(returncode=1, wait=meet.wait))
-        with refused("2 of 2 runs failed"):
-            run_study("--caches", cache, "--out", tmp_path, "--seeds", 1, "--jobs", 2, popen=child)
-        threads = [call.kwargs["env"]["OMP_NUM_THREADS"] for call in child.call_args_list]
-        assert threads == ["4", "4"]
-
-    @slow
-    def test_a_study_goes_on_after_a_failure_and_names_the_hole(self, cache, tmp_path, monkeypatch):
-        (tmp_path / "mix-s0").write_text("a file where a run should be")
-        rows = {"contig": "--view contig --keep-every 1", "mix": "--view contig --mix-leads"}
-        monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
-        command = "--study", "collapse", "--caches", cache, "--out", tmp_path, "--seeds", 1
-        with refused("(?s)1 of 2 runs failed.*  mix-s0: .*give another folder"):
-            run_study(*command, run=lambda *a, **k: mock.Mock(returncode=1, stderr="no ink"))
-        text = (tmp_path / "report.md").read_text()
-        for word in ("for want of a finished run: mix-s0.", "**failed**", "no ink", "![tsne]"):
-            assert word in text
-        kept = pd.read_csv(tmp_path / "figures" / "collapse.csv").set_index(["metric", "epoch"])
-        for folder, epoch in (("epoch-001", 1), (".", 2)):
-            at = metrics_of(tmp_path / "contig-s0" / folder).value
-            assert kept.value["silhouette", epoch] == pytest.approx(
-                at["clustering", "pretrained", "100%", 0, "silhouette"], rel=1e-5)
-        begun = (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns
-        (tmp_path / "mix-s0").unlink()
-        run_study(*command)
-        assert (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns == begun
-        text = (tmp_path / "report.md").read_text()
-        assert "Not here" not in text and "![training-loss]" in text
-
-    @slow
-    def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
-        """As the README says it; it appears in make, tables and figures of the whole chain."""
-        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
-            shutil.copy(path, tmp_path)
-        function, entry, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
-                                        re.S)
-        text = (tmp_path / "views.py").read_text()
-        text = text.replace("\nVIEWS = {\n", f"\n{function}\n\nVIEWS = {{\n{entry}")
-        text = re.sub(r'    "(stochastic|contig|masking)": View.*?\),\n(?=    "|\})', "", text,
-                      flags=re.S)  # one of ours is enough beside it
-        (tmp_path / "views.py").write_text(text)
-        made = subprocess.run(["make", "-n", "pretrain", "VIEW=jump"], cwd=tmp_path, text=True,
-                              capture_output=True)
-        assert "--rate 500" in made.stdout and "runs/skip-s0" in made.stdout
-        script("-c", f"import test_all; test_all.run_study('--caches', {str(cache)!r}, '--seeds', "
-               "1)", cwd=tmp_path)
-        out = tmp_path / "runs" / "study"
-        report = (out / "report.md").read_text()
-        assert report.count("\n| skip ") > 10 and "skip-s0" in report
-        with np.load(out / "figures" / "attention-views-time.npz") as maps:
-            assert "skip-s0, SYNTHETIC/time/map" in maps
-        assert "skip" in set(pd.read_csv(out / "figures" / "tsne.csv").panel)
-        assert "skip-s0, SYNTHETIC" in set(pd.read_csv(out / "figures" / "training-loss.csv").run)
+        words = self.run(tmp_path, "good", "old", "bare")[0]
+        assert re.search("old is left out: evaluated by other code; make eval", words)
+        assert re.search("bare is left out: not evaluated for the labels superclass", words)
+        with refused("no evaluated run among 1 folders"):
+            self.run(tmp_path, "good", more=("--labels-of", "rhythm"))
 
 
 class TestAttention:
-    def test_what_is_observed_follows_from_the_weights(self):
+    def test_what_an_encoder_attends_to_follows_from_the_weights_of_its_heads(self):
         m, x, heads = tiny(depth=2).eval(), torch.randn(1, 500, 12), {}
         model.watch_attention(m, x, lambda name, layer, head, w: heads.setdefault(
             (name, layer), []).append(w[0].double().numpy()))
-        found = attention.observe(m, x)
-        assert list(found) == list(heads)
+        found = attention.attend(m, x)
+        assert list(found) == list(heads) and len(found) == 6
         for key, (weights, entropy) in found.items():
             w = np.stack(heads[key])  # (H, N, M)
             np.testing.assert_allclose(weights, w.mean(0), atol=1e-6)
@@ -2667,173 +2551,176 @@ class TestAttention:
             assert entropy == pytest.approx(want, abs=1e-5)
 
     @pytest.mark.parametrize("rate", data.RATES)
-    def test_r_peaks_are_found_where_they_are(self, rate):
-        signal, times = beats(rate)
+    @pytest.mark.parametrize("every", [.33, .8, 1.8])  # s: 180 to 33 beats a minute
+    def test_r_peaks_are_found_where_they_are(self, rate, every):
+        signal, times = beats(rate, every)
         found = attention.r_peaks(signal, rate)
-        assert len(found) >= len(times) - 1  # the detector learns on the first
-        assert np.abs(found[:, None] - times).min(1).max() < .01
-        assert not len(attention.r_peaks(0 * signal, rate))
+        assert len(found) == len(times), found
+        np.testing.assert_allclose(found, times, atol=.01)
         np.testing.assert_array_equal(attention.r_peaks(-signal, rate), found)  # either way up
-        signal[:, LEADS.index("II")] = 0  # then another lead
-        assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
+        signal[:, [1, 4, 7]] = 0  # with other leads as well
+        assert len(attention.r_peaks(signal, rate)) == len(times)
+
+    def test_no_r_peak_is_found_without_a_complex_in_half_of_the_leads(self):
+        signal, times = beats(100)
+        few, rng = np.zeros_like(signal), np.random.default_rng(0)
+        few[:, :4] = signal[:, :4]
+        noisy = signal + rng.normal(0, 10, signal.shape)
+        noisy[330:334, :5] += 3000  # a spike where there is no beat
+        assert len(attention.r_peaks(noisy, 100)) == len(times)
+        for nothing in (0 * signal, rng.normal(0, 100, signal.shape),
+                        few + rng.normal(0, 100, signal.shape)):
+            assert not len(attention.r_peaks(nothing, 100))
 
     @real
-    @slow
-    def test_the_same_r_peaks_are_found_at_both_rates_of_real_records(self):
-        table, both, all_of_them = data.load_tables(PTBXL), 0, 0
-        for i in table.index[::10]:
-            a, b = (attention.r_peaks(data.read_record(Path(PTBXL) / table[name][i], rate), rate)
-                    for rate, name in data.RATES.items())
-            hits = sum(np.abs(b - r).min(initial=9) < .05 for r in a)
-            both, all_of_them = both + hits, all_of_them + len(a) + len(b) - hits
-        assert both > .95 * all_of_them > 0, (both, all_of_them)
+    def test_r_peaks_of_real_records_agree_with_another_detector_and_at_both_rates(self):
+        """Within 80 ms of an R peak XQRS (wfdb) finds a complex in most of eight leads; or not."""
+        table, extra, missed, n = data.load_tables(PTBXL), 0, 0, 0
+        for row in table.index[8::100]:  # the first is ecg_id 9
+            high, low = (read_signal(table, row, rate) for rate in (500, 100))
+            found, same = attention.r_peaks(high, 500), attention.r_peaks(low, 100)
+            if table.ecg_id[row] == 9:  # its ten complexes, by eye
+                for peaks in (found, same):
+                    np.testing.assert_allclose(peaks, [.86, 1.78, 2.73, 3.71, 4.69, 5.70, 6.72,
+                                                       7.74, 8.75, 9.73], atol=.03)
+            others = [xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
+                      for k in (0, 1, 6, 7, 8, 9, 10, 11)]
 
-    @pytest.mark.parametrize("gain, fits", [(1, True), (40, False)])  # mV; or z-scores, as it were
-    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt_or_what_fits_a_page(self, gain, fits):
-        mv = gain * beats(100)[0] / 1000. * np.arange(1, 13) / 12
-        mv[:, 7] *= -.3
-        figure, _ = attention.draw_ecg(mv, "", 1)
+            def votes(t):
+                return sum(np.abs(other - t).min(initial=9) < .08 for other in others)
+
+            inside = [t for t in found if .2 < t < 9.8]
+            extra += sum(votes(t) < 4 for t in inside)
+            missed += sum(np.abs(found - t).min() > .1 for t in np.concatenate(others)
+                          if votes(t) >= 6 and .2 < t < 9.8)
+            n += len(inside)
+            assert max(np.abs(same - t).min() for t in inside) < .03
+        assert n > 40 and extra + missed == 0, (n, extra, missed)
+
+    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt(self, tmp_path):
+        signal = (beats(100)[0] * np.arange(1, 13) / 12).astype(np.int16)
+        with mock.patch.object(attention, "save_figure") as save:
+            attention.plot_ecg(signal, 100, "", tmp_path / "ecg.png")
+        figure, _, numbers = save.call_args[0]
         figure.set_dpi(254)  # ten dots a millimetre
-        (axis,) = figure.subfigs[0].axes
+        (axis,) = figure.axes
         at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
-        label = re.search(r"([0-9.]+) mm/mV(, not 10)?", axis.get_xlabel())
-        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, float(label[1])]], rtol=.05,
-                                   atol=1e-6)
-        assert (at[2, 1] - at[0, 1] == pytest.approx(10)) == fits == (not label[2])
-        assert figure.get_figheight() <= 1 + 297 / 25.4 + 1e-9
-        assert {text.get_text() for text in axis.texts} == set(LEADS)
-        rows = np.stack([line.get_ydata() for line in axis.lines[1::2]])  # after a pulse each
-        want = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
-        want -= np.repeat(np.median(mv, axis=0)[[1, 4, 7, 10]], 250)  # II aVL V2 V5
+        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, 10]], atol=1e-6)
+        assert {text.get_text() for text in axis.texts} > set(LEADS)
+        rows = np.stack([line.get_ydata() for line in axis.lines[:4]])
+        want = np.concatenate([numbers["millivolt"][i * 250:(i + 1) * 250, k]
+                               for i, k in enumerate((1, 4, 7, 10))])  # II aVL V2 V5
         np.testing.assert_allclose(rows[1] - rows[1, 0], want - want[0], atol=1e-9)
-        if fits:  # taller waves than 4 mV may touch
-            np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
+        np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
 
-    @pytest.mark.parametrize("flags, word, raw", [
-        ([], "lead", ["--raw"]), (["--mix-leads"], "mixed channel token", [])])
-    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags, word,
-                                                             raw):
-        run_train(cache, tmp_path, "--max-steps", 1, "--time-stride", 64, *flags)  # 7 tokens of 64
-        figures, _ = figures_of("maps", "--run", tmp_path, "--ecg-id", 5, *raw)
-        found = attention.observe(model.load_run(tmp_path)[0],
-                                  normalized(data.open_cache(cache), [4])[:, ::2])
-        end = 7 * 64 * .02  # s: an interleaved view has a sample each 20 ms
-        pictures = {(name.split("-")[1], axis.get_title().split(":")[0]): axis
-                    for name, (figure, _) in figures.items()
-                    for axis in figure.subfigs[1].axes if axis.images}
-        wide, high = (0, end, 11.5, -.5), (-.5, 11.5, 11.5, -.5)
-        for stream, title, key, keys, extent, x_label, y_label in (
-                ("time", "layer 1", ("time", 0), 7, (0, end, end, 0), "", "query: time (s)"),
-                ("channel", "layer 1", ("channel", 0), 12, high, "", f"query: {word}"),
-                ("cross", "time attends to channels", ("time_to_channel", 0), 12, wide,
-                 "query: time (s)", f"key: {word}"),
-                ("cross", "channels attend to time", ("channel_to_time", 0), 7, wide,
-                 "key: time (s)", f"query: {word}")):
-            axis, want = pictures[stream, title], found[key][0]
-            if not raw:
-                want = np.log2((want * keys).clip(1 / 16, 16))
-            got = axis.images[0].get_array().data
-            np.testing.assert_allclose(got.T if key[0] == "time_to_channel" else got, want,
-                                       atol=1e-5)
-            np.testing.assert_allclose(axis.images[0].get_extent(), extent)
-            assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
-        names = [text.get_text() for text in pictures["channel", "layer 1"].get_yticklabels()]
-        assert names == list(LEADS) if word == "lead" else "aVR" not in names
-        figure, _ = figures["attention-time-ecg5"]
-        curve = figure.subfigs[1].axes[1].lines[1]  # the first is at 1
-        np.testing.assert_allclose(curve.get_xdata(), (np.arange(7) * 64 + 31.5) * .02)
-        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0][0].mean(0), rtol=1e-5)
-        figure.set_dpi(254)  # the layout leaves the ECG to scale
-        figure.draw_without_rendering()
-        at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
-        np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
+    @pytest.mark.parametrize("flags", [[], ["--mix-leads"]])
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags):
+        run_train(cache, tmp_path / "r", "--max-steps", 1, "--time-stride", 64, *flags)
+        figures, out = figures_of("maps", tmp_path / "r", "--ecg-id", 5)
+        found = attention.attend(model.load_run(tmp_path / "r")[0],
+                                 normalized(data.open_cache(cache), [4])[:, ::2])
+        assert "ecg_id 5" in out and "attention-record-ecg5" in figures
+        # 7 tokens of 64 samples, 20 ms apart in an interleaved view
+        time, lead = (-.01, 7 * 64 * .02 - .01), (-.5, 11.5)
+        for (stream, layer), (want, _) in found.items():
+            kind = stream if layer == 0 and "_to_" not in stream else "cross"
+            figure, numbers = figures[f"attention-{kind}-ecg5"]
+            axis = [a for a in figure.axes if a.images][kind == "cross" and stream[0] == "c"]
+            np.testing.assert_array_equal(numbers[f"r/{stream}-1"], want)
+            keys = want.shape[1]
+            np.testing.assert_allclose(axis.images[0].get_array(), np.log2(
+                (want * keys).clip(1 / 16, 16)), atol=1e-5)
+            x, y = (time if n == 7 else lead for n in want.shape[::-1])
+            np.testing.assert_allclose(axis.images[0].get_extent(), (*x, *y[::-1]), atol=1e-5)
+            words = {7: "time (s)", 12: "channel token"}
+            assert axis.get_xlabel() == f"key: {words[keys]}"
+            assert axis.get_ylabel().endswith(f"query: {words[want.shape[0]]}")
+            names = {text.get_text() for text in axis.get_xticklabels() + axis.get_yticklabels()}
+            assert ("aVR" in names) == (12 in want.shape and not flags)
+            assert len(axis.child_axes) == (keys == 7)  # lead II, along its own time
+        np.testing.assert_allclose(numbers["r/seconds"], (np.arange(7) * 64 + 31.5) * .02)
 
-    def test_maps_of_a_superclass_are_means_with_intervals_beside_the_untrained(self, finished,
-                                                                                cache, tmp_path):
+    def test_a_superclass_is_the_mean_over_patients_with_intervals_and_the_untrained_beside(
+            self, finished, cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
-        few = attention.get_args(["maps", "--superclass", "NORM", "--records", "2"])
-        assert len(attention.choose(c, few)) == 2
-        figures, _ = figures_of("maps", "--run", run, "--superclass", "MI", "--raw", "--out",
-                                tmp_path)
-        figure, numbers = figures["attention-channel-MI"]
-        found = c.index[c.index.strat_fold.isin([9, 10]) & (c.index.MI == 1)]
-        chosen = found[found.ecg_id.isin(numbers["ecg_id"])]
-        assert len(chosen) == chosen.patient_id.nunique() == found.patient_id.nunique() < len(found)
-        x = normalized(c, chosen.index)[:, ::2]
+        args = attention.get_args(["maps", str(run), "--superclass", "NORM"])
+        rows, subject = attention.choose(c, args)
+        has_it = data.read_labels(c).y[:, CLASSES.index("NORM")] == 1
+        pool = c.index[has_it & c.index.strat_fold.isin([9, 10])]
+        assert len(rows) == pool.patient_id.nunique() > 2 and set(rows) <= set(pool.index)
+        other = data.open_cache(cache)
+        other.index.loc[pool.index[:2], "patient_id"] = -1  # one patient's, who counts once
+        assert len(attention.choose(other, args)[0]) == len(rows) - 1
+        figures, _ = figures_of("maps", run, "--superclass", "NORM", "--out", tmp_path)
         m, saved = model.load_run(run)
         torch.manual_seed(saved["args"]["seed"])
         fresh = model.Contrastive(model.Config(**saved["config"])).eval()
-        each, before = ([attention.observe(n, one[None]) for one in x] for n in (m, fresh))
-        weights, entropy = zip(*(seen["channel", 0] for seen in each))
-
-        def interval(values):
-            return scipy.stats.t.interval(.95, len(x) - 1, np.mean(values, 0),
-                                          scipy.stats.sem(values))
-
-        low, high = interval(weights)
-        np.testing.assert_allclose(numbers["map"][0], (low + high) / 2, atol=1e-6)
-        np.testing.assert_allclose(numbers["map_half"][0], (high - low) / 2, atol=1e-6)
-        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), numbers["map"][0])
-        bars = figure.axes[1].containers[0][2][0].get_segments()
-        np.testing.assert_allclose([bar[:, 1] for bar in bars], np.stack(interval(
-            [12 * w.mean(0) for w in weights]), 1), rtol=1e-4)
+        each, before = ([attention.attend(n, x[None]) for x in normalized(c, rows)[:, ::2]]
+                        for n in (m, fresh))
+        maps = np.stack([seen["channel", 0][0] for seen in each])
+        np.testing.assert_allclose(figures["attention-channel-NORM"][1]["one/channel-1"],
+                                   maps.mean(0), atol=1e-6)
+        assert f"{len(rows)} records of folds 9 and 10 with NORM" in subject
         tokens, shares = .19 + .4 * np.arange(25)[:, None], []  # s
-        for record, seen in zip(c.signals[chosen.index], each):
-            near = (np.abs(tokens - attention.r_peaks(record, 100)) <= .05).any(1)
+        for record, seen in zip(c.signals[rows], each):
+            near = (np.abs(tokens - attention.r_peaks(record, 100)) < .05 + 1e-6).any(1)
             if near.any():
                 shares.append((seen["time", 0][0].mean(0)[near].sum(), near.mean()))
-        on, chance = np.transpose(shares)
-        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index(
-            ["encoder", "attention", "quantity"]).sort_index()
-        row = table.loc["this run", "channel stream", "entropy"]
-        assert row.records == len(x)
-        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
+        on_peaks, expected = np.transpose(shares)
+        table = pd.read_csv(tmp_path / "attention-NORM.csv").set_index("attention")
+        entropy = [seen["channel", 0][1] for seen in each]
+        low, high = scipy.stats.t.interval(.95, len(rows) - 1, np.mean(entropy),
+                                           scipy.stats.sem(entropy))
+        row = table.loc["channel"]
         np.testing.assert_allclose(
-            table.value["this run", "time stream"][["share", "chance", "ratio"]],
-            [on.mean(), chance.mean(), (on / chance).mean()], rtol=1e-4)
-        np.testing.assert_allclose(table.value["untrained", "channel stream", "entropy"], np.mean(
-            [seen["channel", 0][1] for seen in before]), rtol=1e-5)
-        assert table.value["untrained", "channel stream", "entropy"] != row.value
-        one = attention.Mean()
-        one.add(weights[0])
-        assert np.isnan(one.half).all()  # a single record has no interval
+            row[["entropy", "entropy, half", "entropy, untrained"]].astype(float),
+            [(low + high) / 2, (high - low) / 2,
+             np.mean([seen["channel", 0][1] for seen in before])], rtol=1e-4)
+        np.testing.assert_allclose(
+            table.loc["time", ["on R peaks", "chance", "ratio"]].astype(float),
+            [on_peaks.mean(), expected.mean(), (on_peaks / expected).mean()], rtol=1e-4)
+        assert np.isnan(row["ratio"])
 
-    def test_every_figure_is_there_with_its_numbers(self, drawn, finished, cache):
-        index, (figures, out) = data.open_cache(cache).index, drawn
-        first = index[(index.strat_fold == 10) & (index.NORM == 1)
-                      & (index[list(CLASSES)].sum(axis=1) == 1)].ecg_id.iloc[0]
-        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in out
+    def test_every_figure_of_a_run_is_there_with_its_numbers(self, drawn, finished, cache):
+        c, (figures, out) = data.open_cache(cache), drawn
+        y = data.read_labels(c).y
+        row = np.flatnonzero((c.index.strat_fold == 10) & (y[:, 0] == 1) & (y.sum(1) == 1))[0]
+        first = c.index.ecg_id[row]
+        assert f"ecg_id {first} (NORM), fold 10" in out and "SYNTHETIC data synth" in out
         assert {name.replace(f"ecg{first}", "ID") for name in figures} == {
             "training-loss", "training-gradients", "training-clustering", "data-ages",
-            *(f"views-{view}" for view in views.VIEWS),
-            "attention-time-ID", "attention-channel-ID", "attention-cross-ID"}
+            "views-noncontig", "attention-record-ID", "attention-time-ID", "attention-channel-ID",
+            "attention-cross-ID"}
         figure, numbers = figures["training-loss"]
         assert list(numbers.val_loss) == [row["val_loss"] for row in log_of(finished[0])]
-        flat = sorted(line.get_ydata()[0] for line in figure.axes[0].lines
-                      if line.get_label().startswith("_"))
-        assert flat == pytest.approx([math.log(15)] * 2)  # 8 records, in validation too
+        for axis in figure.axes:  # the level of chance, of 8 records
+            assert math.log(15) in [pytest.approx(line.get_ydata()[0]) for line in axis.lines]
+        assert "SYNTHETIC" in figure.legends[0].get_texts()[0].get_text()
 
-    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, cache):
-        c, (figure, numbers) = data.open_cache(cache), drawn[0]["views-noncontig"]
-        row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
-                                 .all((1, 2)))[0])
-        for got, want in zip(numbers["views"], views.noncontig(normalized(c, [row]))):
+    def test_views_are_those_of_training_with_masked_leads_marked_and_their_spectra(self, drawn,
+                                                                                  cache):
+        figure, numbers = drawn[0]["views-noncontig"]
+        every, x = normalized(data.open_cache(cache), range(100)), numbers["normalized"]
+        assert (every - torch.tensor(x)).abs().amax((1, 2)).min() < 1e-6
+        for got, want in zip(numbers["views"], views.noncontig(torch.tensor(x)[None])):
             np.testing.assert_allclose(got, want[0], atol=1e-6)
-        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0]
-        np.testing.assert_array_equal(numbers["kept"], keep)
-        for axis, kept in zip(figure.subfigs[0].axes[2:], keep):
-            flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
-            assert len(axis.texts) == len(flat) == (~kept).sum()
-        numbers = drawn[0]["views-stochastic"][1]
-        assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
+        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0].numpy()
+        np.testing.assert_array_equal(numbers["keep"], keep)
+        for axis, kept in zip(figure.axes[2:4], keep):
+            assert len(axis.texts) == (~kept).sum() and len(axis.lines) == 12
+            assert f"{kept.sum()} of 12 leads" in axis.get_title()
+        hz, power = scipy.signal.welch(x[:, 1], 100, nperseg=250)
+        record, view, _ = figure.axes[4].lines
+        np.testing.assert_allclose(record.get_xydata(), np.stack([hz, power], 1)[1:], rtol=1e-5)
+        assert 24 < view.get_xdata()[-1] <= 25  # half of an interleaved view's rate
 
     def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
         index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
         attention.plot_ages(index, "", tmp_path / "ages.png")
         rows = pd.read_csv(tmp_path / "ages.csv").set_index("age_from").records
-        assert dict(rows[rows > 0]) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
+        assert dict(rows) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
 
-    def test_several_runs_share_the_figures_of_training_and_of_attention(self, finished, tmp_path):
+    def test_several_runs_share_a_figure_and_the_colours_of_the_stronger(self, finished, tmp_path):
         other = Path(shutil.copytree(finished[0], tmp_path / "other"))
         saved = torch.load(other / "model.pt")
         for key in saved["model"]:
@@ -2842,52 +2729,48 @@ class TestAttention:
         torch.save(saved, other / "model.pt")
         half = Path(shutil.copytree(finished[0], tmp_path / "half"))
         (half / "model.pt").unlink()  # as in the middle of training
-        figures, out = figures_of("plots", finished[0], other, half, "--out", tmp_path)
+        figures, out = figures_of("plots", finished[0], other, half, "--superclass", "NORM",
+                                  "--out", tmp_path)
         assert set(figures) == {
-            "training-loss", "training-gradients", "training-clustering", "attention-views-time",
-            "attention-views-channel", "attention-views-cross"}
+            "training-loss", "training-gradients", "training-clustering", "attention-time-NORM",
+            "attention-channel-NORM", "attention-cross-NORM"}
         table = figures["training-gradients"][1]
-        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC", "half, SYNTHETIC"}
-        assert len(table) == 6 and "no attention maps of half" in out
-        assert {f"{run}, SYNTHETIC/{direction}/map" for run in ("one", "other") for direction in (
-            "time_to_channel", "channel_to_time")} < set(figures["attention-views-cross"][1])
-        for name in ("time", "channel"):  # both runs are drawn on the scale that the stronger needs
-            figure, numbers = figures[f"attention-views-{name}"]
-            maps = [numbers[f"{run}, SYNTHETIC/{name}/map"] for run in ("one", "other")]
-            one, two = (np.quantile(np.abs(np.log2((w * w.shape[2]).clip(1 / 16, 16))), .995)
-                        for w in maps)
-            limits = [image.get_clim() for axis in figure.axes for image in axis.images]
-            assert two > 1.1 * one and len(limits) > 1
-            np.testing.assert_allclose(limits, [(-two, two)] * len(limits), rtol=1e-3)
-        rows = pd.read_csv(tmp_path / "attention-views.csv")
-        assert set(rows.run) == {"one, SYNTHETIC", "other, SYNTHETIC"}
+        assert list(table.run) == ["one"] * 2 + ["other"] * 2 + ["half"] * 2
+        assert "no attention maps of half" in out
+        figure, numbers = figures["attention-time-NORM"]
+        one, two = (np.quantile(np.abs(np.log2((w * w.shape[1]).clip(1 / 16, 16))), .995)
+                    for w in (numbers["one/time-1"], numbers["other/time-1"]))
+        assert two > 1.1 * one
+        limits = [axis.images[0].get_clim() for axis in figure.axes if axis.images]
+        np.testing.assert_allclose(limits, [(-two, two)] * 2, rtol=1e-3)
+        assert set(pd.read_csv(tmp_path / "attention-NORM.csv").run) == {"one", "other"}
 
     def test_bad_input_is_named(self, finished, tmp_path):
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
         (bare / "log.jsonl").unlink()
         for says, *argv in (
-                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", "--ecg-id", 999, "--run",
-                 finished[0]),
-                ("--records", "maps", "--superclass", "HYP", "--records", 1),  # no interval
-                ("the same run twice", "plots", finished[0], finished[0]),
-                ("none has no args.json.*make pretrain", "plots", tmp_path / "none"),
-                ("bare has no log.jsonl", "plots", bare)):
+                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", finished[0], "--ecg-id",
+                 999),
+                ("two runs of one name", "plots", finished[0], finished[0]),
+                ("none/args.json cannot be read.*make pretrain", "plots", tmp_path / "none"),
+                ("bare/log.jsonl cannot be read", "plots", bare)):
             with refused(says):
                 run_attention(*argv)
+        with mock.patch.object(attention, "RECORDS", 1), refused("1 records .* needs 2"):
+            run_attention("maps", finished[0], "--superclass", "HYP")
 
     @slow
     def test_figures_are_files_also_of_a_run_without_attention(self, cache, finished, tmp_path):
         run_train(cache, tmp_path / "resnet", "--arch", "resnet18", "--max-steps", 1)
-        with refused("--arch resnet18, which has no attention"):
-            run_attention("maps", "--run", tmp_path / "resnet")
+        with refused("a resnet18 has no attention"):
+            run_attention("maps", tmp_path / "resnet")
         out = said(run_attention, "plots", tmp_path / "resnet")
-        assert "no attention maps of resnet" in out and "no gradient norms" in out
+        assert "no attention maps of resnet" in out
         assert {path.name for path in (tmp_path / "resnet/figures").iterdir()} >= {
-            "data-ages.png", "data-ages.csv", "views-contig.png", "views-contig.npz",
-            "training-loss.png", "training-loss.csv"}
-        run_attention("maps", "--run", finished[0], "--superclass", "NORM", "--masked", "--format",
-                      "pdf", "--out", tmp_path)
-        assert len(list(tmp_path.glob("attention-*-NORM.pdf"))) == 3
+            "data-ages.png", "data-ages.csv", "views-noncontig.png", "views-noncontig.npz",
+            "training-loss.png", "training-loss.csv", "training-gradients.png"}
+        run_attention("maps", finished[0], "--format", "pdf", "--out", tmp_path)
+        assert len(list(tmp_path.glob("attention-*.pdf"))) == 4
 
 
 def write_forms(folder, mv, rate):
@@ -2903,8 +2786,8 @@ def write_forms(folder, mv, rate):
     np.savez(folder / "z.npz", signal=mv.T * 1000, fs=rate, units=["uV"] * 12, leads=LEADS)
     with h5py.File(folder / "h.h5", "w") as file:
         file["tracings"] = np.stack([mv[::-1], mv]).astype(np.float32)
-        file["tracings"].attrs.update(rate=rate, unit="mV", leads=list(LEADS))
-        file["exam_id"] = [7, 8]
+        file.attrs.update(fs=rate, units="mV", leads=list(LEADS))
+        file["exam_id"] = [7, 8]  # without use
     files = {"w.hea": {}, "c.csv": dict(rate=rate, unit="mV"), "t.csv": dict(unit="mV"),
              "n.npy": dict(rate=rate, unit="V", leads=LEADS), "z.npz": {}, "h.h5": {}}
     return {folder / name: flags for name, flags in files.items()}
@@ -3043,7 +2926,7 @@ class TestRecordings:
         for file, flags in write_forms(tmp_path / "f", mv, 250).items():
             (path, row), *_ = data.list_recordings([file])[::-1]
             recording = data.read_recording(path, row, **flags)
-            assert recording.name == ("8" if file.suffix == ".h5" else file.stem)
+            assert recording.name == ("h-1" if file.suffix == ".h5" else file.stem)
             cut, there, notes = data.prepare(recording, 100)
             assert there.all() and notes == ["resampled from 250 to 100 Hz"], file
             np.testing.assert_allclose(cut, want, atol=1e-3, err_msg=str(file))
@@ -3061,7 +2944,7 @@ class TestRecordings:
             for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
                 np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column],
                                            rtol=1e-5)
-            assert notes == ["RESP not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
+            assert notes == ["1 not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
                              "V4, V5, V6 missing, flat or not finite: masked"]
 
     def test_windows_cover_a_recording_and_padding_is_cut_off(self):
@@ -3123,8 +3006,8 @@ class TestRecordings:
         for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
                                (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
-                               (dict(x=x * 0), "no lead to look at"),
-                               (dict(x=x * np.nan), "no lead to look at"),
+                               (dict(x=x * 0), "all leads are flat"),
+                               (dict(x=x * np.nan), "all leads are"),
                                (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
                                (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
             with pytest.raises(InputError, match=words):
@@ -3138,42 +3021,69 @@ class TestRecordings:
 
 
 def embedded(run, tmp_path, *argv):
-    """What `evaluate.py embed` writes for some files: its table by name, its arrays, its words."""
-    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out",
-                 "--workers", 0)
+    """What `evaluate.py embed` writes for some files: its table by file, its arrays, its words."""
+    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out")
     with np.load(tmp_path / "out.npz") as arrays:
-        return pd.read_csv(tmp_path / "out.csv").set_index("name"), dict(arrays), words
+        return pd.read_csv(tmp_path / "out.csv").set_index("file"), dict(arrays), words
 
 
 class TestEmbed:
     def test_probabilities_of_the_data_set_are_those_of_its_evaluation(self, evaluated, synth,
                                                                        cache, tmp_path):
-        index = data.open_cache(cache).index
-        test = index[(index.strat_fold == 10) & index[list(CLASSES)].any(axis=1)].ecg_id
-        paths = [str(synth / f"records100/00000/{i:05d}_lr") for i in test]
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        test = index.ecg_id[(index.strat_fold == data.TEST_FOLD) & labels.member]
+        paths = [synth / f"records100/00000/{i:05d}_lr" for i in test]
         table, arrays, words = embedded(evaluated[0], tmp_path, *paths)
-        with np.load(evaluated[0] / "eval" / "official-pretrained-100%-0.npz") as scores:
-            np.testing.assert_allclose(arrays["probabilities"], scores["test"], atol=1e-5)
-            np.testing.assert_allclose(table[list(CLASSES)], scores["test"], atol=1e-4)
+        scores = evaluate.read_scores(evaluated[0] / "eval" / "scores.npz")
+        want = scores[evaluate.Key("official", "pretrained")].p
+        np.testing.assert_allclose(arrays["probabilities"], want, atol=1e-5)
+        np.testing.assert_allclose(table[list(CLASSES)], want, atol=1e-4)
         with np.load(evaluated[0] / "eval" / "probe.npz") as probe:
             assert f"NORM {probe['thresholds'][0]:.2f}" in words and "no medical device" in words
 
-    def test_leads_are_found_by_name_and_what_lacks_is_masked_as_in_training(self, evaluated):
-        rng, encoder = np.random.default_rng(0), model.load_encoder(evaluated[0])
-        x = rng.normal(0, .3, (1000, 6))
-        x[500, 2], x[:, 3] = np.nan, 1.5
-        names = ["v2", "Lead II", "AVR", "V1", "RESP", "MDC_ECG_LEAD_I"]
-        got, there, notes = prepared(x, leads=names)
-        assert [LEADS[c] for c in np.flatnonzero(there)] == ["I", "II", "V2"]
-        assert not got[:, :, ~there].any()
-        for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
-            np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
-        full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
-        cut, keep = encoder.prepare(x, 100, "mV", names)
-        full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
-        want = train.embed(encoder.model, full, encoder.views, keep).mean(1)
-        torch.testing.assert_close(encoder(cut, keep), want)
-        assert not torch.allclose(want, encoder(full))
+    def test_where_leads_are_missing_the_masked_probe_answers_and_it_says_so(self, evaluated,
+                                                                             tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 2))
+        np.savez(tmp_path / "two.npz", ecg=x, fs=100, units="mV", leads=["I", "V2"])
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "two.npz")
+        encoder = model.load_encoder(evaluated[0])
+        windows, keep = encoder.prepare(x, 100, "mV", ["I", "V2"])
+        z = encoder(windows, keep)[0]
+        np.testing.assert_allclose(arrays["z"][0], z, atol=1e-5)
+        np.testing.assert_allclose(arrays["probabilities"][0], encoder.probabilities(z, keep[0]))
+        line = table.iloc[0]
+        assert (line["name"], line.leads, line.windows) == ("two", 2, 1)
+        assert "probe that learned from masked leads" in line.notes
+        assert f"NORM {encoder.probe['masked_thresholds'][0]:.2f}" in words
+        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000  # a single one is drawn
+        with np.load(tmp_path / "out-ecg.npz") as drawn:
+            assert drawn["x"].shape == (1000, 12) and not drawn["x"][:, 1].any()
+
+    def test_bad_files_are_named_and_the_others_go_on(self, evaluated, synth, tmp_path):
+        shutil.copytree(synth / "records100", tmp_path / "some")
+        bad = tmp_path / "some" / "bad.hea"
+        bad.write_text("bad 12 100 1000\n")
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some")
+        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
+        assert table.windows[str(bad)] == 0 and "cannot be read" in table.notes[str(bad)]
+        assert list(arrays["files"]) == [file for file in table.index if file != str(bad)]
+        assert arrays["z"].shape == (100, TINY["rep_dim"])
+        with refused(r"none of 1 recordings can be used:\n.*cannot be read"):
+            embedded(evaluated[0], tmp_path, bad)
+
+    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, units="mV", leads=LEADS)
+        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
+            file["tracings"] = x
+        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
+                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
+        files = [str(tmp_path / name) for name in ("a/r.npz", "b/h.h5#0", "b/h.h5#1", "b/r.npz")]
+        assert list(table.index) == list(arrays["files"]) == files
+        assert list(table["name"].astype(str)) == list(arrays["names"]) == [
+            "r", "h-0", "h-1", "r"]
 
     def test_the_lines_of_the_readme_embed_a_signal(self, evaluated):
         (lines,) = (block for block in re.findall(
@@ -3182,39 +3092,6 @@ class TestEmbed:
         exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
         assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
         assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
-
-    def test_bad_files_are_named_the_others_go_on_and_one_is_drawn(self, evaluated, synth,
-                                                                   tmp_path):
-        shutil.copytree(synth / "records100", tmp_path / "some")
-        (tmp_path / "some" / "bad.hea").write_text("bad 12 100 1000\n")
-        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some",
-                                        "--neighbours", 2)
-        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
-        assert table.leads["bad"] == 0 and "unreadable" in table.notes["bad"]
-        assert list(arrays["name"]) == [name for name in table.index if name != "bad"]
-        near = re.findall(r"training records to 0*(\d+)_lr:\n.*\n.*\n\| (\d+) *\| (\S+)", words)
-        folds = data.load_tables(synth).set_index("ecg_id").strat_fold
-        for own, nearest, distance in near:  # a training record is nearest to itself
-            assert (own == nearest and float(distance) < 1e-4) == (folds[int(own)] <= 8)
-        with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
-            embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
-        embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
-        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000
-        with np.load(tmp_path / "out-ecg.npz") as drawn:
-            assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
-
-    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
-        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
-        for folder in ("a", "b"):
-            (tmp_path / folder).mkdir()
-            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, unit="mV", leads=LEADS)
-        pd.DataFrame(x[0], columns=LEADS).to_csv(tmp_path / "a" / "r.csv", index=False)
-        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
-            file["tracings"], file["exam_id"] = x, [5, 5]
-        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
-                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
-        assert list(table.index) == list(arrays["name"]) == [
-            "a/r.csv", "a/r.npz", "b/h.h5-0", "b/h.h5-1", "b/r.npz"]
 
 
 def wait_for_an_epoch(process, folder):
@@ -3281,7 +3158,7 @@ class TestSurvives:
         out = stop_in(process, tmp_path / "r", number, os.killpg)
         assert process.returncode == 0 and "Traceback" not in out, out
         step = torch.load(tmp_path / "r" / "last.pt")["step"]
-        assert f"stopped at step {step} of 4500; the same command goes on from here" in out
+        assert re.search(rf"stopped at step {step} of \d+; the same command goes on", out)
         assert not (tmp_path / "r" / "model.pt").exists()
 
     @slow
@@ -3294,13 +3171,13 @@ class TestSurvives:
             out = stop_in(started(*argv), run, number, os.kill)  # it ends when all have ended
             assert out.count("stopped at step") == 1, out
         out = script(*argv)
-        assert out.count("finished, 27 steps") == 1 == out.count("epoch 3  loss")
+        assert out.count(": finished, ") == 1 == out.count("epoch 3  loss")
         assert_same(whole, run)
 
     @slow
     def test_two_processes_stop_at_the_same_step_when_one_is_told(self, two):
         folder, found = two
-        assert [asked for _, _, asked in found] == [5, 5]
+        assert [asked for _, _, asked, _ in found] == [5, 5]
         assert torch.load(folder / "told" / "last.pt")["step"] == 5
 
     def test_a_second_ctrl_c_stops_at_once(self):
@@ -3473,7 +3350,7 @@ class TestMake:
     def test_importing_does_nothing_and_loading_a_run_needs_no_readers(self, finished, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 f"sys.path.insert(0, {str(HERE)!r}); import model; model.load_run(sys.argv[1])\n"
-                "assert not {'ecgmentations', 'requests', 'wfdb', 'views'} & set(sys.modules)\n"
+                "assert not {'requests', 'wfdb', 'pandas'} & set(sys.modules)\n"
                 "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
                 "import attention\n"
                 "assert (torch.get_rng_state() == a).all()\n"
