@@ -27,7 +27,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 from urllib.parse import quote
 
 import joblib
@@ -97,8 +97,7 @@ DIGITS = dict(calinski_harabasz=".1f", rankme=".1f", records=".0f", records_per_
               peak_mib=".0f", strength=".2g")
 REPRESENTATION = dict(silhouette="silhouette", davies_bouldin="Davies-Bouldin (low)",
                       calinski_harabasz="Calinski-Harabasz", shift="shift (low)", rankme="RankMe")
-SCORED = {"official": fold_names(TEST_FOLD), "cv": "each by a probe of other folds",
-          "table3": f"{fold_names([VAL_FOLD, TEST_FOLD])}, one class"}
+SCORED = {"official": fold_names(TEST_FOLD), "cv": "each scored by a probe of other folds"}
 INTERVALS = ("Intervals hold 95 %, over patients; where that of a difference holds 0, these "
              "records do not tell.")
 OVER_SEEDS = ("Means over seeds, with intervals over these too, or the standard deviation. No "
@@ -1143,10 +1142,10 @@ def paper_lines(view, group):
     return pd.DataFrame(found).assign(group=group)
 
 
-def make_tables(table, about, index):
+def make_tables(table, classes, index):
     """Every table, below what it means: a list of Markdown texts. index: see pivot()."""
-    protocols = [name for name in ABOUT if name in about["tested"]]
-    tables = {name: score_table(table, name, about["classes"], index) for name in protocols}
+    protocols = [name for name in ("official", "cv", "table3") if name in set(table.protocol)]
+    tables = {name: score_table(table, name, classes, index) for name in protocols}
     tables["fewer"] = fewer_table(table, headline(table), index)
     tables["representation"] = pivot(
         table[table.protocol.isin(("clustering", "quality"))], index, REPRESENTATION)
@@ -1162,8 +1161,10 @@ def make_tables(table, about, index):
 # The answer
 
 def headline(table):
-    """The protocol that the answer rests on: the one that tests most records."""
-    return "cv" if "cv" in set(table.protocol) else "official"
+    """The protocol that the answer rests on: the one that tests most records, in all groups."""
+    ours = table[table.row != PAPER]
+    everywhere = set(ours.group[ours.protocol == "cv"]) == set(ours.group)
+    return "cv" if everywhere else "official"
 
 
 def verdict(line):
@@ -1197,17 +1198,19 @@ def answer(table, abouts, base=None):
     protocol = headline(table)
     scores = {group: look_up(table, group=group, protocol=protocol).value for group in abouts}
     best = max(scores, key=scores.get)
-    tested = {name: f"{n} records, {SCORED[name]}" for name, n in abouts[best]["tested"].items()}
-    sentences = [f"Does pretraining help? By macro AUROC of linear probes, {tested[protocol]}:"]
+    tested = {name: f"{abouts[best]['tested'][name]} records ({SCORED[name]})"
+              for name in ("official", protocol)}
+    sentences = [f"Does pretraining help? By macro AUROC of linear probes on {tested[protocol]}:"]
     for group in abouts:
         facts = dict(group=group, protocol=protocol)
         gain = GAINS[verdict(look_up(table, minus="untrained", **facts))]
         sentences.append(f"- {group}: {gain}. {standing(table, BASELINES, **facts)}.")
     if len(abouts) > 1:
-        base = best if base is None else base
-        lines = {group: look_up(table, group=group, protocol=protocol, minus="pretrained",
-                                minus_group=base) for group in abouts if group != base}
-        others = [f"{group} is {verdict(line)} it ({cell(line)})" for group, line in lines.items()
+        if base is None:
+            base = best
+        found = {group: look_up(table, group=group, protocol=protocol, minus="pretrained",
+                                minus_group=base) for group in abouts}
+        others = [f"{group} is {verdict(line)} it ({cell(line)})" for group, line in found.items()
                   if line is not None]
         sentences.append(f"The highest is {best}. Against {base}: {', '.join(others)}.")
     facts = dict(group=best, protocol="official")
@@ -1262,7 +1265,10 @@ def evaluate(args):
         tested={name: len(task.tested) for name, task in run.protocols.items()},
         data={key: meta[key] for key in ("data", "rate", "records", "synthetic", "fingerprint")})
 
-    shown, notes = table, []
+    write_json(run.out / "eval" / "about.json", about)
+    write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
+
+    shown, notes = table, [INTERVALS]
     if run.labels.name == "superclass":
         shown = pd.concat([table, paper_lines(about["view"], run.group)])
     if rare := note_rare(run.protocols, run.labels.classes):
@@ -1272,16 +1278,13 @@ def evaluate(args):
                      f"{meta['left_out'][0]}.")
     if meta["fingerprint"] != run.saved["data"]["fingerprint"]:
         notes.append(f"Pretrained on other data: {run.saved['data']['data']}.")
-    training = [f"{line.metric} {cell(line)}" for line in table.itertuples()
-                if line.protocol == "training"]
-    notes.append(f"Training, last epoch and median speed: {', '.join(training)}.")
-    figures = " ".join(f"![{path.stem}](figures/{path.name})" for path in draw(run, table, title))
-    sentences = answer(table, {run.group: about})
-    text = [f"# {run.out}\n{title}", "\n".join(sentences), "\n".join([INTERVALS, *notes]),
-            *make_tables(shown, about, ["row"]), figures]
-
-    write_json(run.out / "eval" / "about.json", about)
-    write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
+    training = table[table.protocol == "training"]
+    numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
+    notes.append(f"Training, last epoch and median speed: {numbers or 'without a log'}.")
+    sentences, figures = answer(table, {run.group: about}), draw(run, table, title)
+    text = [f"# {run.out}\n{title}", "\n".join(sentences), "\n".join(notes),
+            *make_tables(shown, run.labels.classes, ["row"]),
+            " ".join(f"![{path.stem}](figures/{path.name})" for path in figures)]
     write_text(run.out / "report.md", "\n\n".join(text) + "\n")
     print("\n".join(sentences))
     print(f"-> {run.out}: report.md (the tables), metrics.csv (every number), figures/")
@@ -1291,7 +1294,7 @@ def evaluate(args):
 
 def class_colors(classes):
     """A colour for each class: Okabe and Ito's, safe for the colour-blind, as far as they go."""
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    colors = list(COLORS[:6])
     more = len(classes) - len(colors)
     colors += [colormaps["turbo"](i / more) for i in range(more)]
     return dict(zip(classes, colors))
@@ -1386,13 +1389,6 @@ class Evaluated(NamedTuple):
     scores: dict
 
 
-class Sample(NamedTuple):
-    """A number of each of a group's S runs (S,); its bootstrap draws (S, n), or None."""
-
-    values: np.ndarray
-    draws: Optional[np.ndarray] = None
-
-
 def read_evaluated(folder, labels):
     """The Evaluated of a run folder under a label set; None, with a note, if there is none.
 
@@ -1451,80 +1447,74 @@ def group_runs(runs):
 
 
 def sample_group(runs, n):
-    """{(Key, metric): Sample} of what all runs of a group have; n: bootstrap draws."""
-    draws = []
-    for run in runs:
-        of_run = {}
-        for key, scores in run.scores.items():
-            of_run.setdefault(key._replace(draw=0), []).append(bootstrap(*scores, n))
-        draws.append({key: np.mean(several, axis=0) for key, several in of_run.items()})
+    """Of what all S runs of a group have: {(Key, metric): values (S,), draws (S, n) or None}."""
+    found = [results(run.scores, run.about["classes"], n) for run in runs]
     tables = [run.metrics[run.metrics.minus == ""].set_index([*KEY_COLUMNS, "metric"]).value
               for run in runs]
     samples = {}
     for facts in tables[0].index:
-        *key, metric = facts
-        key = Key(*key)
-        if not all(facts in table.index for table in tables):
-            continue
-        values, of_metric = np.array([table[facts] for table in tables]), None
-        if metric in MEASURES and key in draws[0]:
-            of_metric = np.stack([of_run[key][:, MEASURES.index(metric)] for of_run in draws])
-        samples[key, metric] = Sample(values, of_metric)
+        if all(facts in table.index for table in tables):
+            *key, metric = facts
+            key, draws = Key(*key), None
+            if metric in MEASURES and key in found[0]:
+                draws = np.stack([of_run[key][1][:, MEASURES.index(metric)] for of_run in found])
+            samples[key, metric] = np.array([table[facts] for table in tables]), draws
     return samples
 
 
-def pool(sample, minus=None):
+def pool(values, draws, minus=None):
     """value, low, high and sd of the mean over a group's runs, or of its difference from another.
+
+    values, draws, minus: as interval_over_runs() takes them, but without draws no interval
     """
-    value, low, high = sample.values.mean(), np.nan, np.nan
+    value, low, high, sd = values.mean(), np.nan, np.nan, np.nan
+    if draws is not None:
+        low, high = interval_over_runs(values, draws, minus)
     if minus is not None:
-        value -= minus.values.mean()
-    if sample.draws is not None:
-        low, high = interval_over_runs(*sample, minus)
-    sd = sample.values.std(ddof=1) if minus is None and len(sample.values) > 1 else np.nan
+        value -= minus[0].mean()
+    elif len(values) > 1:
+        sd = values.std(ddof=1)
     return dict(value=value, low=low, high=high, sd=sd)
 
 
 def same_patients(one, other):
-    """Whether two Scores are of the same patients, with the same labels: then they can be paired.
-    """
+    """Whether two Scores can be paired: they are of the same patients, with the same labels."""
     return (np.array_equal(np.unique(one.patients), np.unique(other.patients))
             and np.allclose(one.y.mean(0), other.y.mean(0)))
 
 
 def pool_groups(groups, n):
-    """Lines of metrics over groups of runs, {name: runs}, as a table.
+    """Lines of metrics over groups of runs, {name: runs}, as a table; n: bootstrap draws.
 
     COLUMNS, minus_group (of `minus`; "" without) and sd over runs. Means; paired differences of
-    each row from `pretrained` within a group, and of `pretrained` between groups.
+    `pretrained` from other rows within a group, and from `pretrained` of other groups.
     """
-    found, samples = [], {}
+    out, samples = [], {}
 
     def add(group, key, metric, numbers, minus="", minus_group=""):
         if metric in MEASURES:  # of few runs Student's intervals are wider than the scale
             least = -1.0 if minus else 0.0
             numbers |= dict(low=max(numbers["low"], least), high=min(numbers["high"], 1.0))
-        found.append(dict(group=group, row=key.row, minus=minus, minus_group=minus_group,
-                          protocol=key.protocol, labels=key.labels, leads=key.leads,
-                          metric=metric) | numbers)
+        out.append(dict(group=group, row=key.row, minus=minus, minus_group=minus_group,
+                        protocol=key.protocol, labels=key.labels, leads=key.leads,
+                        metric=metric) | numbers)
 
-    for group in tqdm(groups, "intervals", unit="group", disable=None):
+    for group in tqdm(groups, "groups", disable=None):
         samples[group] = sample_group(groups[group], n)
-    for group, of_group in samples.items():
-        for (key, metric), sample in of_group.items():
-            add(group, key, metric, pool(sample))
+        for (key, metric), (values, draws) in samples[group].items():
+            add(group, key, metric, pool(values, draws))
             first = key._replace(row=BOTH_STREAMS if key.protocol == "streams" else "pretrained")
-            base = of_group.get((first, metric))
-            if sample.draws is not None and base is not None and key != first:
-                paired = Sample(base.values - sample.values, base.draws - sample.draws)
-                add(group, first, metric, pool(paired), key.row, group)
-    for one, other in permutations(samples, 2):
-        for (key, metric), sample in samples[one].items():
+            if draws is not None and key != first and (first, metric) in samples[group]:
+                first_values, first_draws = samples[group][first, metric]
+                numbers = pool(first_values - values, first_draws - draws)
+                add(group, first, metric, numbers, key.row, group)
+    for one, other in permutations(groups, 2):
+        for (key, metric), (values, draws) in samples[one].items():
             minus = samples[other].get((key, metric))
-            if (key.row == "pretrained" and sample.draws is not None and minus is not None
+            if (key.row == "pretrained" and draws is not None and minus is not None
                     and same_patients(groups[one][0].scores[key], groups[other][0].scores[key])):
-                add(one, key, metric, pool(sample, minus), key.row, other)
-    return pd.DataFrame(found)
+                add(one, key, metric, pool(values, draws, minus), key.row, other)
+    return pd.DataFrame(out)
 
 
 def compare(args):
@@ -1553,7 +1543,7 @@ def compare(args):
             shown.append(paper_lines(about["view"], about["view"]))
     sentences = answer(table, abouts, args.base)
     text = ["# Comparison of runs", "\n".join(sentences), "\n".join(notes),
-            *make_tables(pd.concat(shown), about, ["group", "row"])]
+            *make_tables(pd.concat(shown), about["classes"], ["group", "row"])]
     write_text(f"{args.out}.md", "\n\n".join(text) + "\n")
     write_atomic(f"{args.out}.csv", lambda tmp: table.to_csv(tmp, index=False))
     print("\n".join(sentences))

@@ -2365,7 +2365,7 @@ class TestReport:
         text = "\n".join(evaluate.answer(table, dict(g=about_of())))
         assert re.search(words, text), text
         for number in ("0.800 [0.700, 0.900]", "+0.040", "below ROCKET (-0.020 [-0.031, -0.010])",
-                       f"64 records, fold {data.TEST_FOLD}", "From lead II alone"):
+                       f"64 records (fold {data.TEST_FOLD})", "From lead II alone"):
             assert number in text, (number, text)
         assert "SYNTHETIC" not in text and 3 <= len(text.splitlines()) <= 6
         real = about_of(data=dict(synthetic=True))
@@ -2385,6 +2385,8 @@ class TestReport:
         assert "The highest is b. Against b: a is below it (-0.100 [-0.200, -0.050]), c is" in text
         text = "\n".join(evaluate.answer(pd.concat(parts), groups, "a"))
         assert "The highest is b. Against a: b is below it" in text
+        assert evaluate.headline(pd.concat([*parts, parts[0].assign(protocol="cv")])) == "official"
+        assert evaluate.headline(pd.concat([parts[0], parts[0].assign(protocol="cv")])) == "cv"
 
     def test_a_table_holds_each_number_at_its_row_and_column(self):
         rows = [("g", row, "", "official", "100%", "all", metric, value, np.nan, np.nan)
