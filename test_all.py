@@ -1847,13 +1847,13 @@ def settings_of(run, **more):
 def measured(evaluated):
     """The evaluated run as an evaluate.Run with its encoders, its metrics.csv, {Key: Scores}."""
     run = evaluate.open_run(settings_of(evaluated[0]))
-    evaluate.add_encoders(run, [])
+    evaluate.add_models(run, [])
     blank = dict.fromkeys(("value", "low", "high"), [""])
     table = pd.read_csv(run.out / "metrics.csv", keep_default_na=False, na_values=blank)
     return run, table, evaluate.read_scores(run.out / "eval" / "scores.npz")
 
 
-def protocol(y, fold=None, single=False, by_view=False):
+def protocol(y, fold=None, table3=False):
     """A Protocol of records of ten patients each: folds 1-8 / 9 / 10, or, by `fold`, all ten."""
     n = len(y)
     if fold is None:
@@ -1862,7 +1862,7 @@ def protocol(y, fold=None, single=False, by_view=False):
         folds = [evaluate.Fold(np.flatnonzero((fold != f) & (fold != f % 10 + 1)),
                                np.flatnonzero(fold == f % 10 + 1), np.flatnonzero(fold == f))
                  for f in range(1, 11)]
-    return evaluate.Protocol("some", y, np.arange(n) // 10, folds, single, by_view)
+    return evaluate.Protocol("some", y, np.arange(n) // 10, folds, table3)
 
 
 def fit(z, y, strength, single=False):
@@ -2053,7 +2053,7 @@ class TestProbe:
     @pytest.mark.parametrize("single", [True, False])
     def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self, single):
         z, y = self.blurred()
-        task = protocol(y, single=single)
+        task = protocol(y, table3=single)
         (fold,), loss = task.folds, []
         for strength in evaluate.STRENGTHS:
             p, true = fit(z[fold.train, 0], y[fold.train], strength, single)(z[fold.choose, 0]), (
@@ -2082,7 +2082,7 @@ class TestProbe:
     def test_of_table_3_each_view_is_a_sample_and_the_choosing_fold_trains_too(self):
         z, y = self.blurred(80)
         z = np.concatenate([z, z + np.random.default_rng(1).normal(size=z.shape)], axis=1)
-        task = protocol(y, single=True, by_view=True)
+        task = protocol(y, table3=True)
         (fold,), (got, _) = task.folds, evaluate.score_probe(z, task)
         learn = np.append(fold.train, fold.choose)
         probe = fit(z[learn].reshape(-1, 20), np.repeat(y[learn], 2, axis=0), .1, True)
@@ -2210,22 +2210,26 @@ class TestEvaluate:
             np.testing.assert_allclose(run.represent(row, rows), whole, atol=1e-5)
             np.testing.assert_allclose(run.represent(row, rows, keep), three, atol=1e-5)
             assert np.abs(three - whole).max() > .01
-        later = run.represent("rocket later", rows)
+        later = run.represent("rocket", rows, change="later")
         rocket = evaluate.Rocket(1000, seed=0)
         np.testing.assert_allclose(later, rocket(x.roll(-50, 1)), atol=1e-5)
 
     def test_a_stream_that_sees_nothing_changes_scores_and_leaves_the_model_alone(self, measured):
         run, rows = measured[0], np.arange(8)
         before = run.represent("pretrained", rows)
+
+        def encode(change):
+            return run.apply(lambda x, keep: run.encode("pretrained", x, keep, change), rows)
+
         stem = run.models["pretrained"].encoder.channel_stem
         with mock.patch.object(type(stem), "forward", lambda self, x, forward=type(stem).forward:
                                forward(self, x * 0)):
-            want = run.apply(run.encoders["pretrained"], rows)
-        got = run.apply(run.encoders["channel stream sees nothing"], rows)
+            want = encode(None)
+        got = encode("channel stream sees nothing")
         np.testing.assert_allclose(got, want, atol=1e-6)
-        other = run.apply(run.encoders["time stream sees another record"], rows)
+        other = encode("time stream sees another record")
         assert np.abs(got - before).max() > .01 and np.abs(other - before).max() > .01
-        np.testing.assert_array_equal(run.apply(run.encoders["pretrained"], rows), before)
+        np.testing.assert_array_equal(encode(None), before)
         assert {key.row for key in measured[2] if key.protocol == "streams"} == {
             evaluate.BOTH_STREAMS, *evaluate.ONE_STREAM}
 
@@ -2249,7 +2253,7 @@ class TestEvaluate:
             self, measured, tmp_path):
         folder = Path(shutil.copytree(measured[0].folder, tmp_path / "r"))
         run = evaluate.open_run(settings_of(folder))
-        evaluate.add_encoders(run, [])
+        evaluate.add_models(run, [])
         made, rows = [], np.arange(100)
 
         def work(row="pretrained", rows=rows, keep=None):
@@ -2270,7 +2274,7 @@ class TestEvaluate:
         for path in (folder / "eval" / "pieces").rglob("output.pkl"):
             path.write_bytes(path.read_bytes()[:100])
         run = evaluate.open_run(settings_of(folder))
-        evaluate.add_encoders(run, [])
+        evaluate.add_models(run, [])
         np.testing.assert_array_equal(work(), z)
         assert made[4:] == ["pretrained"]
 
