@@ -3309,6 +3309,26 @@ class TestMake:
             assert log.count("train.py") == 4 and log.count("evaluate.py run") == (not broken)
             assert f"without result: {both[1] if broken else 'none'}\n" in out
 
+    @slow
+    def test_a_view_of_ones_own_is_a_function_an_entry_and_a_name(self, cache, tmp_path):
+        """As the README says it."""
+        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
+            shutil.copy(path, tmp_path)
+        example = re.search(r"```python\n(def skip.*?)\n\n(.*?)```",
+                            (HERE / "README.md").read_text(), re.S)
+        for name, old, new in (
+                ("views.py", "\nVIEWS = {\n", f"\n{example[1]}\n\nVIEWS = {{\n{example[2]}"),
+                ("Makefile", ":= stochastic contig", ":= skip stochastic contig")):
+            text = (tmp_path / name).read_text()
+            assert text.count(old) == 1
+            (tmp_path / name).write_text(text.replace(old, new))
+        out = self.make("-n", "pretrain", "VIEW=skip", cwd=tmp_path)
+        assert "--rate 500" in out and "--view skip" in out and "runs/skip-s0" in out
+        out = script("train.py", "--cache", cache, "--view", "jump", *TINY_FLAGS, "--max-steps", 2,
+                     cwd=tmp_path)
+        assert "two windows of 7.5 s" in out
+        assert (tmp_path / "runs" / "skip-s0" / "model.pt").exists()
+
     def test_help(self, capsys):
         for script, commands in (
                 (train, [""]), (model, [""]), (data, ["download", "cache", "synth", "info"]),
