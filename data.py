@@ -21,10 +21,9 @@ import signal as signals
 import sys
 import tempfile
 import threading
-import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -117,16 +116,13 @@ def add_shared(parser, *names):
 
 
 def fold_names(folds):
-    """How texts name a fold or several: "fold 10", "folds 9 and 10", "folds 1-8"."""
-    folds = sorted([folds] if isinstance(folds, (int, np.integer)) else set(folds))
-    first, last = folds[0], folds[-1]
+    """How texts name one fold or several: "fold 10", "folds 9 and 10", "folds 1-8"."""
+    folds = [int(fold) for fold in np.unique(list(folds) if np.iterable(folds) else folds)]
     if len(folds) == 1:
-        return f"fold {first}"
-    if len(folds) == 2:
-        return f"folds {first} and {last}"
-    if len(folds) == last - first + 1:
-        return f"folds {first}-{last}"
-    return f"folds {', '.join(map(str, folds))}"
+        return f"fold {folds[0]}"
+    if len(folds) > 2 and folds[-1] - folds[0] == len(folds) - 1:
+        return f"folds {folds[0]}-{folds[-1]}"
+    return f"folds {', '.join(map(str, folds[:-1]))} and {folds[-1]}"
 
 
 def normalize(signals):
@@ -181,8 +177,8 @@ def write_atomic(path, write):
         os.replace(tmp, path)
         sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        raise OSError(f"{path} cannot be written ({str(error)[:80]}); is the disk full? What was "
-                      "there is kept: make room, and give the same command again") from error
+        raise OSError(f"{path} cannot be written ({str(error)[:80]}), as on a full disk; what "
+                      "was there is kept: make room, and give the same command again") from error
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -207,38 +203,21 @@ def save_arrays(path, arrays):
 
 
 def read_arrays(path):
-    """The arrays of an .npz file; an error of any kind if its bits are not what was written."""
-    if part := zipfile.ZipFile(path).testzip():  # NumPy looks at checksums of what it reads alone
-        raise ValueError(f"{part} has changed since it was written")
+    """The arrays of an .npz file."""
     with np.load(path) as arrays:
         return dict(arrays)
 
 
-def sha256(*paths):
-    """Hex digest of a file, or of several one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def goes_down(name):
-    """Whether a path leads down from where it starts, as it is written: not absolute, without .."""
+    """Whether a path, as it is written, leads down from where it starts."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
-# Until their last users are rewritten
-NORMALISATION = f"each lead of each {SECONDS} s: mean 0, standard deviation 1"
-
-
-@contextmanager
-def writing(path):
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({str(error)[:80]})") from error
 
 
 # Download
@@ -249,11 +228,11 @@ def open_session():
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
 
-    session = requests.Session()
     retry = Retry(TRIES, backoff_factor=BACKOFF_S, backoff_max=PAUSE_S, retry_after_max=PAUSE_S,
                   status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=retry))
+    session.mount("https://", HTTPAdapter(max_retries=retry))
     return session
 
 
@@ -264,13 +243,12 @@ def fetch_file(session, url, path, digest=None):
     for _ in range(TRIES):  # what urllib3 does not try again: bodies cut short, or wrong
         try:
             answer = session.get(url, timeout=TIMEOUT_S)
-            answer.raise_for_status()
-        except requests.HTTPError as error:
-            raise InputError(str(error)) from error
         except requests.RequestException as error:
             problem = str(error)
             continue
         got = hashlib.sha256(answer.content).hexdigest()
+        if answer.status_code != 200:
+            raise InputError(f"{url}: HTTP {answer.status_code} {answer.reason}")
         if digest in (None, got):
             write_atomic(path, lambda tmp: tmp.write_bytes(answer.content))
             return
@@ -279,10 +257,7 @@ def fetch_file(session, url, path, digest=None):
 
 
 def read_sums(path):
-    """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form.
-
-    A path out of its folder is refused: a server must not choose where to write.
-    """
+    """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form."""
     sums = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.strip().partition(" ")
@@ -299,8 +274,7 @@ def download(folder, rate, url=URL, workers=8):
 
     Raises InputError when files cannot be had, OSError of a full disk; run again to go on.
     """
-    folder, url = Path(folder), url.rstrip("/") + "/"
-    session = open_session()  # its pool of connections serves all threads
+    folder, url, session = Path(folder), url.rstrip("/") + "/", open_session()
     fetch_file(session, url + "SHA256SUMS.txt", folder / "SHA256SUMS.txt")
     sums = read_sums(folder / "SHA256SUMS.txt")
     if not set(TABLES) <= set(sums):
@@ -309,10 +283,9 @@ def download(folder, rate, url=URL, workers=8):
               if name in (*TABLES, "LICENSE.txt", SYNTHETIC) or name.startswith(f"records{rate}/")]
     new = [name for name in wanted if not (folder / name).exists()]
     # SHA256SUMS.txt has no sizes: a data file is known from the rate, a header takes a disk block
-    size = sum(cache_bytes(1, rate) if name.endswith(".dat") else 4096 for name in new)
+    size = sum(240 * rate if name.endswith(".dat") else 4096 for name in new)
     free = shutil.disk_usage(folder).free
-    print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB: at 5 MB/s some "
-          f"{math.ceil(size / 5e6 / 60)} min", flush=True)
+    print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB", flush=True)
     if free < size:
         raise InputError(f"{folder} has no room for {size / 1e6:,.1f} MB: {free / 1e6:,.1f} MB are "
                          "free; make room, or give another folder")
@@ -340,15 +313,14 @@ def download(folder, rate, url=URL, workers=8):
     print(f"{folder}: {len(wanted)} files at {rate} Hz, all checksums right")
 
 
-# Labels: a source tells statements of a record, {code: 1 or 0}; a label set says which of them make
-# a class: {class: [codes]}. A record has a class when any of the class's codes is 1.
+# Labels. A source tells statements of a record, {code: 1 or 0}; a label set {class: [codes]} says
+# which of them make a class: a record has it when any of its codes is 1.
 
 @dataclass(frozen=True)
 class Labels:
     """A label set over the N records of a cache, with K classes.
 
-    y: (N, K) int, 1 where a record has the class, else 0
-    member: (N,) bool, the records that take part
+    y: (N, K) int, 1 where a record has the class; member: (N,) bool, the records that take part
     """
 
     name: str
@@ -364,48 +336,41 @@ def read_label_sets(path):
     """
     import pandas as pd
 
-    with reading(path, "get it again: python data.py download, or synth"):
+    sets = dict(superclass={name: [] for name in CLASSES}, subclass={})
+    with reading(path, "get PTB-XL's tables again: python data.py download, or synth"):
         table = pd.read_csv(path, index_col=0)
         if table.index.has_duplicates:
-            raise ValueError(f"{table.index[table.index.duplicated()][0]} is in two rows")
-        # coerced: one cell that is no number would make text of all, and lose every label
-        codes = {kind: list(table.index[pd.to_numeric(table[kind], errors="coerce") == 1])
-                 for kind in ("diagnostic", "form", "rhythm")}
-        superclass, subclass = table.diagnostic_class, table.diagnostic_subclass
-    sets = dict(superclass={name: [] for name in CLASSES}, subclass={})
-    for name in CLASSES:
-        for code in codes["diagnostic"]:
-            if superclass[code] == name:
-                sets["superclass"][name].append(code)
-                sets["subclass"].setdefault(str(subclass[code]), []).append(code)
-    for kind in codes:
-        sets[kind] = {code: [code] for code in codes[kind]}
-    sets["all"] = {code: [code] for code in table.index}
+            raise ValueError("a code has two rows")
+        for kind in ("diagnostic", "form", "rhythm"):
+            # coerced: one cell that is no number would make text of all, and lose every label
+            codes = table.index[pd.to_numeric(table[kind], errors="coerce") == 1]
+            sets[kind] = {code: [code] for code in codes}
+        for code in sets["diagnostic"]:
+            superclass, subclass = table.loc[code, ["diagnostic_class", "diagnostic_subclass"]]
+            sets["superclass"][superclass].append(code)
+            sets["subclass"].setdefault(subclass, []).append(code)
+        sets["all"] = {code: [code] for code in table.index}
     return sets
 
 
 def own_label_set(spec, counts, sets):
     """The label set {class: [codes]} of words CODE or NAME=CODE+CODE; raises InputError.
 
-    counts: a Counter of the codes that there are; sets: names of label sets that there are
+    counts: a Counter of the codes that there are; sets: names of the label sets that there are
     """
     classes = {}
-    for word in spec.split():
-        if word in counts or "=" not in word:
-            name, codes = word, [word]
-        else:
-            name, _, listed = word.partition("=")
-            codes = listed.split("+")
-        unknown = [code for code in codes if code not in counts]
-        if unknown or name in classes:
-            fault = f"{unknown[0]!r} is unknown" if unknown else f"{name!r} is there twice"
-            there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80)) or "none"
-            raise InputError(
-                f"labels {spec!r}: {fault}; give a label set ({', '.join(sets)}), or statements, "
-                f"each a class, or NAME=CODE+CODE. Statements (records that have them): {there}")
-        classes[name] = codes
-    if not classes:
-        raise InputError("no labels given; give such as superclass")
+    for word in spec.split() or [spec]:
+        name, _, codes = word.partition("=")
+        if word in counts or not codes:
+            name, codes = word, word
+        classes[name] = codes.split("+")
+        for code in classes[name]:
+            if code not in counts:
+                there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80))
+                raise InputError(
+                    f"labels {spec!r}: {code!r} is unknown; give a label set ({', '.join(sets)}), "
+                    "or statements, each a class, or NAME=CODE+CODE. Statements, and records that "
+                    f"have them: {there or 'none'}")
     return classes
 
 
@@ -416,27 +381,24 @@ def assign_labels(statements, spec, label_sets, vocabularies):
     absence means 0, unless its source tells nothing of it at all
     """
     sets = dict(superclass={name: [] for name in CLASSES}) | label_sets
-    counts = Counter({code: 0 for codes in set(map(tuple, vocabularies)) for code in codes})
-    for told in statements:
-        counts.update(told)
     if spec in sets:  # a table may have a column of the class's name instead of its codes
         classes = {name: [*codes, name] for name, codes in sets[spec].items()}
     else:
+        counts = Counter({code: 0 for codes in vocabularies for code in codes})
+        for record in statements:
+            counts.update(record)
         classes = own_label_set(spec, counts, sets)
 
-    column = {code: i for i, code in enumerate(dict.fromkeys(sum(classes.values(), [])))}
-    answer = np.full((len(statements), len(column)), -1)  # 1, 0, or -1: not known
-    for row, (told, vocabulary) in enumerate(zip(statements, vocabularies)):
-        if told:
-            answer[row, [column[code] for code in vocabulary if code in column]] = 0
-        for code in column.keys() & told.keys():
-            answer[row, column[code]] = told[code]
-
-    parts = [answer[:, [column[code] for code in codes]] for codes in classes.values()]
-    y = np.stack([(part == 1).any(1) for part in parts], axis=1)  # (N, K)
-    known = np.stack([(part >= 0).all(1) for part in parts], axis=1) | y
+    N, K = len(statements), len(classes)
+    y, known = np.zeros((N, K), int), np.zeros((N, K), bool)
+    for row, (record, vocabulary) in enumerate(zip(statements, vocabularies)):
+        codes_known = {*vocabulary, *record} if record else set()
+        has = {code for code, answer in record.items() if answer}
+        for k, codes in enumerate(classes.values()):
+            y[row, k] = not has.isdisjoint(codes)
+            known[row, k] = y[row, k] or codes_known.issuperset(codes)
     member = y.any(1) if spec in sets else known.all(1)
-    return Labels(" ".join(spec.split()), tuple(classes), y.astype(int), member)
+    return Labels(spec, tuple(classes), y, member)
 
 
 def read_labels(cache, spec="superclass"):
@@ -453,38 +415,26 @@ def read_labels(cache, spec="superclass"):
 
 # Tables
 
-def refuse_cells(path, column, bad, valid):
-    """Raise InputError where cells of a table's column are bad: the first, and their lines."""
+def refuse_cells(column, bad, valid):
+    """Raise ValueError where cells of a table's column are bad: the first, and their lines."""
     if bad.any():
         cells = ", ".join(map(repr, column[bad].astype(str).str[:40][:5]))
         lines = ", ".join(str(i + 2) for i in np.flatnonzero(bad)[:5])
-        raise InputError(f"{path} is damaged ({column.name} is {cells} in {bad.sum()} rows, lines "
-                         f"{lines}; needs {valid}); mend it, or get it again")
+        raise ValueError(f"{column.name} is {cells} in lines {lines}; needs {valid}")
 
 
-def check_people(path, table):
-    """Raise InputError for folds, patients, ages or sexes that cannot be; make folds integers."""
+def check_people(table):
+    """Make numbers of folds, ages and sexes; raise ValueError for folds that cannot be."""
     import pandas as pd
 
+    for name in ("age", "sex"):
+        table[name] = pd.to_numeric(table[name], errors="coerce")
     fold = pd.to_numeric(table.strat_fold, errors="coerce")
-    refuse_cells(path, table.strat_fold, ~fold.isin(range(1, 11)), "an integer from 1 to 10")
+    refuse_cells(table.strat_fold, ~fold.isin(range(1, 11)), "an integer from 1 to 10")
     table["strat_fold"] = fold.astype(int)
     folds = table.groupby(table.patient_id.astype(str)).strat_fold.transform("nunique")
-    refuse_cells(path, table.patient_id, folds > 1,
+    refuse_cells(table.patient_id, folds > 1,
                  "a patient in one fold alone: test records would be seen in training")
-    for column, valid in (table.age, "a number"), (table.sex, "0 for male, 1 for female"):
-        unclear = pd.to_numeric(column, errors="coerce").isna() & column.notna()
-        refuse_cells(path, column, unclear, f"{valid}, or nothing where it is not known")
-
-
-def parse_codes(text):
-    """The statements {SCP code: 1} in a cell of scp_codes; None if it holds no dict of codes."""
-    try:
-        codes = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    if isinstance(codes, dict) and all(isinstance(code, str) for code in codes):
-        return dict.fromkeys(codes, 1)  # whatever the likelihood: Table 1 of the paper counts so
 
 
 def load_tables(folder):
@@ -498,32 +448,28 @@ def load_tables(folder):
     with reading(path, f"give a folder in PTB-XL's layout with --data, or get it: python data.py "
                  f"download --data {folder} --rate 100|500"):
         table = pd.read_csv(path)
-    lacking = {*PEOPLE, "age", "sex", "scp_codes", *RATES.values()} - set(table)
-    if lacking or table.empty:
-        raise InputError(f"{path} lacks {', '.join(sorted(lacking)) or 'records'}; get it again")
-    for column in ("ecg_id", "patient_id"):
-        number = pd.to_numeric(table[column], errors="coerce").astype(float)
-        refuse_cells(path, table[column], ~((number.abs() < 1e15) & (number % 1 == 0)),
-                     "an integer")
-        table[column] = number.astype(int)
-    refuse_cells(path, table.ecg_id, table.ecg_id.duplicated(keep=False), "each once")
-    for column in RATES.values():
-        names = table[column] = table[column].fillna("").astype(str)
-        refuse_cells(path, names, ~names.map(goes_down), f"a path within {folder}")
-        # else the check of patients could be passed by while test records are trained on
-        refuse_cells(path, names, names.map(os.path.normpath).duplicated(keep=False),
-                     "another record in each row")
-    table["statements"] = table.scp_codes.map(parse_codes)
-    refuse_cells(path, table.scp_codes, table.statements.isna(), "a dict such as {'NORM': 100.0}")
-    check_people(path, table)
+        for name in ("ecg_id", "patient_id"):
+            table[name] = table[name].astype("Int64").astype(int)  # raises for what is no integer
+        refuse_cells(table.ecg_id, table.ecg_id.duplicated(keep=False), "each once")
+        for name in RATES.values():
+            files = table[name].fillna("").astype(str)
+            refuse_cells(files, ~files.map(goes_down), f"a path within {folder}")
+            # else the check of patients could be passed by while test records are trained on
+            refuse_cells(files, files.map(os.path.normpath).duplicated(keep=False),
+                         "another record in each row")
+            table[name] = files
+        check_people(table)
+        # whatever the likelihood of a code: Table 1 of the paper counts so
+        table["statements"] = [dict.fromkeys(ast.literal_eval(codes), 1)
+                               for codes in table.scp_codes]
     return table
 
 
-# Records and recordings
+# Recordings, of PTB-XL and from anywhere
 
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
 ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
-ENDS = ".hea", ".csv", *ARRAYS
+ENDS = ".hea", ".csv", ".edf", *ARRAYS
 KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
         "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
@@ -540,108 +486,32 @@ class Recording:
     leads: list
 
 
-def open_wfdb(path):
-    """The wfdb.Record of a header, with d_signal (T, n); raises whatever wfdb meets in it.
-
-    A header that tells of more samples than its files can hold would cost memory, and one of a
-    gain of 0 (unknown) is read by wfdb as 200 per mV: they are refused.
-    """
-    import wfdb
-
-    lines = [line for line in path.read_text(errors="replace").splitlines()
-             if line.strip() and not line.startswith("#")]
-    head, files = lines[0].split(), {line.split()[0] for line in lines[1:]}
-    if strange := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"samples in {strange[0]}; needs a file beside the header")
-    size = sum((path.parent / name).stat().st_size for name in files)
-    if len(head) > 3 and int(head[1]) * int(head[3]) > size:  # a byte a sample is the least
-        raise ValueError(f"{head[1]} leads of {head[3]} samples in {size} bytes")
-    if any(re.match(r"\S+\s+\S+\s+[-+]?[0.]+([(/e\s]|$)", line) for line in lines[1:]):
-        raise ValueError("a gain of 0")
-    if len(head) <= 4:
-        return wfdb.rdrecord(str(path.with_suffix("")), physical=False)
-    # wfdb refuses a header whose date cannot be (00/00/0000), so it reads one without time and date
-    with tempfile.TemporaryDirectory() as folder:
-        for name in files:
-            (Path(folder) / name).symlink_to((path.parent / name).resolve())
-        copy = Path(folder) / path.name
-        copy.write_text("\n".join([" ".join(head[:4]), *lines[1:]]))
-        return wfdb.rdrecord(str(copy.with_suffix("")), physical=False)
-
-
-def read_record(path, rate):
-    """One WFDB record as (T, C) int16 microvolt, leads in the order of LEADS, found by name.
-
-    Raises InputError for what makes it unusable; a flat lead is usable (see normalize).
-    """
-    path, T = Path(path), SECONDS * rate
-
-    def need(good, problem):
-        if not good:
-            raise InputError(f"{path.name}: {problem}")
-
-    with reading(path.name, "header and samples may disagree"):
-        record = open_wfdb(path.with_suffix(".hea"))
-        names = [(name or "?").strip().upper() for name in record.sig_name or ()]
-        need(sorted(names) == sorted(lead.upper() for lead in LEADS),
-             f"{record.n_sig} leads {' '.join(names)[:200]}; needs {' '.join(LEADS)}")
-        need(record.fs == rate and record.sig_len == T,
-             f"{record.sig_len} samples at {record.fs:g} Hz; needs {T} at {rate} Hz")
-        need(set(record.units) == {"mV"}, f"units {' '.join(sorted(set(record.units)))}; needs mV")
-        need(all(1 <= gain <= 1e6 for gain in record.adc_gain),
-             f"gains {sorted(set(record.adc_gain))}; needs 1 to 1e6 per mV")
-        sums = record.d_signal.sum(0)
-        need(None in record.checksum or not ((sums - record.checksum) % 65536).any(),
-             "the samples do not add up to the header's checksum")
-        signal = record.dac() * 1000  # microvolt; WFDB's invalid samples become NaN here
-        need((np.abs(signal) <= np.iinfo(np.int16).max).all(),
-             f"{int(np.isnan(signal).any(1).sum())} time points hold an invalid sample, or a value "
-             "exceeds 32.767 mV")
-    order = [names.index(lead.upper()) for lead in LEADS]
-    return np.rint(signal[:, order]).astype("<i2", order="C")
-
-
 def list_recordings(paths):
     """[(file, row)] of all recordings in files and folders; row: in a file of several, else None.
 
-    Raises InputError when there is none.
+    CSV files are to be named, as in folders they tend to be tables. Raises InputError for a path
+    without recordings.
     """
     found = []
     for path in map(Path, paths):
-        if not path.exists() and path.with_name(path.name + ".hea").exists():
-            path = path.with_name(path.name + ".hea")  # as WFDB names a record
-        if path.suffix in (".dat", ".mat"):
-            path = path.with_suffix(".hea")
-        files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-                 if file.suffix.lower() in (*ENDS, ".edf") and file.is_file()
-                 and not (path.is_dir() and is_about(file))]
+        files = [path]
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() != ".csv"]
+        elif path.suffix.lower() not in ENDS:  # samples of WFDB, or a record as it names them
+            header = path.with_suffix("") if path.suffix in (".dat", ".mat") else path
+            files.append(Path(f"{header}.hea"))
+        files = [file for file in files if file.suffix.lower() in ENDS and file.exists()]
         if not files:
             raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
-                             f" in {' '.join(ENDS)} (a .mat file needs its .hea)")
+                             f" in {' '.join(ENDS)} (CSV as files alone, a .mat with its .hea)")
         for file in files:
-            found += [(file, row) for row in count_rows(file)]
+            rows = [None]
+            if file.suffix.lower() in ARRAYS:
+                with suppress(Exception):  # it is said when the file is read, and others go on
+                    shape = open_arrays(file)["signal"].shape
+                    rows = range(shape[0]) if len(shape) == 3 else [None]
+            found += [(file, row) for row in rows]
     return found
-
-
-def is_about(path):
-    """Whether a CSV file is about recordings, and none itself: words at its head, but no lead."""
-    if path.suffix.lower() != ".csv":
-        return False
-    with open(path, errors="replace") as file:
-        head = [cell.strip(' "') for cell in file.readline().strip().split(",")]
-    return any(re.search("[A-Za-z]{3}", cell) for cell in head) and not any(map(lead_name, head))
-
-
-def count_rows(path):
-    """The rows of a file of several recordings, or [None] for a file of one."""
-    if path.suffix.lower() in ARRAYS:
-        try:
-            shape = open_arrays(path)["signal"].shape
-        except Exception:  # it is said, file by file, when they are read
-            return [None]
-        if len(shape) == 3:
-            return range(shape[0])
-    return [None]
 
 
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
@@ -656,11 +526,10 @@ def open_arrays(path):
         import h5py
 
         file = h5py.File(path)  # stays open: its arrays are read when they are asked for
-        arrays = dict(file.attrs)
-        for name, array in file.items():
-            if hasattr(array, "shape"):
-                arrays |= {**array.attrs, name: array}
-    signals = [name for name, array in arrays.items() if np.ndim(array) in (2, 3)]
+        arrays = dict(file.attrs) | dict(file)
+        for array in file.values():
+            arrays |= dict(array.attrs)
+    signals = [name for name, array in arrays.items() if len(getattr(array, "shape", ())) in (2, 3)]
     if len(signals) != 1:
         raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
                          "(time, leads), or several of these")
@@ -677,17 +546,29 @@ def read_columns(path):
     if not any(map(lead_name, table)):  # without names
         return dict(signal=pd.read_csv(path, header=None).to_numpy())
     stated = {}
-    for name in [name for name in table if name.lower() == "time"]:
-        step = np.median(np.diff(table.pop(name)))
-        stated["rate"] = [round(1 / step, 4)]
+    if "time" in table:
+        stated["rate"] = [round(1 / np.median(np.diff(table.pop("time"))), 4)]
     return stated | dict(signal=table.to_numpy(), leads=list(table))
 
 
 def read_wfdb(path):
-    """A record of a WFDB header: a dict like open_arrays()."""
-    record = open_wfdb(path)
+    """The record of a WFDB header, through wfdb: a dict like open_arrays()."""
+    import wfdb
+
+    lines = [line for line in path.read_text(errors="replace").splitlines()
+             if line.strip() and not line.startswith("#")]
+    words, files = lines[0].split(), {line.split()[0] for line in lines[1:]}
+    if any(re.match(r"\S+\s+\S+\s+[-+]?[0.]+([(/e\s]|$)", line) for line in lines[1:]):
+        raise ValueError("a gain of 0, which means unknown; wfdb would take it for 200 per mV")
+    with tempfile.TemporaryDirectory() as folder:
+        # wfdb refuses a date that cannot be (00/00/0000): it reads a header without time and date
+        copy = Path(folder) / path.name
+        copy.write_text("\n".join([" ".join(words[:4]), *lines[1:]]))
+        for name in files:
+            (copy.parent / Path(name).name).symlink_to((path.parent / name).resolve())
+        record = wfdb.rdrecord(str(copy.with_suffix("")))
     leads = record.sig_name if any(record.sig_name) else []  # a lead without a name is None
-    return dict(signal=record.dac(), rate=[record.fs], leads=leads,
+    return dict(signal=record.p_signal, rate=[record.fs], leads=leads,
                 unit=[unit or "?" for unit in record.units])
 
 
@@ -710,7 +591,6 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
         if row is not None:
             name = str(ids[row]) if len(ids) == len(signal) else name
             signal = signal[row]
-        signal = np.asarray(signal)
         rate = stated.get("rate", [rate])[0]
         units, names = ([text.decode() if isinstance(text, bytes) else str(text)
                          for text in stated.get(key, ())] for key in ("unit", "leads"))
@@ -720,10 +600,9 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
             names = list(leads)
         lacking = {"--source-rate 500": rate is None, "--unit mV": not units,
                    "--leads I II": not names}
-        if any(lacking.values()):
-            flags = " ".join(flag for flag, lacks in lacking.items() if lacks)
-            raise InputError(f"{path.name} does not tell all; give such as {flags}")
-        return Recording(name, signal, float(rate), units, names)
+        if flags := [flag for flag, lacks in lacking.items() if lacks]:
+            raise InputError(f"{path.name} does not tell all; give such as {' '.join(flags)}")
+        return Recording(name, np.asarray(signal), float(rate), units, names)
 
 
 def lead_name(text):
@@ -737,40 +616,40 @@ def in_leads(recording):
 
     ->  that, (C,) bool: the leads that are there, and notes for the user. Raises InputError.
     """
-    r, names, notes = recording, [lead_name(str(text)) for text in recording.leads], []
-    signal, n = r.signal, len(names)
+    name, signal, units = recording.name, recording.signal, recording.unit
+    leads, notes = [lead_name(str(text)) for text in recording.leads], []
+    n = len(leads)
+    if len(units) == 1:
+        units = units * n
     if signal.ndim == 2 and signal.shape[1] != n == signal.shape[0]:  # (leads, time)
         signal = signal.T
-    if signal.ndim != 2 or signal.shape[1] != n or signal.dtype.kind not in "iuf":
-        raise InputError(f"{r.name}: an array {signal.shape} of {signal.dtype}, and {n} leads; "
-                         "needs numbers (time, leads), in CSV between commas")
-    here = {name: i for i, name in enumerate(names) if name}
-    if not here or len(here) < n - names.count(None):
-        raise InputError(f"{r.name}: leads {' '.join(map(str, r.leads))[:200]}; needs some of "
-                         f"{' '.join(LEADS)}, each once")
-    units = r.unit if len(r.unit) == n else r.unit * n
-    if wrong := {units[i] for i in here.values() if units[i].lower() not in UNITS}:
-        raise InputError(f"{r.name}: unit {' '.join(sorted(wrong))}; needs mV, uV or V (--unit)")
+    if signal.shape[1:] != (n,) or len(units) != n or signal.dtype.kind not in "iuf":
+        raise InputError(f"{name}: an array {signal.shape} of {signal.dtype}, {n} leads and "
+                         f"{len(units)} units; needs numbers (time, leads), in CSV between commas")
+    known = [lead for lead in leads if lead]
+    if not known or len(set(known)) < len(known):
+        raise InputError(f"{name}: leads {' '.join(map(str, recording.leads))[:200]}; needs some "
+                         f"of {' '.join(LEADS)}, each once")
     x = np.zeros((len(signal), len(LEADS)))
-    for name, i in here.items():
-        x[:, LEADS.index(name)] = signal[:, i] * UNITS[units[i].lower()]
+    for lead, unit, column in zip(leads, units, signal.T):
+        if lead and unit.lower() not in UNITS:
+            raise InputError(f"{name}: unit {unit}; needs mV, uV or V (--unit)")
+        if lead:
+            x[:, LEADS.index(lead)] = column * UNITS[unit.lower()]
     live = np.flatnonzero(np.nan_to_num(x).any(1))
     padding = len(x) - (live[-1] + 1 - live[0]) if len(live) else 0
-    if padding > 0.1 * r.rate:
+    if padding > 0.1 * recording.rate and len(x) > SECONDS * recording.rate:
         x = x[live[0]:live[-1] + 1]
-        notes.append(f"{padding / r.rate:.1f} s of zeros or NaN at its ends are cut off")
-    finite = (np.abs(x) < 1e15).all(0)  # squares of more leave float32
-    x[:, ~finite] = 0
-    if strange := [str(text) for text, name in zip(r.leads, names) if not name]:
+        notes.append(f"{padding / recording.rate:.1f} s of zeros or NaN at its ends are cut off")
+    x[:, ~(np.abs(x) < 1e15).all(0)] = 0  # not finite, or squares leave float32
+    there = x.std(0) >= FLAT_UV
+    if strange := [str(text) for text, lead in zip(recording.leads, leads) if not lead]:
         notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
-    named = np.array([lead in here for lead in LEADS])
-    there = x.std(0) >= FLAT_UV  # what lacks, or is not finite, is zeros by now
-    for why, at in (("not there", ~named), ("not finite", ~finite),
-                    ("flat", named & finite & ~there)):
-        if at.any():
-            notes.append(f"{', '.join(np.array(LEADS)[at])} {why}: masked")
+    if not there.all():
+        notes.append(f"{', '.join(np.array(LEADS)[~there])} missing, flat or not finite: masked")
     if not there.any():
-        raise InputError(f"{r.name}: no lead to look at: {'; '.join(notes)}; is the unit right?")
+        raise InputError(f"{name}: no lead to look at, all are flat or not finite; is the unit "
+                         "right?")
     size = np.median(np.ptp(x[:, there], axis=0)) / 1000
     if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
         notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
@@ -782,9 +661,10 @@ def prepare(recording, rate, shortest=SECONDS):
     """A Recording as encoders see it, at their rate and with their leads, before normalize().
 
     Leads are found by name; those that lack, that hold a NaN, or that are flat become zeros, as
-    masked ones are in training. Zeros or NaN of all leads at both ends are cut off, as padding.
-    Another rate is reached by polyphase filtering. Cut into windows of 10 s side by side, of which
-    the last ends with the recording; into windows of `shortest` s when it has no 10 s.
+    masked ones are in training. Zeros or NaN of all leads at both ends of what is longer than 10 s
+    are cut off, as padding. Another rate is reached by polyphase filtering. Cut into windows of
+    10 s side by side, the last of which ends with the recording; into windows of `shortest` s when
+    it has no 10 s.
     ->  (W, T, C) float32 microvolt, (C,) bool: the leads that are there, notes for the user
     """
     name, old = recording.name, recording.rate
@@ -796,11 +676,9 @@ def prepare(recording, rate, shortest=SECONDS):
         x = resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype="line")
         notes.append(f"resampled from {old:g} to {rate} Hz")
     length = round((SECONDS if len(x) >= SECONDS * rate else shortest) * rate)
-    starts = list(range(0, len(x) - length + 1, length))
-    if not starts:
+    if len(x) < length:
         raise InputError(f"{name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
-    if starts[-1] + length < len(x):
-        starts.append(len(x) - length)
+    starts = [*range(0, len(x) - length, length), len(x) - length]
     windows = [x[start:start + length] for start in starts]
     live = [window for window in windows if (window.std(0) >= FLAT_UV).any()]
     if len(live) < len(windows):
@@ -811,57 +689,38 @@ def prepare(recording, rate, shortest=SECONDS):
 
 # Sources: PTB-XL's own layout, or recordings from anywhere with what is told of them
 
-@dataclass
-class Source:
-    """A collection: a row a recording with COLUMNS but ecg_id, and what try_record() reads.
-
-    items: a Path for a record of PTB-XL, else (file, row) of list_recordings(); digest: changes
-    when its files do; label_sets, vocabulary: see assign_labels()
-    """
-
-    path: Path
-    table: object  # a DataFrame
-    items: list
-    digest: str
-    vocabulary: list
-    label_sets: dict
-
-
 def header_facts(path):
-    """Age, sex and statements {code: 1} that comments of a WFDB header tell, as the Challenges write
-    them: `# Dx:` lists numbers or words.
+    """Age, sex and statements {code: 1} that comments of a WFDB header tell, as the Challenges
+    write them: `# Dx:` lists numbers or words.
     """
     text = path.read_text(errors="replace") if path.suffix == ".hea" else ""
     comments = re.findall(r"^# *<?(Age|Sex|Dx)>?:(.*)$", text, re.M | re.I)
     facts = {key.lower(): value.strip() for key, value in comments}
     codes = ["_".join(code.split()) for code in facts.get("dx", "").split(",")]
-    age = facts.get("age", "")
-    return dict(age=float(age) if age.isdecimal() else math.nan,
-                sex={"m": 0, "f": 1}.get(facts.get("sex", "")[:1].lower(), math.nan),
+    return dict(age=facts.get("age"), sex={"m": 0, "f": 1}.get(facts.get("sex", "")[:1].lower()),
                 statements={code: 1 for code in codes if code})
 
 
 def read_list(path):
-    """A CSV file with a row a recording -> its table, with statements, and [(file, row)].
+    """A CSV file with a row a recording -> a table with the columns that open_source() needs.
 
-    Columns: path, from its folder on; if known patient_id (or subject_id), strat_fold, age, sex;
-    any others of 0, 1 and nothing (not known) become statements. Raises InputError.
+    item: see list_recordings(); statements: from columns of 0, 1 and nothing, which means not
+    known; and as far as it has them patient_id, strat_fold, age and sex. Raises InputError.
     """
     import pandas as pd
 
     with reading(path, "mend it, or give a folder of recordings"):
         table = pd.read_csv(path)
+        if "path" not in table or table.empty:
+            raise ValueError(f"{len(table)} rows of {', '.join(table)[:200]}; needs a column path, "
+                             "and if known patient_id, strat_fold, age, sex, columns of 0 and 1")
     if "patient_id" not in table:
         table = table.rename(columns=dict(subject_id="patient_id"))
-    if "path" not in table or table.empty:
-        raise InputError(f"{path}: a table of recordings needs a column path (and, if known, "
-                         "patient_id, strat_fold, age, sex and columns of 0 and 1); it has "
-                         f"{len(table)} rows of {', '.join(table)[:200]}")
     facts = [name for name in ("path", "patient_id", "strat_fold", "age", "sex") if name in table]
     statements, unused = [{} for _ in range(len(table))], []
     for name in table.columns.drop(facts):
         value = pd.to_numeric(table[name], errors="coerce")
-        if value.isna().all() or not (value.isin((0, 1)) | table[name].isna()).all():
+        if not (value.isin((0, 1)) | table[name].isna()).all():
             unused.append(name)
             continue
         for row in np.flatnonzero(value.notna()):
@@ -873,30 +732,33 @@ def read_list(path):
     if len(items) != len(table):
         raise InputError(f"{path}: some of its {len(table)} paths hold several recordings; "
                          "give such a file, or folder, as a source of its own")
-    return table[facts].assign(statements=statements), items
+    return table[facts].assign(item=items, statements=statements)
 
 
 def open_source(path, rate):
-    """The Source in a folder in PTB-XL's layout, a folder of recordings, a table or a file of them.
+    """A folder in PTB-XL's layout, a folder of recordings, a table or a file of them.
 
-    Without patients each recording is one; without folds a hash of the patient gives them. Raises
-    InputError.
+    ->  a table with COLUMNS but source (and ecg_id, which only PTB-XL has), and item: see
+    list_recordings(); label sets and vocabulary: see assign_labels(). Without patients each
+    recording is one; without folds a hash of the patient gives them. Raises InputError.
     """
     import pandas as pd
 
     path = Path(path)
     if not path.exists() or (path / TABLES[0]).exists():
-        return open_ptbxl(path, rate)
-    vocabulary = []
+        table, label_sets = load_tables(path), read_label_sets(path / TABLES[1])
+        table["record"] = table[RATES[rate]]
+        table["item"] = [(path / f"{name}.hea", None) for name in table.record]
+        return table, label_sets, list(label_sets["all"])
+    vocabulary, home = [], path if path.is_dir() else path.parent
     if path.suffix.lower() == ".csv":
-        table, items = read_list(path)
+        table = read_list(path)
     else:
         items = list_recordings([path])
-        table = pd.DataFrame([header_facts(file) for file, _ in items])
-        vocabulary = sorted({code for statements in table.statements for code in statements})
-    home = path if path.is_dir() else path.parent
-    table["record"] = [os.path.relpath(file, home) + (f"#{row}" if row is not None else "")
-                       for file, row in items]
+        table = pd.DataFrame([header_facts(file) for file, _ in items]).assign(item=items)
+        vocabulary = sorted({code for record in table.statements for code in record})
+    table["record"] = [os.path.relpath(file, home) + ("" if row is None else f"#{row}")
+                       for file, row in table.item]
     if "patient_id" not in table:
         print(f"note: {path}: no patients are told, so each recording counts as one; if some are "
               "of one patient, give a table (CSV with path and patient_id)")
@@ -904,53 +766,40 @@ def open_source(path, rate):
     if "strat_fold" not in table:  # the same for a patient wherever else it turns up
         table["strat_fold"] = [1 + int(hashlib.sha256(str(patient).encode()).hexdigest(), 16) % 10
                                for patient in table.patient_id]
-    for name in {"age", "sex"} - set(table):
-        table[name] = math.nan
-    check_people(path, table)
-    stems = {file.with_suffix("") for file, _ in items}
-    files = [file for folder in sorted({stem.parent for stem in stems})
-             for file in sorted(folder.iterdir()) if file.with_suffix("") in stems]  # .dat too
-    return Source(path, table, items, digest_of(table, files), vocabulary, {})
+    table = table.reindex(columns=["item", *COLUMNS]).drop(columns=["ecg_id", "source"])
+    with reading(path, "mend it"):
+        check_people(table)
+    return table, {}, vocabulary
 
 
-def open_ptbxl(folder, rate):
-    """The Source in a folder in PTB-XL's layout; raises InputError when records are missing."""
-    table, label_sets = load_tables(folder), read_label_sets(folder / TABLES[1])
-    table["record"] = table[RATES[rate]]
-    items = [folder / name for name in table.record]
-    files = [item.with_suffix(end) for item in items for end in (".hea", ".dat")]
+def digest_of(table):
+    """Digest of a table of records and of their files' sizes and times: another when they change.
+
+    Raises InputError for files that are not there.
+    """
+    digest = hashlib.sha256(f"format {FORMAT} {table.drop(columns='item').to_csv()}".encode())
+    files = dict.fromkeys(file for file, _ in table.item)
     missing = [file for file in files if not file.exists()]
     if missing:
-        remedy = f"complete it: python data.py download --data {folder} --rate {rate}"
-        if (folder / SYNTHETIC).exists():
-            remedy = "make it again: python data.py synth"
-        raise InputError(f"{len(missing)} of {len(files)} record files are missing in {folder} "
-                         f"(first: {missing[0].name}); {remedy}")
-    files += [folder / name for name in TABLES]
-    return Source(folder, table, items, digest_of(table, files), list(label_sets["all"]),
-                  label_sets)
-
-
-def digest_of(table, files):
-    """Digest of a table and of each file's name, size and time: another when they change."""
-    digest = hashlib.sha256(f"format {FORMAT} {table.to_csv()}".encode())
+        raise InputError(f"{len(missing)} of {len(files)} files of records are missing (first: "
+                         f"{missing[0]}); complete them: python data.py download, or synth")
     for file in files:
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        for end in {file.suffix, ".dat", ".mat"}:  # a header's samples too
+            if file.with_suffix(end).exists():
+                stat = file.with_suffix(end).stat()
+                digest.update(f"{file} {end} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
 def try_record(item, rate, given):
-    """(windows (W, T, C) int16 microvolt, None) of an item of a Source, or (None, what is wrong).
+    """(windows (W, T, C) int16 microvolt, None) of a recording, or (None, what is wrong).
 
-    given: of recordings from anywhere, what read_recording() takes, and all_windows, without which
-    the first one is taken. A worker that never raises.
+    given: what read_recording() takes, and all_windows, without which the first one is taken. A
+    worker that never raises.
     """
+    given = dict(given)
+    count = None if given.pop("all_windows", False) else 1
     try:
-        if isinstance(item, Path):
-            return read_record(item, rate)[None], None
-        given = dict(given)
-        count = None if given.pop("all_windows", False) else 1
         recording = read_recording(*item, **given)
         x = np.rint(prepare(recording, rate)[0][:count])
         if np.abs(x).max() > np.iinfo(np.int16).max:
@@ -980,91 +829,64 @@ class Cache:
         return np.flatnonzero(self.index.strat_fold.isin(folds))
 
 
-def cache_bytes(records, rate):
-    """Size of the array."""
-    return 2 * records * SECONDS * rate * len(LEADS)
-
-
 def source_names(meta):
     """The names of the sources of a cache, from its meta.json."""
     return " + ".join(Path(path).name for path in meta["data"].split(" + "))
 
 
-def people_bytes(index):
-    """The columns PEOPLE of index.csv: with the samples all that pretraining depends on."""
-    return index[list(PEOPLE)].to_csv(index=False).encode()
+def join_sources(paths, rate, given):
+    """Sources as one table like that of open_source(), and what meta.json says of them.
 
-
-def join_sources(sources, given):
-    """Sources as one table, and what meta.json says of them; raises InputError for equal names."""
+    Raises InputError for sources of the same name.
+    """
     import pandas as pd
 
-    names = [source.path.resolve().stem for source in sources]
+    names = [Path(path).resolve().stem for path in paths]
     if len(set(names)) < len(names):
-        raise InputError(f"sources {' '.join(names)}: needs other names, as results are told by "
-                         "them; rename a folder or file")
-    table = pd.concat([source.table.assign(source=name) for name, source in zip(names, sources)],
-                      ignore_index=True)
-    if not (len(sources) == 1 and sources[0].label_sets):  # else patients are PTB-XL's
+        raise InputError(f"sources {' '.join(names)}: two of one name; rename a folder or file")
+    tables, label_sets, vocabulary = [], {}, {}
+    for path, name in zip(paths, names):
+        table, sets, vocabulary[name] = open_source(path, rate)
+        tables.append(table.assign(source=name))
+        label_sets |= sets
+    table = pd.concat(tables, ignore_index=True)
+    if len(paths) > 1 or not label_sets:  # else numbers are PTB-XL's own
+        table["ecg_id"] = 0  # given when it is known which records are usable
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
-    digest = json.dumps([*given.items(), *(source.digest for source in sources)])
-    label_sets = {}
-    for source in sources:
-        label_sets |= source.label_sets
+    table = table[["item", *COLUMNS]]
     return table, dict(
-        source=hashlib.sha256(digest.encode()).hexdigest(),
-        data=" + ".join(str(source.path.resolve()) for source in sources),
-        synthetic=any((source.path / SYNTHETIC).exists() for source in sources),
-        label_sets=label_sets,
-        vocabulary={name: source.vocabulary for name, source in zip(names, sources)})
+        format=FORMAT, rate=rate, source=f"{digest_of(table)} {json.dumps(given)}",
+        data=" + ".join(str(Path(path).resolve()) for path in paths),
+        synthetic=any((Path(path) / SYNTHETIC).exists() for path in paths),
+        label_sets=label_sets, vocabulary=vocabulary)
+
+
+def fingerprint(path, index):
+    """Digest of what pretraining depends on: the samples, and who is in which fold."""
+    people = index[["ecg_id", "patient_id", "strat_fold"]].to_csv(index=False)
+    return hashlib.sha256((sha256(path) + people).encode()).hexdigest()
 
 
 def write_signals(results, names, path):
     """Write what try_record() gave of each recording to path, but no samples twice.
 
-    ->  number of the recording of each signal; how many have a flat lead; what was unusable, and
-    what was there already; a hashlib digest of the signals
+    ->  the number of the recording of each signal, what was unusable, what was there already
     """
-    numbers, flat, bad, twice, first, digest = [], 0, [], [], {}, hashlib.sha256()
+    numbers, bad, twice, first = [], [], [], {}
     with open(path, "wb") as file:
-        for i, (windows, problem) in enumerate(results):
+        for number, (windows, problem) in enumerate(results):
             if problem:
                 bad.append(problem)
                 continue
             for signal in windows:
-                key = hashlib.sha256(signal).digest()
-                if key in first:
-                    twice.append(f"{names[i]}: the same samples as {first[key]}")
+                digest = hashlib.sha256(signal).digest()
+                if digest in first:
+                    twice.append(f"{names[number]}: the same samples as {first[digest]}")
                     continue
-                first[key] = names[i]
+                first[digest] = names[number]
                 file.write(signal)
-                digest.update(signal)  # of what is in memory: a disk's fault is told from it
-                numbers.append(i)
-                flat += (signal == signal[:1]).all(0).any()
-    return numbers, int(flat), bad, twice, digest
-
-
-def is_up_to_date(out, source):
-    """Whether the cache in `out` is of this digest of sources; says so, or why it is made anew.
-
-    Raises InputError when it is something else than a cache, or damaged.
-    """
-    if not (out / "meta.json").exists():
-        if out.exists():
-            raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
-        return False
-    text = (out / "meta.json").read_text(errors="replace")
-    if f'"{source}"' not in text:
-        old = re.search(r'"format": (\d+)', text)
-        reason = "its sources, or what is said of them, have changed"
-        if old and int(old[1]) != FORMAT:
-            reason = f"it has format {old[1]}, this code reads {FORMAT}"
-        print(f"{out}: made anew, as {reason}", flush=True)
-        return False
-    meta = open_cache(out, check=True).meta
-    print(f"{out}: up to date, {meta['records']} records at {meta['rate']} Hz, "
-          f"{len(meta['left_out'])} left out")
-    return True
+                numbers.append(number)
+    return numbers, bad, twice
 
 
 def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
@@ -1074,54 +896,58 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
     paths: as open_source() takes them; given: as try_record() does. Raises InputError when records
     are missing or unusable; with skip_bad those are left out.
     """
-    out, given = Path(out), dict(given)
+    out = Path(out).resolve()  # it may be a link to another disk
     paths = [paths] if isinstance(paths, (str, Path)) else paths
-    sources = [open_source(path, rate) for path in paths]
-    items = [item for source in sources for item in source.items]
-    table, meta = join_sources(sources, given)
-    if is_up_to_date(out, meta["source"]):
-        return
-    final = out.resolve()  # out may be a link to another disk
-    tmp, old = (final.with_name(f"{final.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
-    tmp.mkdir(parents=True)
+    given = {name: value for name, value in dict(given).items() if value}
+    table, meta = join_sources(paths, rate, given)
+    if out.exists():
+        if not (out / "meta.json").exists():
+            raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
+        with reading(out, f"remove it: rm -r {out}"):
+            old = json.loads((out / "meta.json").read_text())
+        if old.get("source") == meta["source"]:
+            old = open_cache(out).meta
+            print(f"{out}: up to date, {old['records']} records at {rate} Hz, "
+                  f"{len(old['left_out'])} left out")
+            return
+        print(f"{out} is of other data, or of earlier code (format {old.get('format')}, now "
+              f"{FORMAT}): it is made anew", flush=True)
+
+    new, was = (out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("new", "was"))
+    new.mkdir(parents=True)
     # Ctrl-C is for this process alone, which then cancels what has not begun.
     pool = ProcessPoolExecutor(workers, initializer=signals.signal,
                                initargs=(signals.SIGINT, signals.SIG_IGN))
     try:
-        results = pool.map(partial(try_record, rate=rate, given=given), items, chunksize=32)
-        bar = tqdm(results, "cache", len(items), unit="record", disable=None)
-        numbers, flat, bad, twice, digest = write_signals(bar, table.record, tmp / "signals.int16")
+        results = pool.map(partial(try_record, rate=rate, given=given), table.item,
+                           chunksize=32)
+        bar = tqdm(results, "cache", len(table), unit="record", disable=None)
+        numbers, bad, twice = write_signals(bar, table.record, new / "signals.int16")
         if bad and not (skip_bad and numbers):
-            raise InputError(f"{len(bad)} of {len(items)} records cannot be used; mend them, "
+            raise InputError(f"{len(bad)} of {len(table)} records cannot be used; mend them, "
                              "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
-        index = table.iloc[numbers].assign(statements=lambda table: table.statements.map(json.dumps))
-        if "ecg_id" not in sources[0].table or len(sources) > 1:
-            index["ecg_id"] = np.arange(1, len(index) + 1)
-        index[list(COLUMNS)].to_csv(tmp / "index.csv", index=False)
-        digest.update(people_bytes(index))
-        meta |= dict(format=FORMAT, rate=rate, records=len(index), records_with_a_flat_lead=flat,
-                     left_out=bad + twice, index=sha256(tmp / "index.csv"),
-                     fingerprint=digest.hexdigest())
-        write_json(tmp / "meta.json", meta)
-        if final.exists():
-            final.rename(old)  # removing takes longer: a kill before the next line loses it
-        tmp.rename(final)
+        index = table.iloc[numbers].drop(columns="item")
+        index["statements"] = index.statements.map(json.dumps)
+        if not index.ecg_id.all():
+            index["ecg_id"] = range(1, len(index) + 1)
+        index.to_csv(new / "index.csv", index=False)
+        meta |= dict(records=len(index), left_out=bad + twice, index=sha256(new / "index.csv"),
+                     fingerprint=fingerprint(new / "signals.int16", index))
+        write_json(new / "meta.json", meta)
+        if out.exists():
+            out.rename(was)  # removing takes longer: a kill before the next line loses it
+        new.rename(out)
     finally:
         pool.shutdown(cancel_futures=True)
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    print(f"{out}: {len(index)} records at {rate} Hz, {flat} with a flat lead, "
-          f"{len(meta['left_out'])} left out")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(was, ignore_errors=True)
+    print(f"{out}: {len(index)} records at {rate} Hz, {len(meta['left_out'])} left out")
     for problem in meta["left_out"]:
         print(f"  left out: {problem}")
 
 
-def open_cache(folder, check=False):
-    """The Cache in a folder; raise InputError when missing, truncated or of another format.
-
-    check: the samples too, against the fingerprint; of PTB-XL at 500 Hz that takes 4 s, so only
-    where the cache is found up to date, which make does before it trains.
-    """
+def open_cache(folder):
+    """The Cache in a folder; raise InputError when missing, truncated or of another format."""
     import pandas as pd
 
     folder = Path(folder)
@@ -1132,20 +958,11 @@ def open_cache(folder, check=False):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this code reads {FORMAT}")
-        shape = (meta["records"], SECONDS * meta["rate"], len(LEADS))
-        size = (folder / "signals.int16").stat().st_size
-        if size != cache_bytes(meta["records"], meta["rate"]):
-            raise ValueError(f"{size} bytes for {shape} samples"[:80])
         if sha256(folder / "index.csv") != meta["index"]:
             raise ValueError("index.csv is not the one that was written")
         index = pd.read_csv(folder / "index.csv", dtype=dict(source=str, record=str))
-        if check:
-            with open(folder / "signals.int16", "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            digest.update(people_bytes(index))
-            if digest.hexdigest() != meta["fingerprint"]:
-                raise ValueError("signals.int16 is not what was written")
-        signals = np.memmap(folder / "signals.int16", "<i2", "r", shape=shape)
+        signals = np.memmap(folder / "signals.int16", "<i2", "r",
+                            shape=(meta["records"], SECONDS * meta["rate"], len(LEADS)))
         return Cache(folder, signals, index, meta)
 
 
@@ -1160,34 +977,20 @@ DOWER = np.array([  # dipole to I, II and V1 to V6
 # wave: time from R (s), width (s), dipole x, y, z (mV); R' and ST are flat in health
 WAVES = {"P": (-.16, .022, .05, .11, -.02), "Q": (-.022, .009, -.13, -.05, -.25),
          "R": (0, .012, 1., .7, .25), "S": (.028, .010, -.15, -.1, .40),
-         "R'": (.055, .020, 0, 0, 0), "ST": (.11, .035, 0, 0, 0), "T": (.27, .05, .26, .24, -.14)}
-# SCP code: wave, factors of its dipole, and what is then added to its five numbers
+         "R'": (.062, .018, 0, 0, 0), "ST": (.11, .035, 0, 0, 0), "T": (.27, .05, .26, .24, -.14)}
+# SCP code: its superclass, and of each wave that it changes factors and summands of x, y, z
 CHANGES = {
-    "NORM": [],
-    "AMI": [("Q", 1, (.002, .004, -.13, 0, .52)),  # lost muscle: the dipole points away at first,
-            ("ST", 1, (0, 0, .04, 0, -.15)),  # ST elevation over it, T inverted
-            ("T", 1, (0, 0, -.05, 0, .20))],
-    "IMI": [("Q", 1, (.002, .004, .05, -.52, -.05)),
-            ("R", 1, (0, 0, .03, -.26, -.03)),
-            ("ST", 1, (0, 0, -.01, .15, .01)),
-            ("T", 1, (0, 0, .02, -.20, -.02))],
-    "ISC_": [("ST", 1, (0, 0, -.18, -.11, .07)),  # ST depression in the lateral leads
-             ("T", -.1, (0, 0, 0, 0, 0))],
-    "NDT": [("T", -.3, (0, 0, 0, 0, 0))],  # flat or inverted T without much ST change
-    "CRBBB": [("R'", 1, (.007, -.002, -.50, .09, -.68)),  # late right ventricle: rSR' in V1
-              ("T", 1, (0, 0, .10, 0, .12))],
-    "CLBBB": [("Q", 0, (0, 0, 0, 0, 0)),  # no septal Q, broad notched R to the left, T against it
-              ("R", (.9, .6, 1.6), (-.005, .010, 0, 0, 0)),
-              ("R'", 1, (-.007, .004, .95, .19, .67)),
-              ("S", 0, (0, 0, 0, 0, 0)),
-              ("ST", 1, (0, 0, -.12, -.03, -.12)),
-              ("T", (-1, -.3, 2), (0, 0, 0, 0, 0))],
-    "LVH": [("R", (2.2, 1.6, 3.2), (0, 0, 0, 0, 0)),  # high voltage to the left and back, strain
-            ("S", 2, (0, 0, 0, 0, 0)),
-            ("ST", 1, (0, 0, -.10, -.04, .05)),
-            ("T", (-.6, .2, -.4), (0, 0, 0, 0, 0))]}
-SCP_CLASS = {"NORM": "NORM", "AMI": "MI", "IMI": "MI", "ISC_": "STTC", "NDT": "STTC",
-             "CRBBB": "CD", "CLBBB": "CD", "LVH": "HYP"}
+    "NORM": ("NORM", {}),
+    "AMI": ("MI", {"Q": (1, (-.13, 0, .52)), "ST": (1, (.04, 0, -.15)), "T": (1, (-.05, 0, .20))}),
+    "IMI": ("MI", {"Q": (1, (.05, -.52, -.05)), "R": (1, (0, -.26, 0)), "ST": (1, (0, .15, 0)),
+                   "T": (1, (0, -.20, 0))}),
+    "ISC_": ("STTC", {"ST": (1, (-.18, -.11, .07)), "T": (-.1, 0)}),
+    "NDT": ("STTC", {"T": (-.3, 0)}),
+    "CRBBB": ("CD", {"R'": (1, (-.50, .09, -.68)), "T": (1, (.10, 0, .12))}),
+    "CLBBB": ("CD", {"Q": (0, 0), "S": (0, 0), "R'": (1, (.95, .19, .67)),
+                     "ST": (1, (-.12, -.03, -.12)), "T": ((-1, -.3, 2), 0)}),
+    "LVH": ("HYP", {"R": ((2.2, 1.6, 3.2), 0), "S": (2, 0), "ST": (1, (-.10, -.04, .05)),
+                    "T": ((-.6, .2, -.4), 0)})}
 RHYTHMS = "SBRAD", "SR", "STACH"  # below 60 beats a minute, up to 100, above
 
 
@@ -1195,10 +998,9 @@ def change_waves(codes, severity):
     """A beat's waves {name: (time, width, x, y, z)}: normal at severity 0, full disease at 1."""
     waves = {name: np.array(wave, float) for name, wave in WAVES.items()}
     for code in codes:
-        for name, factor, add in CHANGES[code]:
-            sick = waves[name] + add
-            sick[2:] = waves[name][2:] * factor + add[2:]
-            waves[name] += severity * (sick - waves[name])
+        for name, (factor, summand) in CHANGES[code][1].items():
+            dipole = waves[name][2:]
+            waves[name][2:] += severity * (dipole * factor + summand - dipole)
     return waves
 
 
@@ -1212,26 +1014,23 @@ def all_leads(x):
 def synth_record(codes, heart, rng):
     """One 10 s ECG at 500 Hz: (T, C) float64 mV.
 
-    heart: the patient's own anatomy, a dict of rotation (3, 3), voltage, width and rate (1/s).
+    heart: the patient's own anatomy, a dict of rotation (3, 3), voltage and rate (1/s)
     """
-    rate = 500
-    t, n = np.arange(SECONDS * rate) / rate, SECONDS * 3 + 4
+    t, n = np.arange(SECONDS * 500) / 500, SECONDS * 3 + 4
     breath = rng.uniform(.2, .35)  # 1/s
-    mean_rr = 1 / heart["rate"]
-    rr = mean_rr * (1 + .03 * np.sin(2 * np.pi * breath * mean_rr * np.arange(n))
-                    + .015 * rng.standard_normal(n))  # respiratory and random variability
-    beats = np.cumsum(rr) - rng.uniform(1, 2) * mean_rr  # some before 0, some after the end
+    rr = 1 + .03 * np.sin(2 * np.pi * breath / heart["rate"] * np.arange(n))  # respiratory
+    rr = (rr + .015 * rng.standard_normal(n)) / heart["rate"]  # and random variability
+    beats = np.cumsum(rr) - rng.uniform(1, 2) / heart["rate"]  # some before 0, some after the end
     dipole = np.zeros((len(t), 3))
     for start, width, *vector in change_waves(codes, rng.uniform(.25, 1)).values():
-        late = start > .08  # ST and T follow the rate (Bazett), the QRS does not
-        at = beats + start * (np.sqrt(rr) if late else heart["width"])
-        width = width * (np.sqrt(mean_rr) if late else heart["width"])
-        z = (t[:, None] - at) / width  # (T, beats)
+        if start > .08:  # ST and T follow the rate (Bazett), the QRS does not
+            start, width = start / heart["rate"] ** .5, width / heart["rate"] ** .5
+        z = (t[:, None] - beats - start) / width  # (T, beats)
         gain = 1 + .03 * rng.standard_normal(n)
         dipole += (np.exp(-z * z / 2) @ gain)[:, None] * (heart["rotation"] @ vector)
 
     noise = rng.standard_normal((len(t), 8)) * rng.lognormal(np.log(.012), .5)  # muscle
-    noise = sosfilt(butter(2, 20, "high", fs=rate, output="sos"), noise, axis=0)
+    noise = sosfilt(butter(2, 20, "high", fs=500, output="sos"), noise, axis=0)
     for f in (breath, rng.uniform(.03, .12)):  # baseline wander
         size = rng.lognormal(np.log(.04), .6) * rng.standard_normal(8)
         noise += np.outer(np.sin(2 * np.pi * f * t + rng.uniform(0, 2 * np.pi)), size)
@@ -1239,18 +1038,17 @@ def synth_record(codes, heart, rng):
 
 
 def random_patient(number, rng):
-    """A patient's row of the table, SCP codes and heart; two in five are normal, one in eight sick
-    in two ways.
-    """
+    """A patient's row of the table, SCP codes and heart; two in five are normal."""
     sick = [code for code in CHANGES if code != "NORM"]
-    codes = ["NORM"] if rng.random() < .4 else list(rng.choice(sick, 1 + (rng.random() < .2), False))
+    codes = ["NORM"]
+    if rng.random() > .4:  # one in five of them in two ways
+        codes = rng.choice(sick, 1 + (rng.random() < .2), replace=False).tolist()
     heart = dict(rotation=Rotation.from_euler("ZYX", rng.normal(0, (.45, .3, .35))).as_matrix(),
-                 voltage=rng.lognormal(0, .3), width=rng.normal(1, .06),
-                 rate=np.clip(rng.normal(75, 16), 45, 130) / 60)
-    codes.append(RHYTHMS[int(np.digitize(heart["rate"] * 60, (60, 100)))])
+                 voltage=rng.lognormal(0, .3), rate=np.clip(rng.normal(75, 16), 45, 130) / 60)
+    rhythm = RHYTHMS[np.digitize(heart["rate"] * 60, (60, 100))]
     row = dict(patient_id=number, age=int(np.clip(rng.normal(60, 16), 18, 89)),
                sex=int(rng.integers(2)), strat_fold=1 + (number - 1) % 10, report="synthetic",
-               scp_codes=str({str(code): 100.0 for code in codes}))
+               scp_codes=str(dict.fromkeys([*codes, rhythm], 100.0)))
     return row, codes, heart
 
 
@@ -1260,37 +1058,39 @@ def synthesize(out, records, seed=0):
     About one patient in six has two records. Raises InputError when `out` holds something else.
     """
     import pandas as pd
-    import wfdb
 
     out, rng, rows, patient = Path(out), np.random.default_rng(seed), [], 0
     if out.is_file() or out.exists() and any(out.iterdir()) and not (out / SYNTHETIC).exists():
         raise InputError(f"{out} is not empty and holds no synthetic data; give another --out")
     shutil.rmtree(out, ignore_errors=True)
     for ecg_id in tqdm(range(1, records + 1), "synth", unit="record", disable=None):
-        if not patient or rng.random() > 1 / 6:
+        if patient == 0 or rng.random() > 1 / 6:
             patient += 1
             row, codes, heart = random_patient(patient, rng)
-        signal = synth_record([code for code in codes if code in CHANGES], heart, rng)
-        names = {}
+        signal, names = synth_record(codes, heart, rng), {}
         for rate, end in ((100, "lr"), (500, "hr")):
             names[RATES[rate]] = f"records{rate}/{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}_{end}"
             path = out / names[RATES[rate]]
             path.parent.mkdir(parents=True, exist_ok=True)
             x = np.rint(resample_poly(signal, rate, 500, axis=0) * 1000).clip(-32000, 32000)
-            wfdb.wrsamp(path.name, rate, ["mV"] * 12, [lead.upper() for lead in LEADS],
-                        d_signal=x.astype(np.int64), fmt=["16"] * 12, adc_gain=[1000.0] * 12,
-                        baseline=[0] * 12, write_dir=str(path.parent))
+            x = x.astype("<i2")
+            x.tofile(f"{path}.dat")
+            lines = [f"{path.name} 12 {rate} {len(x)}"]  # as wfdb.wrsamp has them, in a tenth of
+            for lead, column in zip(LEADS, x.T):  # the time
+                lines.append(f"{path.name}.dat 16 1000.0(0)/mV 16 0 {column[0]} "
+                             f"{column.sum(dtype='<i2')} 0 {lead.upper()}")
+            Path(f"{path}.hea").write_text("\n".join(lines) + "\n")
         rows.append(dict(ecg_id=ecg_id, **row, **names))
     pd.DataFrame(rows).to_csv(out / TABLES[0], index=False)
-    statements = [dict(code=code, diagnostic=1, diagnostic_class=name, diagnostic_subclass=code)
-                  for code, name in SCP_CLASS.items()]
-    statements += [dict(code=code, rhythm=1) for code in RHYTHMS]
-    pd.DataFrame(statements).assign(form=math.nan).set_index("code").to_csv(out / TABLES[1])
+    statements = [dict(code=code, diagnostic=1, form=0, rhythm=0, diagnostic_class=superclass,
+                       diagnostic_subclass=code) for code, (superclass, _) in CHANGES.items()]
+    statements += [dict(code=code, diagnostic=0, form=0, rhythm=1) for code in RHYTHMS]
+    pd.DataFrame(statements).to_csv(out / TABLES[1], index=False)
     write_text(out / SYNTHETIC, f"Synthetic records, seed {seed}: a model, not patients. Made by: "
                "python data.py synth\n")
     files = sorted(file for file in out.rglob("*") if file.is_file())
-    sums = "".join(f"{sha256(file)} {file.relative_to(out)}\n" for file in files)
-    write_text(out / "SHA256SUMS.txt", sums)
+    write_text(out / "SHA256SUMS.txt",
+               "".join(f"{sha256(file)} {file.relative_to(out)}\n" for file in files))
     print(f"{out}: {records} synthetic records of {patient} patients, both rates")
 
 
@@ -1299,19 +1099,14 @@ def info(path, spec="superclass"):
     import pandas as pd
 
     path = Path(path)
-    if (path / TABLES[0]).exists():  # whatever rate was downloaded
-        table, label_sets = load_tables(path), read_label_sets(path / TABLES[1])
-        vocabulary = list(label_sets["all"])
-    else:
-        source = open_source(path, 100)
-        table, label_sets, vocabulary = source.table, source.label_sets, source.vocabulary
+    table, label_sets, vocabulary = open_source(path, 100)
     labels = assign_labels(table.statements, spec, label_sets, [vocabulary] * len(table))
-    y = labels.y * labels.member[:, None]
-    counts = pd.DataFrame(dict(zip(labels.classes, y.T))).assign(
-        one=y.sum(1) == 1, members=labels.member, records=1)
+    counts = pd.DataFrame(labels.y * labels.member[:, None], columns=labels.classes)
+    counts = counts.assign(one=counts.sum(axis=1) == 1, members=labels.member, records=1)
     folds = counts.groupby(table.strat_fold).sum().T
     synthetic = " (synthetic)" if (path / SYNTHETIC).exists() else ""
-    print(f"{path}{synthetic}: {labels.name} by fold\n{folds.assign(all=folds.sum(axis=1)).to_string()}")
+    print(f"{path}{synthetic}: {labels.name} by fold")
+    print(folds.assign(all=folds.sum(axis=1)).to_string())
     print("a record may have several classes; one: exactly one; members: records that take part")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
 
