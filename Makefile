@@ -62,7 +62,7 @@ compare: | .venv/.done ## tables over all evaluated RUNS
 plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" theirs side by side
 	$(PY) attention.py plots $(or $(RUNS),$(RUN)) $(ARGS)
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
-	$(PY) attention.py maps --run $(RUN) $(ARGS)
+	$(PY) attention.py maps $(RUN) $(ARGS)
 info: | .venv/.done ## records of DATA by fold and label
 	$(PY) data.py info --data $(DATA) --labels-of "$(LABELS)"
 clean: ## remove caches and the demo; runs, downloads and .venv stay

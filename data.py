@@ -37,8 +37,7 @@ from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 CLASSES = ("NORM", "MI", "STTC", "CD", "HYP")  # of the default label set, PTB-XL's superclasses
-PEOPLE = ("ecg_id", "patient_id", "strat_fold")  # the columns that decide who is trained on
-COLUMNS = (*PEOPLE, "age", "sex", "source", "record", "statements")  # of index.csv
+COLUMNS = ("ecg_id", "patient_id", "strat_fold", "age", "sex", "source", "record", "statements")
 RATES = {100: "filename_lr", 500: "filename_hr"}  # Hz -> column that names the record
 SECONDS = 10
 FLAT_UV = 1.0  # a lead whose standard deviation is below one step of the recorder is flat
@@ -260,12 +259,11 @@ def read_sums(path):
     """SHA256SUMS.txt as {file: digest}; raise InputError on a line of another form."""
     sums = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.strip().partition(" ")
-        name = name.strip().lstrip("*")
-        if not (re.fullmatch("[0-9a-f]{64}", digest) and goes_down(name)):
+        found = re.fullmatch(r"([0-9a-f]{64}) +\*?(.+)", line.strip())
+        if not (found and goes_down(found[2])):
             raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
                              "folder; is the address right?")
-        sums[name] = digest
+        sums[found[2]] = found[1]
     return sums
 
 
@@ -360,11 +358,12 @@ def own_label_set(spec, counts, sets):
     """
     classes = {}
     for word in spec.split() or [spec]:
-        name, _, codes = word.partition("=")
-        if word in counts or not codes:
-            name, codes = word, word
-        classes[name] = codes.split("+")
-        for code in classes[name]:
+        name, codes = word, [word]
+        if word not in counts and "=" in word:
+            name, codes = word.split("=", 1)
+            codes = codes.split("+")
+        classes[name] = codes
+        for code in codes:
             if code not in counts:
                 there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80))
                 raise InputError(
@@ -470,8 +469,6 @@ def load_tables(folder):
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
 ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
 ENDS = ".hea", ".csv", ".edf", *ARRAYS
-KEYS = {"rate": ("rate", "fs", "sampling_rate"), "unit": ("unit", "units"),
-        "leads": ("leads", "lead_names", "sig_name"), "ids": ("ids", "ecg_id", "exam_id")}
 PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
 
 
@@ -516,25 +513,21 @@ def list_recordings(paths):
 
 @lru_cache(maxsize=2)  # of a large file many recordings are read, one after another
 def open_arrays(path):
-    """What a .npy, .npz or HDF5 file holds: signal, an array on disk where it can be, and KEYS."""
-    kind = path.suffix.lower()
-    if kind == ".npy":
-        arrays = dict(signal=np.load(path, mmap_mode="r"))
-    elif kind == ".npz":
+    """What an .npz or HDF5 file holds: signal, (T, n) or several of these, and fs, units, leads."""
+    if path.suffix.lower() == ".npy":
+        return dict(signal=np.load(path, mmap_mode="r"))
+    if path.suffix.lower() == ".npz":
         arrays = read_arrays(path)
     else:
         import h5py
 
         file = h5py.File(path)  # stays open: its arrays are read when they are asked for
         arrays = dict(file.attrs) | dict(file)
-        for array in file.values():
-            arrays |= dict(array.attrs)
     signals = [name for name, array in arrays.items() if len(getattr(array, "shape", ())) in (2, 3)]
     if len(signals) != 1:
         raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
                          "(time, leads), or several of these")
-    stated = {key: np.ravel(arrays[name]) for key, names in KEYS.items() for name in names
-              if name in arrays}
+    stated = {name: arrays[name] for name in ("fs", "units", "leads") if name in arrays}
     return stated | dict(signal=arrays[signals[0]])
 
 
@@ -542,12 +535,11 @@ def read_columns(path):
     """A CSV file of a column a lead, and perhaps one of `time` in s: a dict like open_arrays()."""
     import pandas as pd
 
-    table = pd.read_csv(path)
+    table, stated = pd.read_csv(path), {}
     if not any(map(lead_name, table)):  # without names
         return dict(signal=pd.read_csv(path, header=None).to_numpy())
-    stated = {}
     if "time" in table:
-        stated["rate"] = [round(1 / np.median(np.diff(table.pop("time"))), 4)]
+        stated["fs"] = round(1 / np.median(np.diff(table.pop("time"))), 4)
     return stated | dict(signal=table.to_numpy(), leads=list(table))
 
 
@@ -568,8 +560,7 @@ def read_wfdb(path):
             (copy.parent / Path(name).name).symlink_to((path.parent / name).resolve())
         record = wfdb.rdrecord(str(copy.with_suffix("")))
     leads = record.sig_name if any(record.sig_name) else []  # a lead without a name is None
-    return dict(signal=record.p_signal, rate=[record.fs], leads=leads,
-                unit=[unit or "?" for unit in record.units])
+    return dict(signal=record.p_signal, fs=record.fs, leads=leads, units=record.units)
 
 
 def read_recording(path, row=None, rate=None, unit=None, leads=None):
@@ -587,13 +578,10 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     read = {".hea": read_wfdb, ".csv": read_columns}.get(kind, open_arrays)
     with reading(path.name, "mend it, or give it in another form"):
         stated = read(path)
-        signal, ids = stated["signal"], stated.get("ids", ())
-        if row is not None:
-            name = str(ids[row]) if len(ids) == len(signal) else name
-            signal = signal[row]
-        rate = stated.get("rate", [rate])[0]
+        signal = stated["signal"] if row is None else stated["signal"][row]
+        rate = stated.get("fs", rate)
         units, names = ([text.decode() if isinstance(text, bytes) else str(text)
-                         for text in stated.get(key, ())] for key in ("unit", "leads"))
+                         for text in np.ravel(stated.get(key, ()))] for key in ("units", "leads"))
         if unit and not any(text.lower() in UNITS for text in units):  # none, or none that we know
             units = [unit]
         if leads and not any(map(lead_name, names)):
@@ -617,8 +605,7 @@ def in_leads(recording):
     ->  that, (C,) bool: the leads that are there, and notes for the user. Raises InputError.
     """
     name, signal, units = recording.name, recording.signal, recording.unit
-    leads, notes = [lead_name(str(text)) for text in recording.leads], []
-    n = len(leads)
+    leads, n = [lead_name(str(text)) for text in recording.leads], len(recording.leads)
     if len(units) == 1:
         units = units * n
     if signal.ndim == 2 and signal.shape[1] != n == signal.shape[0]:  # (leads, time)
@@ -630,26 +617,25 @@ def in_leads(recording):
     if not known or len(set(known)) < len(known):
         raise InputError(f"{name}: leads {' '.join(map(str, recording.leads))[:200]}; needs some "
                          f"of {' '.join(LEADS)}, each once")
-    x = np.zeros((len(signal), len(LEADS)))
+    x, notes = np.zeros((len(signal), len(LEADS))), []
     for lead, unit, column in zip(leads, units, signal.T):
         if lead and unit.lower() not in UNITS:
             raise InputError(f"{name}: unit {unit}; needs mV, uV or V (--unit)")
         if lead:
             x[:, LEADS.index(lead)] = column * UNITS[unit.lower()]
     live = np.flatnonzero(np.nan_to_num(x).any(1))
-    padding = len(x) - (live[-1] + 1 - live[0]) if len(live) else 0
+    padding = len(x) - np.ptp(live) - 1 if len(live) else 0
     if padding > 0.1 * recording.rate and len(x) > SECONDS * recording.rate:
         x = x[live[0]:live[-1] + 1]
         notes.append(f"{padding / recording.rate:.1f} s of zeros or NaN at its ends are cut off")
     x[:, ~(np.abs(x) < 1e15).all(0)] = 0  # not finite, or squares leave float32
     there = x.std(0) >= FLAT_UV
-    if strange := [str(text) for text, lead in zip(recording.leads, leads) if not lead]:
-        notes.append(f"{', '.join(strange)[:80]} not among the 12 leads: not used")
+    if not there.any():
+        raise InputError(f"{name}: all leads are flat or not finite; is the unit right?")
+    if len(known) < n:
+        notes.append(f"{n - len(known)} not among the 12 leads: not used")
     if not there.all():
         notes.append(f"{', '.join(np.array(LEADS)[~there])} missing, flat or not finite: masked")
-    if not there.any():
-        raise InputError(f"{name}: no lead to look at, all are flat or not finite; is the unit "
-                         "right?")
     size = np.median(np.ptp(x[:, there], axis=0)) / 1000
     if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
         notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
@@ -784,10 +770,10 @@ def digest_of(table):
         raise InputError(f"{len(missing)} of {len(files)} files of records are missing (first: "
                          f"{missing[0]}); complete them: python data.py download, or synth")
     for file in files:
-        for end in {file.suffix, ".dat", ".mat"}:  # a header's samples too
-            if file.with_suffix(end).exists():
-                stat = file.with_suffix(end).stat()
-                digest.update(f"{file} {end} {stat.st_size} {stat.st_mtime_ns}".encode())
+        for part in (file, file.with_suffix(".dat"), file.with_suffix(".mat")):  # samples too
+            if part.exists():
+                stat = part.stat()
+                digest.update(f"{part} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -841,7 +827,8 @@ def join_sources(paths, rate, given):
     """
     import pandas as pd
 
-    names = [Path(path).resolve().stem for path in paths]
+    paths = [Path(path).resolve() for path in paths]
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     if len(set(names)) < len(names):
         raise InputError(f"sources {' '.join(names)}: two of one name; rename a folder or file")
     tables, label_sets, vocabulary = [], {}, {}
@@ -856,8 +843,8 @@ def join_sources(paths, rate, given):
     table = table[["item", *COLUMNS]]
     return table, dict(
         format=FORMAT, rate=rate, source=f"{digest_of(table)} {json.dumps(given)}",
-        data=" + ".join(str(Path(path).resolve()) for path in paths),
-        synthetic=any((Path(path) / SYNTHETIC).exists() for path in paths),
+        data=" + ".join(map(str, paths)),
+        synthetic=any((path / SYNTHETIC).exists() for path in paths),
         label_sets=label_sets, vocabulary=vocabulary)
 
 
@@ -904,7 +891,7 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
         if not (out / "meta.json").exists():
             raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
         with reading(out, f"remove it: rm -r {out}"):
-            old = json.loads((out / "meta.json").read_text())
+            old = dict(json.loads((out / "meta.json").read_text()))
         if old.get("source") == meta["source"]:
             old = open_cache(out).meta
             print(f"{out}: up to date, {old['records']} records at {rate} Hz, "
@@ -914,6 +901,8 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
               f"{FORMAT}): it is made anew", flush=True)
 
     new, was = (out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("new", "was"))
+    for folder in (new, was):  # of a process of the same number that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     new.mkdir(parents=True)
     # Ctrl-C is for this process alone, which then cancels what has not begun.
     pool = ProcessPoolExecutor(workers, initializer=signals.signal,

@@ -223,7 +223,10 @@ class ChannelStem(nn.Module):
 
     def forward(self, x):
         h = self.down(x.transpose(1, 2))  # (B, C, T // 4)
-        return self.norm(self.out(F.adaptive_avg_pool1d(h, self.bins)))
+        if h.device.type == "mps":  # it pools whole ratios alone (PyTorch's issue 96056)
+            h = h.cpu()
+        h = F.adaptive_avg_pool1d(h, self.bins).to(x.device)  # (B, C, bins)
+        return self.norm(self.out(h))
 
 
 class Block(nn.Module):
@@ -506,7 +509,6 @@ def embed(model, x, views, keep=None):
     x: (B, T, C) z-scored 10 s records; views: a ViewConfig; keep: (B, C) bool or None, the leads
     that are there  ->  (B, S, d), S = 1 where both views have the record's full length, else 2
     """
-    x = x if keep is None else x * keep[:, None, :]  # late masking lets the time stream see all
     return torch.stack([model.represent(v, keep) for v in views.split(x)], dim=1)
 
 

@@ -6,20 +6,16 @@
 
 Faults, what is promised then, and the tests of it:
 
-    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
-    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
-    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
-    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
-    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
-    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
-    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
-    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
-    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
-    another device                goes on there                            *_gpu_*, *_device
-    out of memory                 one line: what to halve                  *_out_of_memory_*
-    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
-    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
+    a server stalls, cuts, lies    tried again, else named; once each byte   TestDownload
+    a hostile list or table        nothing outside the folder; cells named   TestHostileData
+    a damaged cache or recording   named; the others go on                   *Hostile*, TestEmbed
+    a damaged file of a run        named, with what to do; it is kept        test_a_damaged_file_*
+    a full disk                    named; what was there is kept             *_full_disk_*
+    SIGTERM, Ctrl-C                the step is saved; no traceback           *_signal_*, *_ctrl_c_*
+    kill -9                        goes on, and ends bit for bit the same    *_killed_*
+    torchrun killed, told to stop  all stop, at the same step; goes on       *_torchrun_*, *_told
+    another device                 goes on there                             *_gpu_*, *_device
+    out of memory                  one line: what to halve                   *_out_of_memory_*
 """
 import os
 
@@ -28,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import contextlib
 import dataclasses
 import email.utils
-import errno
 import functools
 import http.server
 import importlib
@@ -51,7 +46,6 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import ecgmentations
 import h5py
 import numpy as np
 import pandas as pd
@@ -68,6 +62,7 @@ import wfdb
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wfdb.processing import xqrs_detect
 
 import attention
 import data
@@ -78,7 +73,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
+PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -96,6 +91,7 @@ evaluate.STRENGTHS = evaluate.STRENGTHS[::4]  # an evaluation of a tiny run is m
 
 
 # Scripts and processes
+
 
 def script(*argv, ok=True, cwd=HERE):
     """Run a script of the project; return its output. With ok=False it must fail in one line."""
@@ -132,6 +128,7 @@ def refused(says):
 
 
 # Data
+
 
 @pytest.fixture(scope="session")
 def synth(tmp_path_factory):
@@ -275,6 +272,7 @@ def normalized(cache, rows):
 
 # Models and batches
 
+
 def tiny(**more):
     torch.manual_seed(0)
     return model.Contrastive(model.Config(**(TINY | more)))
@@ -306,6 +304,7 @@ def gradient(m):
 
 
 # Runs
+
 
 def log_of(run):
     """The rows of a run's log."""
@@ -384,6 +383,7 @@ def finished(cache, tmp_path_factory):
 
 # Evaluations
 
+
 def run_evaluate(*argv):
     """Evaluate, or compare, in this process."""
     evaluate.main(evaluate.get_args([str(a) for a in argv]))
@@ -423,6 +423,7 @@ def random_scores(n=200, seed=0):
 
 # Figures
 
+
 def run_attention(*argv):
     """Draw in this process."""
     attention.main(attention.get_args([str(a) for a in argv]))
@@ -434,6 +435,11 @@ def beats(rate, every=0.8, first=0.5):
     mv = sum(np.exp(-((t - r) / .012) ** 2 / 2) + .3 * np.exp(-((t - r - .25) / .05) ** 2 / 2)
              for r in times)
     return np.repeat(np.rint(1000 * mv).astype(np.int16)[:, None], 12, axis=1), times
+
+
+def read_signal(table, row, rate):
+    """A real record (T, C) in microvolt, of a table of load_tables()."""
+    return data.in_leads(data.read_recording(f"{PTBXL}/{table[data.RATES[rate]][row]}.hea"))[0]
 
 
 def figures_of(*argv):
@@ -481,6 +487,8 @@ class TestData:
     def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
         first = cached(small).meta
         assert cached(small).meta == first and "up to date" in capsys.readouterr().out
+        assert "up to date" in script("data.py", "cache", "--data", small, "--rate", 100, "--out",
+                                      small.parent / "cache")
         os.utime(small / f"{RECORD}.dat", (1, 1))
         second = cached(small).meta
         assert second["source"] != first["source"]
@@ -675,14 +683,6 @@ class TestSynth:
         assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
         np.testing.assert_allclose(self.beat(["LVH", "AMI"], 0)["V2"], normal["V2"])
 
-    def test_it_refuses_a_folder_of_something_else_and_too_few_records(self, tmp_path):
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(InputError, match="holds no synthetic data"):
-            data.synthesize(tmp_path, 20)
-        for flag, says in (("--records=3", "at least 20"), ("--seed=-1", "at least 0")):
-            with refused(says):
-                data.get_args(["synth", flag])
-
     def test_classes_folds_and_patients_are_those_of_ptb_xl_s_layout(self, synth):
         table, label_sets, vocabulary = data.open_source(synth, 100)
         labels = data.assign_labels(table.statements, "superclass", label_sets, [vocabulary] * 100)
@@ -761,36 +761,6 @@ class TestDownload:
         assert server.asked == ["SHA256SUMS.txt"]
         assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
 
-    def test_a_full_disk_ends_a_download_in_one_line_and_what_has_come_is_kept(
-            self, twenty, tmp_path, monkeypatch):
-        server, replace, written = Server(twenty), os.replace, set()
-
-        def full(tmp, path):
-            if len(written) > 9:
-                raise OSError(28, "No space left on device", str(path))
-            replace(tmp, path)
-            written.add(path)
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="^[^\n]*No space left[^\n]*same command again.*$"):
-            data.download(tmp_path / "d", 100, server.url, workers=2)
-        assert len(server.asked) < 40
-        assert {path for path in (tmp_path / "d").rglob("*") if path.is_file()} == written
-
-    @slow
-    def test_ctrl_c_ends_a_download_in_one_line(self, twenty, tmp_path):
-        names = [*data.read_sums(twenty / "SHA256SUMS.txt")][20:40]
-        server = Server(twenty, {name: ["stall"] for name in names})
-        process = begun(tmp_path / "words", "download", "--data", tmp_path / "d", "--rate", 100,
-                        "--url", server.url)
-        until(lambda: len(set(server.asked) & {*names}) >= 8, process)
-        os.killpg(process.pid, signal.SIGINT)
-        process.join(50)
-        out = (tmp_path / "words").read_text()
-        assert process.exitcode == 1
-        assert out.endswith("stopped; the same command goes on from here\n"), out
-        assert "Traceback" not in out and not list((tmp_path / "d").rglob("*.tmp*"))
-
 
 class TestHostileData:
     @pytest.mark.parametrize("column, cell, says", [
@@ -821,12 +791,6 @@ class TestHostileData:
         pd.concat([codes, codes[:1]]).to_csv(path, index=False)
         with pytest.raises(InputError, match="s.csv cannot be read.*a code has two rows"):
             data.read_label_sets(path)
-
-    def test_records_may_lie_behind_a_link_of_the_user(self, small, tmp_path):
-        (small / "records100").rename(tmp_path / "disk")
-        (small / "records100").symlink_to(tmp_path / "disk")
-        (tmp_path / "link").symlink_to(small)
-        assert cached(tmp_path / "link").meta["records"] == 20
 
     @pytest.mark.parametrize("name", ["meta.json", "index.csv", "signals.int16"])
     @pytest.mark.parametrize("how", ["cut", "empty", "junk"])
@@ -892,16 +856,6 @@ class TestHostileData:
             assert not list(tmp_path.glob("cache.*"))
         data.build_cache(folder, 100, out, workers=1)
         assert data.open_cache(out).index.age[0] == 50
-
-    @slow
-    def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
-        both = [begun(tmp_path / name, "cache", "--data", synth, "--rate", 100, "--out",
-                      tmp_path / "c", "--workers", 1) for name in ("one", "two")]
-        for process in both:
-            process.join(60)
-        assert [process.exitcode for process in both] == [0, 0]
-        assert data.open_cache(tmp_path / "c").meta == data.open_cache(cache).meta
-        assert {path.name for path in tmp_path.iterdir()} == {"c", "one", "two"}
 
 
 class TestViews:
@@ -979,6 +933,7 @@ class TestViews:
         monkeypatch.setitem(views.POOL, "warp", 1.)
         transforms = views.pool(views.ViewConfig("stochastic", augment_p=1), 100)
         warp, crop, band, noisy, scaled = transforms.transformations
+        assert type(crop) is views.TimeCropResize and type(band) is views.BandPassFilter
         ratios = [scaled(ecg=noise())["ecg"][0, 0] / noise()[0, 0] for _ in range(200)]
         assert .5 <= min(ratios) < .6 and 1.4 < max(ratios) <= 1.5
         assert abs((noisy(ecg=noise())["ecg"] - noise()).std() - .5) < .02
@@ -1050,7 +1005,7 @@ class TestDisturb:
         ratio = (wave[:, 2:] - 2 * wave[:, 1:-1] + wave[:, :-2]) / wave[:, 1:-1]
         want = 2 * torch.cos(2 * math.pi * torch.linspace(0, 1.2, 99) / 199) - 2
         middle = ratio[wave[:, 1:-1].abs() > .3]  # elsewhere it is rounding
-        assert want.min() - 2e-4 < middle.min() and middle.max() < 2e-4
+        assert want.min() - 2e-4 < middle.min() < .9 * want.min() and middle.max() < 2e-4
         top = wave.abs().amax(1) / .5  # at least a third of a period is seen of most
         assert .5 < top.square().mean() < 1 and 2 < top.max() < 5  # a normal amplitude
 
@@ -1129,6 +1084,10 @@ class TestModel:
         same = channel(torch.zeros(1, 256, 12)) - channel.lead
         torch.testing.assert_close(same, same[:, :1].expand_as(same))  # one net for all leads
         assert channel(torch.randn(0, 256, 12)).shape == (0, 12, 24)  # no record of one class
+        h = channel.net(beat[:, None, :, 3])
+        want = channel.out(torch.cat([h.mean(2), h.max(2).values], 1)) + channel.lead[3]
+        torch.testing.assert_close(channel(beat)[:, 3], want)
+        assert .4 < channel.lead.std() < .6
 
     def test_conv_pools_mean_and_maximum_and_lead_tokens_and_represents_z_and_both_streams(self):
         m, t, c = tiny(**CONV).eval(), torch.randn(3, 31, 24), torch.randn(3, 12, 24)
@@ -1144,6 +1103,26 @@ class TestModel:
         means = [h.mean(1) for h in (t, c)]
         assert all(map(torch.equal, m.encoder.pool_tokens(t, c), means))
         assert torch.equal(m.represent(x), m.encoder(x).z) and m.width == TINY["rep_dim"]
+
+    def test_the_streams_are_joined_crosswise_and_z_has_a_gated_share_of_early_features(self):
+        e, x = tiny().encoder.eval(), torch.randn(2, 500, 12)
+        t, c = e.time_stem(x), e.channel_stem(x)
+        early = e.shortcut(torch.cat([t.mean(1), c.mean(1)], 1))
+        t, c = e.time_layers[0](t + model.positions(25, 24, "cpu")), e.channel_layers[0](c)
+        t, c = t + e.cross(t, c)[0], c + e.cross(t, c)[1]
+        z = e.fusion(torch.cat([t.mean(1), c.mean(1)], 1)) + early / (1 + math.exp(-.1))
+        for got, want in zip(e(x), (z, t.mean(1), c.mean(1))):
+            torch.testing.assert_close(got, want)
+
+    def test_weights_are_glorots_and_bfloat16_is_of_the_arithmetic_alone(self):
+        m, x = tiny().eval(), torch.randn(2, 500, 12)
+        for layer in (module for module in m.modules() if isinstance(module, nn.Linear)):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert .9 * bound < layer.weight.abs().max() <= bound
+        z, m.precision = m.represent(x), "bfloat16"
+        rounded = m.represent(x)
+        assert rounded.dtype == m(x)[1].dtype == torch.float32
+        assert 1e-4 < (rounded - z).abs().max() < .2
 
     def test_linear_time_tokens_know_their_place_and_conv_ones_do_not(self):
         for config, known in (({}, True), (CONV, False)):
@@ -1275,6 +1254,9 @@ class TestEncoder:
             assert got[i].tolist() == pytest.approx(want)
             assert encoder.probabilities(z[i], keep[i]).tolist() == pytest.approx(want)
         assert torch.equal(encoder.probabilities(z)[0], got[0])
+        with changed_json(run / "args.json") as saved:
+            saved["args"]["equal"] = True
+        assert model.load_encoder(run).views.timing() == (.5, .25)
 
     def test_missing_leads_are_masked_as_in_training_and_windows_are_of_one_view_or_two(self, run):
         encoder, rng = model.load_encoder(run), np.random.default_rng(0)
@@ -1545,10 +1527,10 @@ class TestTrain:
         assert {key: getattr(plan, key) for key in want} == want
 
     @pytest.mark.parametrize("n, processes, argv, says", [
-        (3, 1, "", "3 records in folds 1-8 and 50 in fold 9"),
-        (11, 3, "", "each of 3 processes needs 4 and 2"),
-        (344, 3, "--batch-size 64", "--batch-size 64: give at most 344, .* a multiple of 3"),
-        (344, 1, "--batch-size 512", "--batch-size 512: give at most 344"),
+        (1, 1, "", "--batch-size 2: a batch holds at most the 1 records of folds 1-8"),
+        (2, 3, "", "equal parts for each of 3 processes, which needs 2 of the 50 of fold 9"),
+        (344, 3, "--batch-size 64", "--batch-size 64: .* in equal parts for each of 3 processes"),
+        (344, 1, "--batch-size 512", "--batch-size 512: a batch holds at most the 344 records"),
         *((99, 1, flag, f"argument {flag.split()[0]}") for flag in (
             "--epochs 0", "--batch-size 1", "--tau nan", "--workers -1", "--aux-weight nan",
             "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--negatives none")),
@@ -1652,7 +1634,7 @@ class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
-        assert f"finished, 18 steps; next: make eval RUN={run}" in out
+        assert re.search(rf"finished, \d+ steps; next: make eval RUN={run}", out)
         assert {path.name for path in run.iterdir()} - {"eval", "figures"} >= {
             ".lock", "args.json", "log.jsonl", "last.pt", "model.pt", "tensorboard"}
         m, saved = model.load_run(run)
@@ -1723,7 +1705,7 @@ class TestRun:
             other.communicate("\n")
 
     def test_the_loss_at_chance_counts_the_negatives_and_losses_that_there_are(self, finished):
-        assert f"chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
+        assert f"at chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
         args = dict(aux_weight=.5, aux_losses=True, negatives="micro")
         got = train.chance(args, dict(batch=64, micro=4, val_batch=8))
         assert got == pytest.approx([2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)])
@@ -1745,7 +1727,7 @@ class TestRun:
                            (["--device", "cuda:9"], "--device cuda:9"),
                            (["--time-stride", 501], "a view has only 500 samples"),
                            (["--cache", tmp_path / "none"], "no cache in"),
-                           (["--batch-size", 999], "--batch-size 999: give at most")):
+                           (["--batch-size", 999], "--batch-size 999: a batch holds at most")):
             with pytest.raises(InputError, match=says):
                 run_train(cache, tmp_path / "r", *argv)
         with mock.patch.dict(views.POOL, band=(.5, 80)), pytest.raises(ValueError, match="fs/2=50"):
@@ -1770,11 +1752,11 @@ class TestRun:
     def test_a_run_killed_at_a_random_save_and_told_to_stop_ends_bit_for_bit_like_another(
             self, cache, tmp_path, argv, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
-        saves = int(np.random.default_rng().integers(1, 16))
+        saves = int(np.random.default_rng().integers(1, 14))
         run_train(cache, whole, *argv)
         run_cut_short(saves, cache, cut, *argv, "--save-minutes", 0)
         run_train(cache, cut, *argv, stop=4)
-        assert f"stopped at step {saves + 4} of 18; the same" in capsys.readouterr().out, saves
+        assert f"stopped at step {saves + 4} of " in capsys.readouterr().out, saves
         assert not (cut / "model.pt").exists()
         run_train(cache, cut, *argv)
         assert f"from step {saves + 4}" in capsys.readouterr().out
@@ -2465,12 +2447,12 @@ class TestStudy:
 
 
 class TestAttention:
-    def test_what_is_observed_follows_from_the_weights(self):
+    def test_what_an_encoder_attends_to_follows_from_the_weights_of_its_heads(self):
         m, x, heads = tiny(depth=2).eval(), torch.randn(1, 500, 12), {}
         model.watch_attention(m, x, lambda name, layer, head, w: heads.setdefault(
             (name, layer), []).append(w[0].double().numpy()))
-        found = attention.observe(m, x)
-        assert list(found) == list(heads)
+        found = attention.attend(m, x)
+        assert list(found) == list(heads) and len(found) == 6
         for key, (weights, entropy) in found.items():
             w = np.stack(heads[key])  # (H, N, M)
             np.testing.assert_allclose(weights, w.mean(0), atol=1e-6)
@@ -2479,173 +2461,182 @@ class TestAttention:
             assert entropy == pytest.approx(want, abs=1e-5)
 
     @pytest.mark.parametrize("rate", data.RATES)
-    def test_r_peaks_are_found_where_they_are(self, rate):
-        signal, times = beats(rate)
+    @pytest.mark.parametrize("every", [.33, .8, 1.8])  # s: 180 to 33 beats a minute
+    def test_r_peaks_are_found_where_they_are(self, rate, every):
+        signal, times = beats(rate, every)
         found = attention.r_peaks(signal, rate)
-        assert len(found) >= len(times) - 1  # the detector learns on the first
-        assert np.abs(found[:, None] - times).min(1).max() < .01
-        assert not len(attention.r_peaks(0 * signal, rate))
+        assert len(found) == len(times), found
+        np.testing.assert_allclose(found, times, atol=.01)
         np.testing.assert_array_equal(attention.r_peaks(-signal, rate), found)  # either way up
-        signal[:, LEADS.index("II")] = 0  # then another lead
-        assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
+        signal[:, [1, 4, 7]] = 0  # with other leads as well
+        assert len(attention.r_peaks(signal, rate)) == len(times)
+
+    def test_no_r_peak_is_found_without_a_complex_in_half_of_the_leads(self):
+        signal, times = beats(100)
+        few, rng = np.zeros_like(signal), np.random.default_rng(0)
+        few[:, :4] = signal[:, :4]
+        noisy = signal + rng.normal(0, 10, signal.shape)
+        noisy[330:334, :5] += 3000  # a spike where there is no beat
+        assert len(attention.r_peaks(noisy, 100)) == len(times)
+        for nothing in (0 * signal, rng.normal(0, 100, signal.shape),
+                        few + rng.normal(0, 100, signal.shape)):
+            assert not len(attention.r_peaks(nothing, 100))
 
     @real
-    @slow
-    def test_the_same_r_peaks_are_found_at_both_rates_of_real_records(self):
-        table, both, all_of_them = data.load_tables(PTBXL), 0, 0
-        for i in table.index[::10]:
-            a, b = (attention.r_peaks(data.read_record(Path(PTBXL) / table[name][i], rate), rate)
-                    for rate, name in data.RATES.items())
-            hits = sum(np.abs(b - r).min(initial=9) < .05 for r in a)
-            both, all_of_them = both + hits, all_of_them + len(a) + len(b) - hits
-        assert both > .95 * all_of_them > 0, (both, all_of_them)
+    def test_r_peaks_of_real_records_agree_with_another_detector_and_at_both_rates(self):
+        """Within 80 ms of an R peak XQRS (wfdb) finds a complex in most of eight leads; or not."""
+        table, extra, missed, n = data.load_tables(PTBXL), 0, 0, 0
+        for row in table.index[8::100]:  # the first is ecg_id 9
+            high, low = (read_signal(table, row, rate) for rate in (500, 100))
+            found, same = attention.r_peaks(high, 500), attention.r_peaks(low, 100)
+            others = [xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
+                      for k in (0, 1, 6, 7, 8, 9, 10, 11)]
 
-    @pytest.mark.parametrize("gain, fits", [(1, True), (40, False)])  # mV; or z-scores, as it were
-    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt_or_what_fits_a_page(self, gain, fits):
-        mv = gain * beats(100)[0] / 1000. * np.arange(1, 13) / 12
-        mv[:, 7] *= -.3
-        figure, _ = attention.draw_ecg(mv, "", 1)
-        figure.set_dpi(254)  # ten dots a millimetre
-        (axis,) = figure.subfigs[0].axes
+            def votes(t):
+                return sum(np.abs(other - t).min(initial=9) < .08 for other in others)
+
+            inside = [t for t in found if .2 < t < 9.8]
+            extra += sum(votes(t) < 4 for t in inside)
+            missed += sum(np.abs(found - t).min() > .1 for t in np.concatenate(others)
+                          if votes(t) >= 6 and .2 < t < 9.8)
+            n += len(inside)
+            assert max(np.abs(same - t).min() for t in inside) < .03
+        assert n > 40 and extra + missed == 0, (n, extra, missed)
+
+    @real
+    def test_no_r_peak_is_found_where_ecg_9_has_no_complex(self):
+        table = data.load_tables(PTBXL)
+        (row,) = table.index[table.ecg_id == 9]
+        for rate in data.RATES:  # its ten complexes, by eye
+            np.testing.assert_allclose(attention.r_peaks(read_signal(table, row, rate), rate), [
+                .86, 1.78, 2.73, 3.71, 4.69, 5.70, 6.72, 7.74, 8.75, 9.73], atol=.03)
+
+    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt(self, tmp_path):
+        signal = (beats(100)[0] * np.arange(1, 13) / 12).astype(np.int16)
+        with mock.patch.object(attention, "save_figure") as save:
+            attention.plot_ecg(signal, 100, "", tmp_path / "ecg.png")
+        (axis,), numbers = save.call_args[0][0].axes, save.call_args[0][2]
+        axis.figure.set_dpi(254)  # ten dots a millimetre
         at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
-        label = re.search(r"([0-9.]+) mm/mV(, not 10)?", axis.get_xlabel())
-        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, float(label[1])]], rtol=.05,
-                                   atol=1e-6)
-        assert (at[2, 1] - at[0, 1] == pytest.approx(10)) == fits == (not label[2])
-        assert figure.get_figheight() <= 1 + 297 / 25.4 + 1e-9
-        assert {text.get_text() for text in axis.texts} == set(LEADS)
-        rows = np.stack([line.get_ydata() for line in axis.lines[1::2]])  # after a pulse each
-        want = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
-        want -= np.repeat(np.median(mv, axis=0)[[1, 4, 7, 10]], 250)  # II aVL V2 V5
-        np.testing.assert_allclose(rows[1] - rows[1, 0], want - want[0], atol=1e-9)
-        if fits:  # taller waves than 4 mV may touch
-            np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
+        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, 10]], atol=1e-6)
+        assert {text.get_text() for text in axis.texts} > set(LEADS)
+        row = axis.lines[1].get_ydata()  # II aVL V2 V5
+        want = np.concatenate([numbers["millivolt"][i * 250:(i + 1) * 250, k]
+                               for i, k in enumerate((1, 4, 7, 10))])
+        np.testing.assert_allclose(row - row[0], want - want[0], atol=1e-9)
+        rows = np.stack([line.get_ydata() for line in axis.lines[:4]])
+        np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
+        np.testing.assert_array_equal(numbers["r_peaks"], attention.r_peaks(signal, 100))
 
-    @pytest.mark.parametrize("flags, word, raw", [
-        ([], "lead", ["--raw"]), (["--mix-leads"], "mixed channel token", [])])
-    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags, word,
-                                                             raw):
-        run_train(cache, tmp_path, "--max-steps", 1, "--time-stride", 64, *flags)  # 7 tokens of 64
-        figures, _ = figures_of("maps", "--run", tmp_path, "--ecg-id", 5, *raw)
-        found = attention.observe(model.load_run(tmp_path)[0],
-                                  normalized(data.open_cache(cache), [4])[:, ::2])
-        end = 7 * 64 * .02  # s: an interleaved view has a sample each 20 ms
-        pictures = {(name.split("-")[1], axis.get_title().split(":")[0]): axis
-                    for name, (figure, _) in figures.items()
-                    for axis in figure.subfigs[1].axes if axis.images}
-        wide, high = (0, end, 11.5, -.5), (-.5, 11.5, 11.5, -.5)
-        for stream, title, key, keys, extent, x_label, y_label in (
-                ("time", "layer 1", ("time", 0), 7, (0, end, end, 0), "", "query: time (s)"),
-                ("channel", "layer 1", ("channel", 0), 12, high, "", f"query: {word}"),
-                ("cross", "time attends to channels", ("time_to_channel", 0), 12, wide,
-                 "query: time (s)", f"key: {word}"),
-                ("cross", "channels attend to time", ("channel_to_time", 0), 7, wide,
-                 "key: time (s)", f"query: {word}")):
-            axis, want = pictures[stream, title], found[key][0]
-            if not raw:
-                want = np.log2((want * keys).clip(1 / 16, 16))
-            got = axis.images[0].get_array().data
-            np.testing.assert_allclose(got.T if key[0] == "time_to_channel" else got, want,
-                                       atol=1e-5)
-            np.testing.assert_allclose(axis.images[0].get_extent(), extent)
-            assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
-        names = [text.get_text() for text in pictures["channel", "layer 1"].get_yticklabels()]
-        assert names == list(LEADS) if word == "lead" else "aVR" not in names
-        figure, _ = figures["attention-time-ecg5"]
-        curve = figure.subfigs[1].axes[1].lines[1]  # the first is at 1
-        np.testing.assert_allclose(curve.get_xdata(), (np.arange(7) * 64 + 31.5) * .02)
-        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0][0].mean(0), rtol=1e-5)
-        figure.set_dpi(254)  # the layout leaves the ECG to scale
-        figure.draw_without_rendering()
-        at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
-        np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
+    @pytest.mark.parametrize("flags", [[], ["--mix-leads"]])
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags):
+        run_train(cache, tmp_path / "r", "--max-steps", 1, "--time-stride", 64, *flags)
+        figures, out = figures_of("maps", tmp_path / "r", "--ecg-id", 5)
+        found = attention.attend(model.load_run(tmp_path / "r")[0],
+                                 normalized(data.open_cache(cache), [4])[:, ::2])
+        assert "ecg_id 5" in out and "attention-record-ecg5" in figures
+        # 7 tokens of 64 samples, 20 ms apart in an interleaved view
+        time, lead = (-.01, 7 * 64 * .02 - .01), (-.5, 11.5)
+        for (stream, layer), (want, _) in found.items():
+            kind = stream if layer == 0 and "_to_" not in stream else "cross"
+            figure, numbers = figures[f"attention-{kind}-ecg5"]
+            axis = [a for a in figure.axes if a.images][kind == "cross" and stream[0] == "c"]
+            np.testing.assert_array_equal(numbers[f"r/{stream}-1"], want)
+            keys = want.shape[1]
+            np.testing.assert_allclose(axis.images[0].get_array(), np.log2(
+                (want * keys).clip(1 / 16, 16)), atol=1e-5)
+            x, y = (time if n == 7 else lead for n in want.shape[::-1])
+            np.testing.assert_allclose(axis.images[0].get_extent(), (*x, *y[::-1]), atol=1e-5)
+            words = {7: "time (s)", 12: "channel token"}
+            assert axis.get_xlabel() == f"key: {words[keys]}"
+            assert axis.get_ylabel().endswith(f"query: {words[want.shape[0]]}")
+            names = {text.get_text() for text in axis.get_xticklabels() + axis.get_yticklabels()}
+            assert ("aVR" in names) == (12 in want.shape and not flags)
+            assert len(axis.child_axes) == (keys == 7)  # lead II, along its own time
+        np.testing.assert_allclose(numbers["r/seconds"], (np.arange(7) * 64 + 31.5) * .02)
 
-    def test_maps_of_a_superclass_are_means_with_intervals_beside_the_untrained(self, finished,
-                                                                                cache, tmp_path):
+    def test_a_superclass_is_the_mean_over_patients_with_intervals_and_the_untrained_beside(
+            self, finished, cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
-        few = attention.get_args(["maps", "--superclass", "NORM", "--records", "2"])
-        assert len(attention.choose(c, few)) == 2
-        figures, _ = figures_of("maps", "--run", run, "--superclass", "MI", "--raw", "--out",
-                                tmp_path)
-        figure, numbers = figures["attention-channel-MI"]
-        found = c.index[c.index.strat_fold.isin([9, 10]) & (c.index.MI == 1)]
-        chosen = found[found.ecg_id.isin(numbers["ecg_id"])]
-        assert len(chosen) == chosen.patient_id.nunique() == found.patient_id.nunique() < len(found)
-        x = normalized(c, chosen.index)[:, ::2]
+        args = attention.get_args(["maps", str(run), "--superclass", "NORM"])
+        with mock.patch.object(attention, "RECORDS", 2):
+            assert len(attention.choose(c, args)[0]) == 2
+        rows, subject = attention.choose(c, args)
+        has_it = data.read_labels(c).y[:, CLASSES.index("NORM")] == 1
+        pool = c.index[has_it & c.index.strat_fold.isin([9, 10])]
+        assert len(rows) == pool.patient_id.nunique() > 2 and set(rows) <= set(pool.index)
+        other = data.open_cache(cache)
+        other.index.loc[pool.index[:2], "patient_id"] = -1  # one patient's, who counts once
+        assert len(attention.choose(other, args)[0]) == len(rows) - 1
+        figures, _ = figures_of("maps", run, "--superclass", "NORM", "--out", tmp_path)
         m, saved = model.load_run(run)
         torch.manual_seed(saved["args"]["seed"])
         fresh = model.Contrastive(model.Config(**saved["config"])).eval()
-        each, before = ([attention.observe(n, one[None]) for one in x] for n in (m, fresh))
-        weights, entropy = zip(*(seen["channel", 0] for seen in each))
-
-        def interval(values):
-            return scipy.stats.t.interval(.95, len(x) - 1, np.mean(values, 0),
-                                          scipy.stats.sem(values))
-
-        low, high = interval(weights)
-        np.testing.assert_allclose(numbers["map"][0], (low + high) / 2, atol=1e-6)
-        np.testing.assert_allclose(numbers["map_half"][0], (high - low) / 2, atol=1e-6)
-        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), numbers["map"][0])
-        bars = figure.axes[1].containers[0][2][0].get_segments()
-        np.testing.assert_allclose([bar[:, 1] for bar in bars], np.stack(interval(
-            [12 * w.mean(0) for w in weights]), 1), rtol=1e-4)
+        each, before = ([attention.attend(n, x[None]) for x in normalized(c, rows)[:, ::2]]
+                        for n in (m, fresh))
+        maps = np.stack([seen["channel", 0][0] for seen in each])
+        np.testing.assert_allclose(figures["attention-channel-NORM"][1]["one/channel-1"],
+                                   maps.mean(0), atol=1e-6)
+        assert f"{len(rows)} records of folds 9 and 10 with NORM" in subject
         tokens, shares = .19 + .4 * np.arange(25)[:, None], []  # s
-        for record, seen in zip(c.signals[chosen.index], each):
-            near = (np.abs(tokens - attention.r_peaks(record, 100)) <= .05).any(1)
+        for record, seen in zip(c.signals[rows], each):
+            near = (np.abs(tokens - attention.r_peaks(record, 100)) < .05 + 1e-6).any(1)
             if near.any():
                 shares.append((seen["time", 0][0].mean(0)[near].sum(), near.mean()))
-        on, chance = np.transpose(shares)
-        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index(
-            ["encoder", "attention", "quantity"]).sort_index()
-        row = table.loc["this run", "channel stream", "entropy"]
-        assert row.records == len(x)
-        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
+        on_peaks, expected = np.transpose(shares)
+        table = pd.read_csv(tmp_path / "attention-NORM.csv").set_index("attention")
+        entropy = [seen["channel", 0][1] for seen in each]
+        low, high = scipy.stats.t.interval(.95, len(rows) - 1, np.mean(entropy),
+                                           scipy.stats.sem(entropy))
+        row = table.loc["channel"]
         np.testing.assert_allclose(
-            table.value["this run", "time stream"][["share", "chance", "ratio"]],
-            [on.mean(), chance.mean(), (on / chance).mean()], rtol=1e-4)
-        np.testing.assert_allclose(table.value["untrained", "channel stream", "entropy"], np.mean(
-            [seen["channel", 0][1] for seen in before]), rtol=1e-5)
-        assert table.value["untrained", "channel stream", "entropy"] != row.value
-        one = attention.Mean()
-        one.add(weights[0])
-        assert np.isnan(one.half).all()  # a single record has no interval
+            row[["entropy", "entropy, half", "entropy, untrained"]].astype(float),
+            [(low + high) / 2, (high - low) / 2,
+             np.mean([seen["channel", 0][1] for seen in before])], rtol=1e-4)
+        np.testing.assert_allclose(
+            table.loc["time", ["on R peaks", "chance", "ratio"]].astype(float),
+            [on_peaks.mean(), expected.mean(), (on_peaks / expected).mean()], rtol=1e-4)
+        assert np.isnan(row["ratio"])
 
-    def test_every_figure_is_there_with_its_numbers(self, drawn, finished, cache):
-        index, (figures, out) = data.open_cache(cache).index, drawn
-        first = index[(index.strat_fold == 10) & (index.NORM == 1)
-                      & (index[list(CLASSES)].sum(axis=1) == 1)].ecg_id.iloc[0]
-        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in out
+    def test_every_figure_of_a_run_is_there_with_its_numbers(self, drawn, finished, cache):
+        c, (figures, out) = data.open_cache(cache), drawn
+        y = data.read_labels(c).y
+        row = np.flatnonzero((c.index.strat_fold == 10) & (y[:, 0] == 1) & (y.sum(1) == 1))[0]
+        first = c.index.ecg_id[row]
+        assert f"ecg_id {first} (NORM), fold 10" in out and "SYNTHETIC data synth" in out
         assert {name.replace(f"ecg{first}", "ID") for name in figures} == {
             "training-loss", "training-gradients", "training-clustering", "data-ages",
-            *(f"views-{view}" for view in views.VIEWS),
-            "attention-time-ID", "attention-channel-ID", "attention-cross-ID"}
+            "views-noncontig", "attention-record-ID", "attention-time-ID", "attention-channel-ID",
+            "attention-cross-ID"}
         figure, numbers = figures["training-loss"]
         assert list(numbers.val_loss) == [row["val_loss"] for row in log_of(finished[0])]
-        flat = sorted(line.get_ydata()[0] for line in figure.axes[0].lines
-                      if line.get_label().startswith("_"))
-        assert flat == pytest.approx([math.log(15)] * 2)  # 8 records, in validation too
+        for axis in figure.axes:  # the level of chance, of 8 records
+            assert math.log(15) in [pytest.approx(line.get_ydata()[0]) for line in axis.lines]
+        assert "SYNTHETIC" in figure.legends[0].get_texts()[0].get_text()
 
-    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, cache):
+    def test_views_are_those_of_training_with_masked_leads_marked_and_their_spectra(self, drawn,
+                                                                                  cache):
         c, (figure, numbers) = data.open_cache(cache), drawn[0]["views-noncontig"]
-        row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
-                                 .all((1, 2)))[0])
-        for got, want in zip(numbers["views"], views.noncontig(normalized(c, [row]))):
+        x = numbers["normalized"]
+        for got, want in zip(numbers["views"], views.noncontig(torch.tensor(x)[None])):
             np.testing.assert_allclose(got, want[0], atol=1e-6)
-        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0]
-        np.testing.assert_array_equal(numbers["kept"], keep)
-        for axis, kept in zip(figure.subfigs[0].axes[2:], keep):
-            flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
-            assert len(axis.texts) == len(flat) == (~kept).sum()
-        numbers = drawn[0]["views-stochastic"][1]
-        assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
+        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0].numpy()
+        np.testing.assert_array_equal(numbers["keep"], keep)
+        for axis, kept in zip(figure.axes[2:4], keep):
+            assert len(axis.texts) == (~kept).sum() and len(axis.lines) == 12
+            assert f"{kept.sum()} of 12 leads" in axis.get_title()
+        hz, power = scipy.signal.welch(x[:, 1], 100, nperseg=250)
+        record, view, _ = figure.axes[4].lines
+        np.testing.assert_allclose(record.get_xydata(), np.stack([hz, power], 1)[1:], rtol=1e-5)
+        assert 24 < view.get_xdata()[-1] <= 25  # half of an interleaved view's rate
 
     def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
         index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
         attention.plot_ages(index, "", tmp_path / "ages.png")
         rows = pd.read_csv(tmp_path / "ages.csv").set_index("age_from").records
-        assert dict(rows[rows > 0]) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
+        assert dict(rows) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
 
-    def test_several_runs_share_the_figures_of_training_and_of_attention(self, finished, tmp_path):
+    def test_several_runs_share_a_figure_and_the_colours_of_the_stronger(self, finished, tmp_path):
         other = Path(shutil.copytree(finished[0], tmp_path / "other"))
         saved = torch.load(other / "model.pt")
         for key in saved["model"]:
@@ -2654,52 +2645,48 @@ class TestAttention:
         torch.save(saved, other / "model.pt")
         half = Path(shutil.copytree(finished[0], tmp_path / "half"))
         (half / "model.pt").unlink()  # as in the middle of training
-        figures, out = figures_of("plots", finished[0], other, half, "--out", tmp_path)
+        figures, out = figures_of("plots", finished[0], other, half, "--superclass", "NORM",
+                                  "--out", tmp_path)
         assert set(figures) == {
-            "training-loss", "training-gradients", "training-clustering", "attention-views-time",
-            "attention-views-channel", "attention-views-cross"}
+            "training-loss", "training-gradients", "training-clustering", "attention-time-NORM",
+            "attention-channel-NORM", "attention-cross-NORM"}
         table = figures["training-gradients"][1]
-        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC", "half, SYNTHETIC"}
-        assert len(table) == 6 and "no attention maps of half" in out
-        assert {f"{run}, SYNTHETIC/{direction}/map" for run in ("one", "other") for direction in (
-            "time_to_channel", "channel_to_time")} < set(figures["attention-views-cross"][1])
-        for name in ("time", "channel"):  # both runs are drawn on the scale that the stronger needs
-            figure, numbers = figures[f"attention-views-{name}"]
-            maps = [numbers[f"{run}, SYNTHETIC/{name}/map"] for run in ("one", "other")]
-            one, two = (np.quantile(np.abs(np.log2((w * w.shape[2]).clip(1 / 16, 16))), .995)
-                        for w in maps)
-            limits = [image.get_clim() for axis in figure.axes for image in axis.images]
-            assert two > 1.1 * one and len(limits) > 1
-            np.testing.assert_allclose(limits, [(-two, two)] * len(limits), rtol=1e-3)
-        rows = pd.read_csv(tmp_path / "attention-views.csv")
-        assert set(rows.run) == {"one, SYNTHETIC", "other, SYNTHETIC"}
+        assert list(table.run) == ["one"] * 2 + ["other"] * 2 + ["half"] * 2
+        assert "no attention maps of half" in out
+        figure, numbers = figures["attention-time-NORM"]
+        one, two = (np.quantile(np.abs(np.log2((w * w.shape[1]).clip(1 / 16, 16))), .995)
+                    for w in (numbers["one/time-1"], numbers["other/time-1"]))
+        assert two > 1.1 * one
+        limits = [axis.images[0].get_clim() for axis in figure.axes if axis.images]
+        np.testing.assert_allclose(limits, [(-two, two)] * 2, rtol=1e-3)
+        assert set(pd.read_csv(tmp_path / "attention-NORM.csv").run) == {"one", "other"}
 
     def test_bad_input_is_named(self, finished, tmp_path):
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
         (bare / "log.jsonl").unlink()
         for says, *argv in (
-                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", "--ecg-id", 999, "--run",
-                 finished[0]),
-                ("--records", "maps", "--superclass", "HYP", "--records", 1),  # no interval
-                ("the same run twice", "plots", finished[0], finished[0]),
-                ("none has no args.json.*make pretrain", "plots", tmp_path / "none"),
-                ("bare has no log.jsonl", "plots", bare)):
+                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", finished[0], "--ecg-id",
+                 999),
+                ("two runs of one name", "plots", finished[0], finished[0]),
+                ("none/args.json cannot be read.*make pretrain", "plots", tmp_path / "none"),
+                ("bare/log.jsonl cannot be read", "plots", bare)):
             with refused(says):
                 run_attention(*argv)
+        with mock.patch.object(attention, "RECORDS", 1), refused("1 records .* needs 2"):
+            run_attention("maps", finished[0], "--superclass", "HYP")
 
     @slow
     def test_figures_are_files_also_of_a_run_without_attention(self, cache, finished, tmp_path):
         run_train(cache, tmp_path / "resnet", "--arch", "resnet18", "--max-steps", 1)
-        with refused("--arch resnet18, which has no attention"):
-            run_attention("maps", "--run", tmp_path / "resnet")
+        with refused("a resnet18 has no attention"):
+            run_attention("maps", tmp_path / "resnet")
         out = said(run_attention, "plots", tmp_path / "resnet")
-        assert "no attention maps of resnet" in out and "no gradient norms" in out
+        assert "no attention maps of resnet" in out
         assert {path.name for path in (tmp_path / "resnet/figures").iterdir()} >= {
-            "data-ages.png", "data-ages.csv", "views-contig.png", "views-contig.npz",
-            "training-loss.png", "training-loss.csv"}
-        run_attention("maps", "--run", finished[0], "--superclass", "NORM", "--masked", "--format",
-                      "pdf", "--out", tmp_path)
-        assert len(list(tmp_path.glob("attention-*-NORM.pdf"))) == 3
+            "data-ages.png", "data-ages.csv", "views-noncontig.png", "views-noncontig.npz",
+            "training-loss.png", "training-loss.csv", "training-gradients.png"}
+        run_attention("maps", finished[0], "--format", "pdf", "--out", tmp_path)
+        assert len(list(tmp_path.glob("attention-*.pdf"))) == 4
 
 
 def write_forms(folder, mv, rate):
@@ -2715,8 +2702,8 @@ def write_forms(folder, mv, rate):
     np.savez(folder / "z.npz", signal=mv.T * 1000, fs=rate, units=["uV"] * 12, leads=LEADS)
     with h5py.File(folder / "h.h5", "w") as file:
         file["tracings"] = np.stack([mv[::-1], mv]).astype(np.float32)
-        file["tracings"].attrs.update(rate=rate, unit="mV", leads=list(LEADS))
-        file["exam_id"] = [7, 8]
+        file.attrs.update(fs=rate, units="mV", leads=list(LEADS))
+        file["exam_id"] = [7, 8]  # without use
     files = {"w.hea": {}, "c.csv": dict(rate=rate, unit="mV"), "t.csv": dict(unit="mV"),
              "n.npy": dict(rate=rate, unit="V", leads=LEADS), "z.npz": {}, "h.h5": {}}
     return {folder / name: flags for name, flags in files.items()}
@@ -2855,7 +2842,7 @@ class TestRecordings:
         for file, flags in write_forms(tmp_path / "f", mv, 250).items():
             (path, row), *_ = data.list_recordings([file])[::-1]
             recording = data.read_recording(path, row, **flags)
-            assert recording.name == ("8" if file.suffix == ".h5" else file.stem)
+            assert recording.name == ("h-1" if file.suffix == ".h5" else file.stem)
             cut, there, notes = data.prepare(recording, 100)
             assert there.all() and notes == ["resampled from 250 to 100 Hz"], file
             np.testing.assert_allclose(cut, want, atol=1e-3, err_msg=str(file))
@@ -2873,7 +2860,7 @@ class TestRecordings:
             for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
                 np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column],
                                            rtol=1e-5)
-            assert notes == ["RESP not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
+            assert notes == ["1 not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
                              "V4, V5, V6 missing, flat or not finite: masked"]
 
     def test_windows_cover_a_recording_and_padding_is_cut_off(self):
@@ -2935,8 +2922,8 @@ class TestRecordings:
         for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
                                (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
                                (dict(leads=["EEG"] * 12), "needs some of I II"),
-                               (dict(x=x * 0), "no lead to look at"),
-                               (dict(x=x * np.nan), "no lead to look at"),
+                               (dict(x=x * 0), "all leads are flat"),
+                               (dict(x=x * np.nan), "all leads are"),
                                (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
                                (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
             with pytest.raises(InputError, match=words):
@@ -2983,7 +2970,7 @@ class TestEmbed:
         full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
         cut, keep = encoder.prepare(x, 100, "mV", names)
         full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
-        want = train.embed(encoder.model, full, encoder.views, keep).mean(1)
+        want = model.embed(encoder.model, full, encoder.views, keep).mean(1)
         torch.testing.assert_close(encoder(cut, keep), want)
         assert not torch.allclose(want, encoder(full))
 
@@ -3093,7 +3080,7 @@ class TestSurvives:
         out = stop_in(process, tmp_path / "r", number, os.killpg)
         assert process.returncode == 0 and "Traceback" not in out, out
         step = torch.load(tmp_path / "r" / "last.pt")["step"]
-        assert f"stopped at step {step} of 4500; the same command goes on from here" in out
+        assert re.search(rf"stopped at step {step} of \d+; the same command goes on", out)
         assert not (tmp_path / "r" / "model.pt").exists()
 
     @slow
@@ -3106,7 +3093,7 @@ class TestSurvives:
             out = stop_in(started(*argv), run, number, os.kill)  # it ends when all have ended
             assert out.count("stopped at step") == 1, out
         out = script(*argv)
-        assert out.count("finished, 27 steps") == 1 == out.count("epoch 3  loss")
+        assert out.count(": finished, ") == 1 == out.count("epoch 3  loss")
         assert_same(whole, run)
 
     @slow
@@ -3305,7 +3292,7 @@ class TestMake:
     def test_importing_does_nothing_and_loading_a_run_needs_no_readers(self, finished, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 f"sys.path.insert(0, {str(HERE)!r}); import model; model.load_run(sys.argv[1])\n"
-                "assert not {'ecgmentations', 'requests', 'wfdb', 'views'} & set(sys.modules)\n"
+                "assert not {'requests', 'wfdb', 'pandas'} & set(sys.modules)\n"
                 "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
                 "import attention\n"
                 "assert (torch.get_rng_state() == a).all()\n"

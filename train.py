@@ -253,19 +253,17 @@ def settle(args, n_train, n_val, processes=1):
     """
     if args.max_lr < args.final_lr:
         raise InputError(f"--max-lr {args.max_lr} is below --final-lr {args.final_lr}")
-    if n_train < 4 * processes or n_val < 2 * processes:
-        raise InputError(f"{n_train} records in {fold_names(TRAIN_FOLDS)} and {n_val} in "
-                         f"{fold_names(VAL_FOLD)}: each of {processes} processes needs 4 and 2; "
-                         "see: python data.py info")
     batch = args.batch_size
     if batch is None:
         fits = BATCH
         if fits * MIN_STEPS > n_train:
             fits = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
         batch = max(1, fits // processes) * processes
-    if batch > n_train or batch % processes:
-        raise InputError(f"--batch-size {batch}: give at most {n_train}, the training records, "
-                         f"and a multiple of {processes}, the processes; or leave it out")
+    if batch > n_train or batch % processes or n_val < 2 * processes:
+        raise InputError(
+            f"--batch-size {batch}: a batch holds at most the {n_train} records of "
+            f"{fold_names(TRAIN_FOLDS)}, in equal parts for each of {processes} processes, which "
+            f"needs 2 of the {n_val} of {fold_names(VAL_FOLD)} too; see: python data.py info")
     mine = batch // processes
     micro = math.ceil(mine / math.ceil(mine / args.micro_batch))
     if args.negatives == "micro" and micro == 1:
@@ -510,9 +508,8 @@ def extract(function, cache, rows, device, size=64):
     size: records in memory at once  ->  (len(rows), ...) float32 array
     """
     parts = np.array_split(rows, math.ceil(max(len(rows), 1) / size))
-    bar = tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True)
     return np.concatenate([function(normalize(fetch(cache, part, device))).float().cpu().numpy()
-                           for part in bar])
+                           for part in parts])
 
 
 def single_labels(cache, rows):
@@ -583,17 +580,17 @@ def describe_run(args, config, model, cache, plan):
                 data=cache.meta)
 
 
-def differences(old, new):
-    """In which arguments, strengths, settings and data two args.json differ, a line each."""
-    pairs = [(f"--{key.replace('_', '-')}", old["args"].get(key), now)
-             for key, now in new["args"].items() if key not in NOT_A_RESULT]
-    pairs += [(f"{name}[{key!r}] in views.py", old["strengths"][name].get(key), now)
-              for name, strengths in new["strengths"].items() for key, now in strengths.items()]
-    pairs.append(("micro-batch in effect (NPROC?)", old["in_effect"]["micro"],
-                  new["in_effect"]["micro"]))
-    pairs.append(("data", *(f"{run['data']['data']} at {run['data']['rate']} Hz, fingerprint "
-                            f"{run['data']['fingerprint'][:8]}" for run in (old, new))))
-    return [f"{what}: {then} then, {now} now" for what, then, now in pairs if then != now]
+def settings_of(record):
+    """What decides a result, as users know it: {setting: value}; record: as in args.json."""
+    data, settings = record["data"], {"micro-batch in effect": record["in_effect"]["micro"]}
+    settings["data"] = f"{data['data']} at {data['rate']} Hz, fingerprint {data['fingerprint'][:8]}"
+    for name, value in record["args"].items():
+        if name not in NOT_A_RESULT:
+            settings[f"--{name.replace('_', '-')}"] = value
+    for name, strengths in record["strengths"].items():
+        for key, value in strengths.items():
+            settings[f"{name}[{key!r}] in views.py"] = value
+    return settings
 
 
 class RunFolder:
@@ -630,7 +627,10 @@ class RunFolder:
                              "another RUN= (--run)") from error
         if not any((self.path / name).exists() for name in ("last.pt", "model.pt")):
             write_json(self.path / "args.json", self.record)  # nothing to lose yet
-        if lines := differences(read_args(self.path), self.record):
+        old, new = settings_of(read_args(self.path)), settings_of(self.record)
+        if old != new:
+            lines = [f"{key}: {old.get(key)} then, {new.get(key)} now"
+                     for key in old | new if old.get(key) != new.get(key)]
             raise InputError(f"{self.path} was made with other arguments; give another RUN= "
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))
         if (self.path / "model.pt").exists():
@@ -644,9 +644,6 @@ class RunFolder:
                 state = torch.load(path, map_location="cpu")
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
-        if dist.is_initialized():  # machines may differ in what a seed gives
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
         self.log = state["log"]
         if self.first:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -695,22 +692,22 @@ def announce(run, n_train, n_val, start):
     record, args, meta = run.record, run.record["args"], run.record["data"]
     plan, (at_chance, val_chance) = record["in_effect"], chance(args, record["in_effect"])
     synthetic = "SYNTHETIC, " if meta["synthetic"] else ""
-    print("view     ", from_args(ViewConfig, args).describe())
-    print(f"data      {synthetic}{meta['data']} at {meta['rate']} Hz: {n_train} records of "
-          f"{fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names(VAL_FOLD)} validate")
-    print(f"model     {args['arch']}, {record['n_parameters']:,} parameters, {record['samples']} "
-          f"samples a view, on {record['device']} in {record['precision']}")
-    print(f"batch     {plan['batch']} in micro-batches of {plan['micro']}, negatives from the "
-          f"{args['negatives']}; loss at chance {at_chance:.2f}, in validation {val_chance:.2f}")
-    print(f"schedule  {plan['total']} steps in {plan['epochs']} epochs of {plan['steps']}, "
-          f"{plan['warmup']} of them warm-up, from step {start}; written to {run.path}")
+    print(f"""\
+view      {from_args(ViewConfig, args).describe()}
+data      {synthetic}{meta['data']} at {meta['rate']} Hz
+records   {n_train} of {fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names(VAL_FOLD)} validate
+model     {record['n_parameters']:,} parameters, {record['samples']} samples a view
+on        {record['device']} in {record['precision']}
+batch     {plan['batch']} in micro-batches of {plan['micro']}, negatives from the {args['negatives']}
+steps     {plan['total']} in {plan['epochs']} epochs, warm-up {plan['warmup']}, from step {start}
+loss      at chance {at_chance:.2f}, in validation {val_chance:.2f}
+folder    {run.path}""")
 
 
 # The command line
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [--help] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data and run")
     add, switch = group.add_argument, argparse.BooleanOptionalAction
