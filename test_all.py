@@ -3247,7 +3247,7 @@ class TestMake:
         assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
         assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
         both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
-        assert f"compare {' '.join([*both, 'runs/study/noncontig+equal+tau=0.2-s1'])} --out" in log
+        assert f"compare {' '.join([*both, both[1][:-1] + '1'])} --labels-of superclass --out" in log
         assert f"plots {' '.join(both)} --out runs/study/figures" in log
         share = -(-os.cpu_count() // 2)
         assert log.count(f"--epochs 1 threads={share}\n") == 4
