@@ -59,6 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.tensorboard
 import wfdb
+from matplotlib.colors import to_hex
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -2121,35 +2122,6 @@ class TestEvaluate:
                     saved["z"][:4], train.embed(m, x, views.ViewConfig(view="noncontig")),
                     atol=1e-5)
 
-    def test_report_figures_and_numbers_are_there(self, evaluated):
-        run = evaluated[0]
-        text, at = (run / "report.md").read_text(), metrics_of(run)
-        for name in ("tsne", "confusion", "roc", "leads", "labels"):
-            assert f"(figures/{name}.png)" in text
-            assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
-            assert len(pd.read_csv(run / "figures" / f"{name}.csv")) > 3
-        assert at.index.is_unique
-        counts = pd.read_csv(run / "figures" / "confusion.csv")
-        right = counts[counts.true == counts.predicted].groupby("row").records.sum()
-        for row, share in (right / counts.groupby("row").records.sum()).items():
-            assert share == pytest.approx(at.value["paper", row, "100%", 0, "accuracy"])
-        rows = set(evaluate.ROWS) - evaluate.SLOW
-        for protocol in ("official", "paper", "table3", "leads"):
-            found = set(at.loc[protocol].index.get_level_values("row"))
-            assert {row for row in found if " - " not in row} == rows, protocol
-        value, low, high = at.loc["official", "pretrained", "100%", 0, "macro_auroc"]
-        assert at.value["leads", "pretrained", "100%", 0, "macro_auroc/12"] == pytest.approx(value)
-        for name in ("streams", "streams-masked"):
-            rows = at.loc[name].index.get_level_values("row").unique()
-            assert list(rows[:5]) == list(evaluate.STREAMS) and at.loc[name].value.nunique() > 1
-        head = [line for line in text.splitlines() if line.startswith("| this run, probed ")][0]
-        assert f"| {value:.3f} [{low:.3f}, {high:.3f}] |" in head
-
-    def test_no_panel_of_a_figure_stays_empty(self):
-        for n in (1, 4, 5, 8):
-            axes, corner = evaluate.panels(n, (1, 1), "title")
-            assert corner.figure.axes == axes and len(axes) == n and corner in axes
-
     @slow
     def test_a_second_time_nothing_is_done_again_nor_rocket_by_a_run(self, evaluated, cache,
                                                                      tmp_path):
@@ -2217,233 +2189,236 @@ class TestEvaluate:
         pd.testing.assert_frame_equal(numbers_of(run), numbers_of(there))  # it repeats
         assert (run / "report.md").read_text() == before
 
-    def copy_of(self, run, to, **changes):
-        """A copy of an evaluated run, as if made with other arguments, data or settings."""
-        run = Path(shutil.copytree(run, to))
-        with changed_json(run / "args.json") as saved:
-            saved["args"] |= changes.get("args", {})
-        with changed_json(run / "eval" / "about.json") as about:
-            for name in ("data", "settings"):
-                about[name] |= changes.get(name, {})
-            about["seed"] = saved["args"]["seed"]
-        return run
 
-    def test_runs_of_one_name_are_a_group_and_differ_by_their_seed_alone(self, evaluated, tmp_path):
-        one, two = (self.copy_of(evaluated[0], tmp_path / f"r-s{i}", args=dict(seed=i))
-                    for i in (0, 1))
-        groups = evaluate.group_runs(evaluate.read_evaluated([two, evaluated[0], one]))
-        assert {name: len(some) for name, some in groups.items()} == {"r": 2, "one": 1}
-        for i, (changes, word) in enumerate((
-                (dict(args=dict(tau=.5, seed=2)), "tau 0.1 and 0.5"), ({}, "the same seed"),
-                (dict(args=dict(seed=2), data=dict(fingerprint="f" * 64)), "and ffffff"),
-                (dict(args=dict(seed=2), settings=dict(amplitude=True)), "amplitude False and"))):
-            other = self.copy_of(evaluated[0], tmp_path / str(i) / "r-s2", **changes)
-            with pytest.raises(InputError, match=f"of one name.*{word}.*another name"):
-                evaluate.group_runs(evaluate.read_evaluated([one, other]))
+def write_results(folder, seed=0, view="contig", **changes):
+    """A run folder as evaluate() leaves it, from random scores, which are returned: {Key: Scores}.
 
-    def test_compare_pools_seeds_pairs_groups_and_prints_the_papers_numbers(self, evaluated,
-                                                                            tmp_path):
-        rng, runs, draws = np.random.default_rng(0), [], []
-        for i, (name, seed) in enumerate((("a", 0), ("a", 1), ("tau", 0))):  # two groups
-            runs.append(self.copy_of(evaluated[0], tmp_path / f"{name}-s{seed}",
-                                     args=dict(seed=seed, tau=dict(a=.1, tau=.5)[name])))
-            table = pd.read_csv(runs[-1] / "metrics.csv")
-            table.value += i * rng.random(len(table))
-            if i == 1:  # a row that the other seed has not
-                table.loc[table.row == "majority", "row"] = "supervised"
-            table.to_csv(runs[-1] / "metrics.csv", index=False)
-            old = data.read_arrays(runs[-1] / "eval" / "draws.npz")
-            if i == 1:
-                old = {key.replace("majority", "supervised"): draw for key, draw in old.items()}
-            draws.append({key: draw + i * rng.random(draw.shape) for key, draw in old.items()})
-            np.savez(runs[-1] / "eval" / "draws.npz", **draws[-1])
+    changes: of what args.json holds
+    """
+    rng, (y, _, _, patients) = np.random.default_rng(seed), random_scores()
+    keys = [evaluate.Key("official", row, *more) for row in ("rocket", "untrained", "pretrained")
+            for more in ((), ("10",), ("10", "all", 1), ("100%", "1"))]
+    scores = {}
+    for key in keys:
+        p = .5 * rng.random(y.shape) + .2 * y * (key.row == "pretrained")
+        scores[key] = evaluate.Scores(y, p, (p > .3).astype(int), patients)
+    found = evaluate.results(scores, CLASSES, 20)
+    table = pd.DataFrame(
+        evaluate.score_lines(found, {keys[9]: [dict(records=10)]})
+        + evaluate.lines(evaluate.Key("clustering", "pretrained"), dict(silhouette=seed / 10)))
+    folder.mkdir(parents=True)
+    table.assign(group="x")[evaluate.COLUMNS].to_csv(folder / "metrics.csv", index=False)
+    evaluate.write_scores(folder / "eval" / "scores.npz", scores)
+    data.write_json(folder / "args.json", dict(args=dict(view=view, tau=.1), config={},
+                                               strengths={}) | changes)
+    meta = dict(data="d/synth", rate=100, records=200, synthetic=True, fingerprint="f" * 64)
+    data.write_json(folder / "eval" / "about.json", dict(
+        format=evaluate.FORMAT, settings=dict(label_lr=None), view=view, seed=seed,
+        labels="superclass", classes=CLASSES, tested=dict(official=200), data=meta))
+    return scores
+
+
+def read_lines(path):
+    """A table of metrics from its CSV file."""
+    numbers = dict.fromkeys(("value", "low", "high", "sd"), [""])
+    return pd.read_csv(path, dtype=dict(labels=str, leads=str), keep_default_na=False,
+                       na_values=numbers)
+
+
+def metric_lines(**numbers):
+    """A table of metrics of one run: {`row` or `row_minus_other`: (value, low, high)}."""
+    rows = []
+    for name, (value, low, high) in numbers.items():
+        row, _, minus = name.partition("_minus_")
+        for leads in ("all", "1"):
+            rows.append(("g", row, minus, "official", "100%", leads, "macro_auroc", value, low,
+                         high))
+    return pd.DataFrame(rows, columns=evaluate.COLUMNS)
+
+
+def about_of(**changes):
+    return dict(tested=dict(official=64), data=dict(synthetic=False)) | changes
+
+
+class TestReport:
+    @pytest.mark.parametrize("low, high, words", [
+        (.01, .09, "yes.* above the untrained"), (-.09, -.01, "no, it does harm.* below the untr"),
+        (-.01, .09, "these records do not tell.* not told apart from the untrained"),
+        (np.nan, np.nan, "these records do not tell")])
+    def test_the_answer_is_what_the_interval_of_the_difference_says(self, low, high, words):
+        table = metric_lines(pretrained=(.8, .7, .9), pretrained_minus_untrained=(.04, low, high),
+                             pretrained_minus_rocket=(-.02, -.031, -.01))
+        text = "\n".join(evaluate.answer(table, dict(g=about_of())))
+        assert re.search(words, text), text
+        for number in ("0.800 [0.700, 0.900]", "+0.040", "below ROCKET (-0.020 [-0.031, -0.010])",
+                       f"64 records, fold {data.TEST_FOLD}", "From lead II alone"):
+            assert number in text, (number, text)
+        assert "SYNTHETIC" not in text and 3 <= len(text.splitlines()) <= 6
+        real = about_of(data=dict(synthetic=True))
+        assert "SYNTHETIC" in "\n".join(evaluate.answer(table, dict(g=real)))
+
+    def test_of_groups_the_highest_is_named_and_stands_against_a_base(self):
+        parts = []
+        for group, value in dict(a=.7, b=.9, c=.8).items():
+            parts.append(metric_lines(
+                pretrained=(value, value, value), pretrained_minus_untrained=(.1, .05, .2),
+                pretrained_minus_rocket=(.1, .05, .2)).assign(group=group, minus_group=""))
+        between = metric_lines(pretrained_minus_pretrained=(-.1, -.2, -.05))
+        for one, other in (("a", "b"), ("c", "b"), ("b", "a")):
+            parts.append(between.assign(group=one, minus_group=other))
+        groups = {group: about_of() for group in "abc"}
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups))
+        assert "The highest is b. Against b: a is below it (-0.100 [-0.200, -0.050]), c is" in text
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups, "a"))
+        assert "The highest is b. Against a: b is below it" in text
+
+    def test_a_table_holds_each_number_at_its_row_and_column(self):
+        rows = [("g", row, "", "official", "100%", "all", metric, value, np.nan, np.nan)
+                for row, value in (("rocket", .25), ("pretrained", .5))
+                for metric, value in (("macro_auroc", value), ("rankme", 100 * value))]
+        table = pd.DataFrame(rows[:-1], columns=evaluate.COLUMNS)
+        text = evaluate.pivot(table, ["row"], dict(rankme="R", macro_auroc="A", absent="X"))
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+        assert cells[0] == ["row", "R", "A"] and len({len(line) for line in text.splitlines()}) == 1
+        assert cells[2:] == [[evaluate.ROWS["rocket"], "25.0", "0.250"],
+                             [evaluate.ROWS["pretrained"], "-", "0.500"]]
+        assert evaluate.cell(None) == "-"
+
+    def test_a_report_answers_first_in_under_80_lines_and_holds_the_numbers(self, evaluated):
+        run, _, printed = evaluated
+        text, table = (run / "report.md").read_text(), pd.read_csv(run / "metrics.csv")
+        assert len(text.splitlines()) < 80
+        first = text.split("\n\n")[1]
+        assert first.startswith("Does pretraining help?") and first in printed
+        assert "SYNTHETIC" in first and "|" not in printed and "report.md" in printed
+        own = table[(table.protocol == "official") & (table.labels == "100%")
+                    & (table.leads == "all") & (table.metric == "macro_auroc")]
+        for line in own.itertuples():
+            assert f"{line.value:.3f} [{line.low:.3f}, {line.high:.3f}]" in text, line
+        for number in views.VIEWS["noncontig"].table3:  # the paper's, beside ours
+            assert f"{number:.3f}" in re.search(r"\| the paper .*0.820.*", text)[0]
+        assert text.count("the paper  ") == 2 and "6.424" in text
+
+    def test_figures_show_the_numbers_beside_them(self, evaluated, cache):
+        run = evaluated[0]
+        table = read_lines(run / "metrics.csv")
+        for name in ("fewer", "tsne"):
+            assert f"(figures/{name}.png)" in (run / "report.md").read_text()
+            assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
+        drawn = pd.read_csv(run / "figures" / "fewer.csv")
+        assert {*drawn.leads} == {"all", *map(str, evaluate.LEAD_SETS)}
+        for line in drawn.itertuples():
+            same = table[(table.protocol == "official") & (table.metric == "macro_auroc")
+                         & (table.minus == "") & (table.row == line.row)
+                         & (table.labels == line.labels) & (table.leads == line.leads)]
+            assert same.value.item() == pytest.approx(line.value, rel=1e-5)
+        dots = pd.read_csv(run / "figures" / "tsne.csv")
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        one = (labels.y.sum(1) == 1) & (index.strat_fold >= 9)
+        assert sorted(dots.ecg_id) == sorted([*index.ecg_id[one]] * 2)
+        k = labels.y[index.ecg_id.searchsorted(dots.ecg_id)].argmax(1)
+        assert list(dots.label) == [CLASSES[i] for i in k]
+
+    def test_there_is_a_colour_for_each_of_any_number_of_classes(self):
+        for n in (1, 5, 9, 71):
+            colors = evaluate.class_colors([f"c{i}" for i in range(n)])
+            assert len({to_hex(c) for c in colors.values()}) == n
+
+    def test_each_label_set_and_each_other_data_has_a_folder_of_its_own(self):
+        specs = ["superclass", "rhythm", "AFIB AFLT", "AF=AFIB+AFLT", "A/B", "A_B", ".."]
+        folders = [evaluate.results_folder("r", labels, data=other)
+                   for labels in specs for other in (None, "cache/c")]
+        assert len(set(folders)) == len(folders) and folders[0] == Path("r")
+        for folder in folders:
+            assert ".." not in folder.parts and len(folder.parts) <= 3
+
+
+class TestCompare:
+    def run(self, tmp_path, *names, more=()):
+        """What `compare` of folders prints, its report and its table."""
+        words = said(run_evaluate, "compare", *(tmp_path / name for name in names), "--bootstrap",
+                     50, "--out", tmp_path / "all", *more)
+        return words, (tmp_path / "all.md").read_text(), read_lines(tmp_path / "all.csv")
+
+    def test_means_and_intervals_are_of_the_runs_of_a_group(self, tmp_path):
+        scores = {name: write_results(tmp_path / name, seed, view) for name, seed, view in (
+            ("a-s0", 0, "contig"), ("a-s1", 1, "contig"), ("b-s0", 5, "noncontig"))}
+        words, text, table = self.run(tmp_path, *scores)
+
+        def sample(name, row, labels="100%"):
+            """Value and bootstrap draws of macro F1, means over draws of the labels."""
+            found = [s for k, s in scores[name].items()
+                     if (k.row, k.labels, k.leads) == (row, labels, "all")]
+            return (np.mean([metrics.f1_score(s.y, s.predicted, average="macro") for s in found]),
+                    np.mean([evaluate.bootstrap(*s, 50)[:, 1] for s in found], axis=0))
+
+        for labels in ("100%", "10"):
+            (a0, a0s), (a1, a1s), (b, bs) = (sample(name, "pretrained", labels) for name in scores)
+            (u0, u0s), (u1, u1s) = (sample(f"a-s{i}", "untrained", labels) for i in (0, 1))
+            values, draws = np.array([a0, a1]), np.stack([a0s, a1s])
+            for facts, value, limits in (
+                    (dict(), values.mean(), evaluate.interval_over_runs(values, draws)),
+                    (dict(minus="untrained", minus_group="a"), np.mean([a0 - u0, a1 - u1]),
+                     evaluate.interval_over_runs(values - [u0, u1], draws - [u0s, u1s])),
+                    (dict(minus="pretrained", minus_group="b"), values.mean() - b,
+                     evaluate.interval_over_runs(values, draws, (np.array([b]), bs[None])))):
+                line = evaluate.look_up(table, group="a", metric="macro_f1", labels=labels, **facts)
+                assert line.value == pytest.approx(value), facts
+                least = -1 if facts else 0
+                np.testing.assert_allclose([line.low, line.high], np.clip(limits, least, 1))
+        line = evaluate.look_up(table, group="a", protocol="clustering", metric="silhouette")
+        assert (line.value, line.sd) == pytest.approx((.05, .1 / math.sqrt(2)))
+        assert "0.050 ± 0.071" in text and text.split("\n\n")[1] in words and "|" not in words
+        for view in ("contig", "noncontig"):
+            assert f"{views.VIEWS[view].table2[0]:.3f}" in text  # the paper's
+        assert "SYNTHETIC" in words and "Against a: b is" in self.run(
+            tmp_path, *scores, more=("--base", "a"))[0]
+        with refused("--base c: give one of a, b"):
+            self.run(tmp_path, *scores, more=("--base", "c"))
+
+    @pytest.mark.parametrize("changes, words", [
+        (dict(args=dict(view="contig", tau=.5)), "tau 0.1 and 0.5"),
+        (dict(strengths=dict(POOL=1)), "strengths {} and"), (dict(seed=0), "seed 0 twice")])
+    def test_runs_of_one_name_differ_by_their_seed_alone(self, tmp_path, changes, words):
+        write_results(tmp_path / "r-s0")
+        write_results(tmp_path / "r-s1", **dict(seed=1) | changes)
+        with refused(f"r-s0 and .*r-s1 are of one name, but .*{words}.*rename"):
+            self.run(tmp_path, "r-s0", "r-s1")
+
+    def test_runs_on_other_patients_are_not_compared(self, tmp_path):
+        for name in ("a", "b"):
+            scores = write_results(tmp_path / name)
+        moved = {key: s._replace(patients=s.patients + 1) for key, s in scores.items()}
+        evaluate.write_scores(tmp_path / "b" / "eval" / "scores.npz", moved)
+        table = self.run(tmp_path, "a", "b")[2]
+        assert set(table.minus) == {"", "untrained", "rocket"} and set(table.group) == {"a", "b"}
+
+    @pytest.mark.parametrize("file, old, new", [
+        ("eval/about.json", '"label_lr"', '"x"'), ("eval/about.json", "}", ""),
+        ("metrics.csv", "low", "lower"), ("metrics.csv", r"[^\n]*,untrained,[^\n]*\n", ""),
+        ("metrics.csv", r"(?s)(.{300}).*", r"\1"), ("eval/scores.npz", None, None)])
+    def test_damaged_results_are_named_with_what_to_do(self, tmp_path, file, old, new):
+        write_results(tmp_path / "r")
+        path = tmp_path / "r" / file
+        if old is None:
+            path.write_bytes(path.read_bytes()[:-500])
+        else:
+            path.write_text(re.sub(old, new, path.read_text()))
+        with refused(f"{file} cannot be read.*evaluate .*again: make eval"):
+            self.run(tmp_path, "r")
+        assert not list(tmp_path.glob("all*"))
+
+    def test_what_is_not_evaluated_by_this_code_for_these_labels_is_left_out(self, tmp_path):
+        for name in ("good", "old"):
+            write_results(tmp_path / name)
         (tmp_path / "bare").mkdir()
-        printed = said(run_evaluate, "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
-        text, found = (tmp_path / "all.md").read_text(), pd.read_csv(tmp_path / "all.csv")
-        assert "bare has no metrics.csv and is left out" in printed and text in printed
-        a, b, c = (metrics_of(run).value["official", "pretrained", "100%", 0, "macro_f1"]
-                   for run in runs)
-        at = found[(found.protocol == "official") & (found.metric == "macro_f1")
-                   & (found.labels == "100%")].set_index("row")
-        ours = at.loc["pretrained"].set_index("group")
-        assert ours.value["a"] == pytest.approx((a + b) / 2) and ours.n["a"] == 2
-        assert ours.sd["a"] == pytest.approx(np.std([a, b], ddof=1))
-        assert ours.value["tau"] == pytest.approx(c)
-        assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
-        difference = at.loc["a: pretrained - tau: pretrained"]
-        assert difference.value == pytest.approx((a + b) / 2 - c)
-        a, b, c = (draw["official/pretrained/100%/0/macro_f1"] for draw in draws)
-        low, high = np.nanpercentile((a + b) / 2 - c, (2.5, 97.5))  # of patients alone
-        assert difference.low < low and high < difference.high
-        for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
-                     "f1 NORM", "0.820"):
-            assert word in text, word
-
-    @pytest.mark.parametrize("keys", ["settings", "settings readout", "data index"])
-    def test_compare_names_what_about_json_lacks(self, evaluated, tmp_path, keys):
-        run, (*parts, key) = Path(shutil.copytree(evaluated[0], tmp_path / "r")), keys.split()
-        with changed_json(run / "eval/about.json") as about:
-            del (about[parts[0]] if parts else about)[key]
-        with refused(f"r is damaged .*{key}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    @pytest.mark.parametrize("old, new, says", [
-        (r".*,pretrained,.*\n", "", "is not whole"),
-        (r"(?s)\A(.{9000}.*?\n).*", r"\1", "is not whole"),
-        ("low", "lower", "has other columns")])
-    def test_compare_names_a_metrics_csv_that_is_not_whole(self, evaluated, tmp_path, old, new,
-                                                           says):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        text = (run / "metrics.csv").read_text()
-        (run / "metrics.csv").write_text(re.sub(old, new, text))
-        with refused(f"r is damaged .*{says}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    def test_what_is_not_evaluated_by_this_code_is_left_out(self, evaluated, tmp_path, capsys):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with changed_json(run / "eval/about.json") as about:
+        with changed_json(tmp_path / "old" / "eval" / "about.json") as about:
             about["format"] -= 1
-        (tmp_path / "bare").mkdir()
-        with refused("train and evaluate some first"):
-            run_evaluate("compare", run, tmp_path / "bare", "--out", tmp_path / "x")
-        told = capsys.readouterr().out
-        assert "r, which other code evaluated, is left out" in told
-        assert "bare has no metrics.csv" in told
-        assert not list(tmp_path.glob("x*"))
-
-
-SHORT_STUDY = ("--train", " ".join([*TINY_FLAGS, "--epochs 2"]), "--eval",
-               "--fast --labels 10 --seeds 1 --bootstrap 20")
-
-
-def called(argv, stdout=None, **_):
-    """What Popen or run gives of one of our scripts, in this process: imports are slow."""
-    scripts = dict(train=lambda *flags: train.train(train.get_args(flags)), evaluate=run_evaluate,
-                   attention=run_attention)
-    error = ""
-    with contextlib.redirect_stdout(stdout or io.StringIO()):
-        try:
-            scripts[Path(argv[1]).stem](*argv[2:])
-        except InputError as stopped:
-            print(error := f"error: {stopped}")
-    return mock.Mock(returncode=bool(error), stderr=error)
-
-
-def run_study(*argv, popen=called, run=called):
-    """A study, the scripts of which run in this process."""
-    with mock.patch.object(evaluate, "subprocess", types.SimpleNamespace(Popen=popen, run=run)):
-        run_evaluate("study", "--preset", "small", *SHORT_STUDY, *argv)
-
-
-class TestStudy:
-    def plan(self, cache, out, *more):
-        args = evaluate.get_args(["study", "--caches", str(cache), "--preset", "small", "--out",
-                                  str(out), *more])
-        return args, evaluate.plan_study(args)
-
-    @pytest.mark.parametrize("name", evaluate.STUDIES)
-    def test_each_row_is_a_command_of_train_and_a_base_is_among_them(self, cache, tmp_path, name):
-        study = evaluate.STUDIES[name]
-        _, members = self.plan(cache, tmp_path, "--study", name, "--seeds", "2")
-        assert len(members) == 2 * len(study.rows)
-        assert {*study.bases, *study.bases.values()} <= set(study.rows)
-        for member in members:
-            args = train.get_args(member.flags)
-            assert args.seed == member.seed and Path(args.run) == member.folder
-
-    def test_rows_that_a_preset_cannot_have_or_has_anyway_are_left_out(self, cache, tmp_path,
-                                                                       capsys):
-        args = "--study", "streams", "--preset", "conv", "--seeds", "2"
-        rows = [member.row for member in self.plan(cache, tmp_path, *args)[1]]
-        assert {*evaluate.STUDIES["streams"].rows} - {*rows} == {"late", "mix", "aux"}
-        assert len(rows) == 2 * len({*rows})
-        told = capsys.readouterr().out
-        assert "row late is left out: --late-masking needs" in told
-        assert "row aux is left out: with this preset it is contig" in told
-
-    def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
-                                                                            tmp_path):
-        for part, more in (("4", 40), ("64", 30)):  # 4 passes to 3; a batch of one part has 3
-            _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
-                                   "--train", f"--epochs 30 --micro-batch {part}")
-            epochs = {m.row: train.get_args(m.flags).epochs for m in members}
-            assert epochs["micro"] == more and epochs["contig"] == 30
-        data.build_cache(twenty, 500, tmp_path / "fast", workers=1)
-        for name, rates in (("views", {"contig": "fast", "stochastic": Path(cache).name}),
-                            ("equal", {"contig": Path(cache).name})):
-            _, members = self.plan(cache, tmp_path, "--study", name, "--caches", str(cache),
-                                   str(tmp_path / "fast"))
-            for row, want in rates.items():
-                assert {Path(train.get_args(m.flags).cache).name for m in members
-                        if m.row == row} == {want}
-
-    @pytest.mark.parametrize("argv, says", [
-        (["--study", "none"], "--study"), (["--seeds", "0"], "--seeds"),
-        (["--train", "--heads 5 --width 24"], "--heads 5 does not divide"),
-        (["--train", "--crop 0.9"], "--crop 0.9 does nothing"),
-        (["--preset", "conv", "--train=--mix-leads"], "--mix-leads needs --channel-stem linear")])
-    def test_bad_input_is_refused_before_work(self, cache, tmp_path, argv, says):
-        with refused(says):
-            self.plan(cache, tmp_path, *argv)
-
-    def test_jobs_are_done_at_a_time_and_share_the_cores(self, cache, tmp_path, monkeypatch):
-        monkeypatch.setitem(evaluate.STUDIES, "views", evaluate.Study(
-            "?", dict(a="", b="--epochs 3")))
-        monkeypatch.setattr(os, "cpu_count", lambda: 8)
-        meet = threading.Barrier(2, timeout=30)  # each waits for the other
-        child = mock.Mock(return_value=mock.Mock(returncode=1, wait=meet.wait))
-        with refused("2 of 2 runs failed"):
-            run_study("--caches", cache, "--out", tmp_path, "--seeds", 1, "--jobs", 2, popen=child)
-        threads = [call.kwargs["env"]["OMP_NUM_THREADS"] for call in child.call_args_list]
-        assert threads == ["4", "4"]
-
-    @slow
-    def test_a_study_goes_on_after_a_failure_and_names_the_hole(self, cache, tmp_path, monkeypatch):
-        (tmp_path / "mix-s0").write_text("a file where a run should be")
-        rows = {"contig": "--view contig --keep-every 1", "mix": "--view contig --mix-leads"}
-        monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
-        command = "--study", "collapse", "--caches", cache, "--out", tmp_path, "--seeds", 1
-        with refused("(?s)1 of 2 runs failed.*  mix-s0: .*give another folder"):
-            run_study(*command, run=lambda *a, **k: mock.Mock(returncode=1, stderr="no ink"))
-        text = (tmp_path / "report.md").read_text()
-        for word in ("for want of a finished run: mix-s0.", "**failed**", "no ink", "![tsne]"):
-            assert word in text
-        kept = pd.read_csv(tmp_path / "figures" / "collapse.csv").set_index(["metric", "epoch"])
-        for folder, epoch in (("epoch-001", 1), (".", 2)):
-            at = metrics_of(tmp_path / "contig-s0" / folder).value
-            assert kept.value["silhouette", epoch] == pytest.approx(
-                at["clustering", "pretrained", "100%", 0, "silhouette"], rel=1e-5)
-        begun = (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns
-        (tmp_path / "mix-s0").unlink()
-        run_study(*command)
-        assert (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns == begun
-        text = (tmp_path / "report.md").read_text()
-        assert "Not here" not in text and "![training-loss]" in text
-
-    @slow
-    def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
-        """As the README says it; it appears in make, tables and figures of the whole chain."""
-        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
-            shutil.copy(path, tmp_path)
-        function, entry, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
-                                        re.S)
-        text = (tmp_path / "views.py").read_text()
-        text = text.replace("\nVIEWS = {\n", f"\n{function}\n\nVIEWS = {{\n{entry}")
-        text = re.sub(r'    "(stochastic|contig|masking)": View.*?\),\n(?=    "|\})', "", text,
-                      flags=re.S)  # one of ours is enough beside it
-        (tmp_path / "views.py").write_text(text)
-        made = subprocess.run(["make", "-n", "pretrain", "VIEW=jump"], cwd=tmp_path, text=True,
-                              capture_output=True)
-        assert "--rate 500" in made.stdout and "runs/skip-s0" in made.stdout
-        script("-c", f"import test_all; test_all.run_study('--caches', {str(cache)!r}, '--seeds', "
-               "1)", cwd=tmp_path)
-        out = tmp_path / "runs" / "study"
-        report = (out / "report.md").read_text()
-        assert report.count("\n| skip ") > 10 and "skip-s0" in report
-        with np.load(out / "figures" / "attention-views-time.npz") as maps:
-            assert "skip-s0, SYNTHETIC/time/map" in maps
-        assert "skip" in set(pd.read_csv(out / "figures" / "tsne.csv").panel)
-        assert "skip-s0, SYNTHETIC" in set(pd.read_csv(out / "figures" / "training-loss.csv").run)
+        words = self.run(tmp_path, "good", "old", "bare")[0]
+        assert re.search("old is left out: evaluated by other code; make eval", words)
+        assert re.search("bare is left out: not evaluated for the labels superclass", words)
+        with refused("no evaluated run among 1 folders"):
+            self.run(tmp_path, "good", more=("--labels-of", "rhythm"))
 
 
 class TestAttention:
@@ -2937,42 +2912,69 @@ class TestRecordings:
 
 
 def embedded(run, tmp_path, *argv):
-    """What `evaluate.py embed` writes for some files: its table by name, its arrays, its words."""
-    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out",
-                 "--workers", 0)
+    """What `evaluate.py embed` writes for some files: its table by file, its arrays, its words."""
+    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out")
     with np.load(tmp_path / "out.npz") as arrays:
-        return pd.read_csv(tmp_path / "out.csv").set_index("name"), dict(arrays), words
+        return pd.read_csv(tmp_path / "out.csv").set_index("file"), dict(arrays), words
 
 
 class TestEmbed:
     def test_probabilities_of_the_data_set_are_those_of_its_evaluation(self, evaluated, synth,
                                                                        cache, tmp_path):
-        index = data.open_cache(cache).index
-        test = index[(index.strat_fold == 10) & index[list(CLASSES)].any(axis=1)].ecg_id
-        paths = [str(synth / f"records100/00000/{i:05d}_lr") for i in test]
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        test = index.ecg_id[(index.strat_fold == data.TEST_FOLD) & labels.member]
+        paths = [synth / f"records100/00000/{i:05d}_lr" for i in test]
         table, arrays, words = embedded(evaluated[0], tmp_path, *paths)
-        with np.load(evaluated[0] / "eval" / "official-pretrained-100%-0.npz") as scores:
-            np.testing.assert_allclose(arrays["probabilities"], scores["test"], atol=1e-5)
-            np.testing.assert_allclose(table[list(CLASSES)], scores["test"], atol=1e-4)
+        scores = evaluate.read_scores(evaluated[0] / "eval" / "scores.npz")
+        want = scores[evaluate.Key("official", "pretrained")].p
+        np.testing.assert_allclose(arrays["probabilities"], want, atol=1e-5)
+        np.testing.assert_allclose(table[list(CLASSES)], want, atol=1e-4)
         with np.load(evaluated[0] / "eval" / "probe.npz") as probe:
             assert f"NORM {probe['thresholds'][0]:.2f}" in words and "no medical device" in words
 
-    def test_leads_are_found_by_name_and_what_lacks_is_masked_as_in_training(self, evaluated):
-        rng, encoder = np.random.default_rng(0), model.load_encoder(evaluated[0])
-        x = rng.normal(0, .3, (1000, 6))
-        x[500, 2], x[:, 3] = np.nan, 1.5
-        names = ["v2", "Lead II", "AVR", "V1", "RESP", "MDC_ECG_LEAD_I"]
-        got, there, notes = prepared(x, leads=names)
-        assert [LEADS[c] for c in np.flatnonzero(there)] == ["I", "II", "V2"]
-        assert not got[:, :, ~there].any()
-        for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
-            np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
-        full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
-        cut, keep = encoder.prepare(x, 100, "mV", names)
-        full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
-        want = model.embed(encoder.model, full, encoder.views, keep).mean(1)
-        torch.testing.assert_close(encoder(cut, keep), want)
-        assert not torch.allclose(want, encoder(full))
+    def test_where_leads_are_missing_the_masked_probe_answers_and_it_says_so(self, evaluated,
+                                                                             tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 2))
+        np.savez(tmp_path / "two.npz", ecg=x, fs=100, units="mV", leads=["I", "V2"])
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "two.npz")
+        encoder = model.load_encoder(evaluated[0])
+        windows, keep = encoder.prepare(x, 100, "mV", ["I", "V2"])
+        z = encoder(windows, keep)[0]
+        np.testing.assert_allclose(arrays["z"][0], z, atol=1e-5)
+        np.testing.assert_allclose(arrays["probabilities"][0], encoder.probabilities(z, keep[0]))
+        line = table.iloc[0]
+        assert (line["name"], line.leads, line.windows) == ("two", 2, 1)
+        assert "probe that learned from masked leads" in line.notes
+        assert f"NORM {encoder.probe['masked_thresholds'][0]:.2f}" in words
+        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000  # a single one is drawn
+        with np.load(tmp_path / "out-ecg.npz") as drawn:
+            assert drawn["x"].shape == (1000, 12) and not drawn["x"][:, 1].any()
+
+    def test_bad_files_are_named_and_the_others_go_on(self, evaluated, synth, tmp_path):
+        shutil.copytree(synth / "records100", tmp_path / "some")
+        bad = tmp_path / "some" / "bad.hea"
+        bad.write_text("bad 12 100 1000\n")
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some")
+        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
+        assert table.windows[str(bad)] == 0 and "cannot be read" in table.notes[str(bad)]
+        assert list(arrays["files"]) == [file for file in table.index if file != str(bad)]
+        assert arrays["z"].shape == (100, TINY["rep_dim"])
+        with refused(r"none of 1 recordings can be used:\n.*cannot be read"):
+            embedded(evaluated[0], tmp_path, bad)
+
+    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, units="mV", leads=LEADS)
+        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
+            file["tracings"] = x
+        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
+                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
+        files = [str(tmp_path / name) for name in ("a/r.npz", "b/h.h5#0", "b/h.h5#1", "b/r.npz")]
+        assert list(table.index) == list(arrays["files"]) == files
+        assert list(table["name"].astype(str)) == list(arrays["names"]) == [
+            "r", "h-0", "h-1", "r"]
 
     def test_the_lines_of_the_readme_embed_a_signal(self, evaluated):
         (lines,) = (block for block in re.findall(
@@ -2981,39 +2983,6 @@ class TestEmbed:
         exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
         assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
         assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
-
-    def test_bad_files_are_named_the_others_go_on_and_one_is_drawn(self, evaluated, synth,
-                                                                   tmp_path):
-        shutil.copytree(synth / "records100", tmp_path / "some")
-        (tmp_path / "some" / "bad.hea").write_text("bad 12 100 1000\n")
-        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some",
-                                        "--neighbours", 2)
-        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
-        assert table.leads["bad"] == 0 and "unreadable" in table.notes["bad"]
-        assert list(arrays["name"]) == [name for name in table.index if name != "bad"]
-        near = re.findall(r"training records to 0*(\d+)_lr:\n.*\n.*\n\| (\d+) *\| (\S+)", words)
-        folds = data.load_tables(synth).set_index("ecg_id").strat_fold
-        for own, nearest, distance in near:  # a training record is nearest to itself
-            assert (own == nearest and float(distance) < 1e-4) == (folds[int(own)] <= 8)
-        with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
-            embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
-        embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
-        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000
-        with np.load(tmp_path / "out-ecg.npz") as drawn:
-            assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
-
-    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
-        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
-        for folder in ("a", "b"):
-            (tmp_path / folder).mkdir()
-            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, unit="mV", leads=LEADS)
-        pd.DataFrame(x[0], columns=LEADS).to_csv(tmp_path / "a" / "r.csv", index=False)
-        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
-            file["tracings"], file["exam_id"] = x, [5, 5]
-        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
-                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
-        assert list(table.index) == list(arrays["name"]) == [
-            "a/r.csv", "a/r.npz", "b/h.h5-0", "b/h.h5-1", "b/r.npz"]
 
 
 def wait_for_an_epoch(process, folder):
