@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import (CLASSES, LEADS, SECONDS, TEST_FOLD, VAL_FOLD, InputError, add_shared, fold_names,
                   from_args, normalize, read_labels, run_script, write_atomic)
-from evaluate import describe, describe_data, open_data, save_figure, untrained
+from evaluate import COLORS, describe, describe_data, open_data, save_figure, untrained
 from model import load_run, read_args, read_log, watch_attention
 from train import batches, chance, pick_device
 from views import VIEWS, ViewConfig
@@ -39,11 +39,10 @@ PRINTED = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "
 STREAMS = {"time": ("time", "time"), "channel": ("lead", "lead"),
            "time_to_channel": ("time", "lead"), "channel_to_time": ("lead", "time")}
 STYLE = {"figure.constrained_layout.use": True, "figure.titlesize": 10, "axes.titlesize": 9,
-         "lines.markersize": 3}
-ABOUT = ("Entropy: of the queries' weights over ln(keys), 1 is uniform; mean over heads. On R "
-         f"peaks: share of the attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; "
-         "chance: share of such keys; ratio: of the two. Means over records; ±: half of a 95 % "
-         "interval.")
+         "lines.markersize": 3, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}
+ABOUT = ("Entropy of the queries' weights over ln(keys), mean over heads: 1 is uniform. On R peaks:"
+         f" share of attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of"
+         " such keys; ratio: of the two. Means over records; ±: half of a 95 % interval.")
 # Figures of training (paper Figs. 7 to 9): columns of log.jsonl, a panel each.
 TRAINING = {
     "loss": dict(loss="loss in training", val_loss=f"loss on {fold_names(VAL_FOLD)}"),
@@ -293,10 +292,9 @@ def maps(folders, out, args):
 
 def plot_training(kind, runs, path):
     """A figure of TRAINING, a panel a column and a line a run; runs: {name: (args.json, log)}."""
-    panels = TRAINING[kind]
-    figure = Figure((3.6 * len(panels), 3.8))
+    figure, panels = Figure((3.6 * len(TRAINING[kind]), 3.8)), TRAINING[kind].items()
     axes = figure.subplots(1, len(panels), sharey=kind == "loss")
-    for i, (axis, (column, title)) in enumerate(zip(axes, panels.items())):
+    for i, (axis, (column, title)) in enumerate(zip(axes, panels)):
         for color, (name, (saved, log)) in enumerate(runs.items()):
             if column in log and log[column].notna().any():  # a ResNet-18 has no streams
                 axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}",
@@ -350,14 +348,14 @@ def plot_views(cache, config, seed, row, path):
     if config.disturb or config.equal or config.shift:  # views start anywhere
         cuts = [part - part[0] for part in cuts]
     times, offsets = times[0, :, 0].numpy(), rows_apart(x, 0.5)
-    panels = {"raw (mV)": (times, raw, unmasked, rows_apart(raw, 0.2)),
-              "normalised": (times, x, unmasked, offsets),
-              "view 1": (cuts[0], views[0], keep[0], offsets),
-              "view 2": (cuts[-1], views[1], keep[1], offsets)}
+    panels = {"raw, bar: 1 mV": (times, raw, unmasked, rows_apart(raw, 0.2), "black", "-"),
+              "normalised": (times, x, unmasked, offsets, "black", "-"),
+              "view 1": (cuts[0], views[0], keep[0], offsets, color, "-"),
+              "view 2": (cuts[-1], views[1], keep[1], offsets, color, "--")}
     figure = Figure((11, 8.5))
     axes = figure.subplot_mosaic([[*panels], ["spectra"] * 4], height_ratios=(3, 1))
-    for (name, panel), ink in zip(panels.items(), ("black", "black", color, "0.5")):
-        seconds, part, kept, at = panel
+    axes["raw, bar: 1 mV"].plot([0, 0], [-1, 0], color="tab:red", linewidth=3)
+    for name, (seconds, part, kept, at, ink, style) in panels.items():
         axes[name].plot(seconds, part[:, kept] + at[kept], linewidth=0.6, color=ink)
         for offset in at[~kept]:
             axes[name].axhline(offset, linewidth=0.6, color="0.7")
@@ -365,10 +363,10 @@ def plot_views(cache, config, seed, row, path):
                             ha="center", va="center", backgroundcolor="white")
         axes[name].set_yticks(at, LEADS, fontsize=7)
         axes[name].set(title=f"{name}: {kept.sum()} of {len(LEADS)} leads", xlabel="time (s)")
-        if name != "raw (mV)":  # which has another unit
+        if part is not raw:  # which has another unit
             of, lead = 1 / (seconds[1] - seconds[0]), part[:, LEADS.index("II")]
             hz, power = welch(lead, of, nperseg=min(round(2.5 * of), len(lead)))
-            axes["spectra"].semilogy(hz[1:], power[1:], color=ink, label=name)
+            axes["spectra"].semilogy(hz[1:], power[1:], style, color=ink, label=name)
     axes["spectra"].set(xlabel="frequency (Hz)", xlim=(0, rate / 2))
     axes["spectra"].set_ylabel("lead II, unmasked:\npower (deviations² / Hz)", fontsize=8)
     axes["spectra"].legend(ncols=3)

@@ -27,7 +27,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 from urllib.parse import quote
 
 import joblib
@@ -72,8 +72,11 @@ MEASURES = ("macro_auroc", "macro_f1", "accuracy")  # the metrics that have inte
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 RARE = 10  # test records; classes with fewer are named in the notes
 BOTH_STREAMS = "both streams"
-ONE_STREAM = ("time stream sees another record", "time stream sees nothing",
-              "channel stream sees another record", "channel stream sees nothing")
+ONE_STREAM = {  # row: the stem whose input is changed, and how: (B, T', C) -> (B, T', C)
+    "time stream sees another record": ("time_stem", lambda x: x.roll(1, 0)),
+    "time stream sees nothing": ("time_stem", torch.zeros_like),
+    "channel stream sees another record": ("channel_stem", lambda x: x.roll(1, 0)),
+    "channel stream sees nothing": ("channel_stem", torch.zeros_like)}
 LOGGED = ("loss", "val_loss", "grad_norm_ratio", "grad_norm_ratio_corrected")  # of the last epoch
 SPEED = ("records_per_second", "data_share", "peak_mib")  # medians over the epochs
 COLUMNS = ["group", "row", "minus", "protocol", "labels", "leads", "metric", "value", "low", "high"]
@@ -97,8 +100,7 @@ DIGITS = dict(calinski_harabasz=".1f", rankme=".1f", records=".0f", records_per_
               peak_mib=".0f", strength=".2g")
 REPRESENTATION = dict(silhouette="silhouette", davies_bouldin="Davies-Bouldin (low)",
                       calinski_harabasz="Calinski-Harabasz", shift="shift (low)", rankme="RankMe")
-SCORED = {"official": fold_names(TEST_FOLD), "cv": "each by a probe of other folds",
-          "table3": f"{fold_names([VAL_FOLD, TEST_FOLD])}, one class"}
+SCORED = {"official": fold_names(TEST_FOLD), "cv": "each scored by a probe of other folds"}
 INTERVALS = ("Intervals hold 95 %, over patients; where that of a difference holds 0, these "
              "records do not tell.")
 OVER_SEEDS = ("Means over seeds, with intervals over these too, or the standard deviation. No "
@@ -828,22 +830,18 @@ def add_encoders(run, rows):
         run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
             x.roll(-later, 1), keep)
         run.weights[f"{row} later"] = run.weights[row]
-    for name in ONE_STREAM:
-        run.encoders[name] = lambda x, keep, name=name: embed_changed(run, x, keep, name)
+    for name, change in ONE_STREAM.items():
+        run.encoders[name] = lambda x, keep, change=change: embed_changed(run, x, keep, *change)
 
 
-def embed_changed(run, x, keep, name):
-    """embed() of this run while one stream sees another record, or nothing; name: of ONE_STREAM.
+def embed_changed(run, x, keep, stem, change):
+    """embed() of this run while one stream sees a changed record; stem, change: of ONE_STREAM.
 
     The other stream sees the record as before, and the cross-attention joins the two.
     """
-    def change(module, args):
-        x, *more = args
-        return (torch.zeros_like(x) if name.endswith("nothing") else x.roll(1, 0), *more)
-
     model = run.models["pretrained"]
-    stem = model.encoder.time_stem if name.startswith("time") else model.encoder.channel_stem
-    hook = stem.register_forward_pre_hook(change)
+    hook = getattr(model.encoder, stem).register_forward_pre_hook(
+        lambda module, args: (change(args[0]), *args[1:]))
     z = embed(model, x, run.views, keep)
     hook.remove()
     return z
@@ -1134,19 +1132,19 @@ def name_leads(n):
     return f"{'lead' if n == 1 else 'leads'} {', '.join(LEAD_SETS[n])}"
 
 
-def paper_lines(view, group):
+def paper_lines(view):
     """What the paper reports of a view, on all of PTB-XL, as lines of metrics (Tables 2 and 3)."""
     table2 = dict(zip(CLUSTERING, VIEWS[view].table2 or ()))
     names = [f"f1/{name}" for name in CLASSES]
     table3 = dict(zip([*names, "accuracy", "macro_f1"], VIEWS[view].table3 or ()))
     found = lines(Key("clustering", PAPER), table2) + lines(Key("table3", PAPER), table3)
-    return pd.DataFrame(found).assign(group=group)
+    return pd.DataFrame(found).assign(group=view)
 
 
-def make_tables(table, about, index):
+def make_tables(table, classes, index):
     """Every table, below what it means: a list of Markdown texts. index: see pivot()."""
-    protocols = [name for name in ABOUT if name in about["tested"]]
-    tables = {name: score_table(table, name, about["classes"], index) for name in protocols}
+    protocols = [name for name in ("official", "cv", "table3") if name in set(table.protocol)]
+    tables = {name: score_table(table, name, classes, index) for name in protocols}
     tables["fewer"] = fewer_table(table, headline(table), index)
     tables["representation"] = pivot(
         table[table.protocol.isin(("clustering", "quality"))], index, REPRESENTATION)
@@ -1162,8 +1160,10 @@ def make_tables(table, about, index):
 # The answer
 
 def headline(table):
-    """The protocol that the answer rests on: the one that tests most records."""
-    return "cv" if "cv" in set(table.protocol) else "official"
+    """The protocol that the answer rests on: the one that tests most records, in all groups."""
+    ours = table[table.row != PAPER]
+    everywhere = set(ours.group[ours.protocol == "cv"]) == set(ours.group)
+    return "cv" if everywhere else "official"
 
 
 def verdict(line):
@@ -1197,17 +1197,19 @@ def answer(table, abouts, base=None):
     protocol = headline(table)
     scores = {group: look_up(table, group=group, protocol=protocol).value for group in abouts}
     best = max(scores, key=scores.get)
-    tested = {name: f"{n} records, {SCORED[name]}" for name, n in abouts[best]["tested"].items()}
-    sentences = [f"Does pretraining help? By macro AUROC of linear probes, {tested[protocol]}:"]
+    tested = {name: f"{abouts[best]['tested'][name]} records ({SCORED[name]})"
+              for name in ("official", protocol)}
+    sentences = [f"Does pretraining help? By macro AUROC of linear probes on {tested[protocol]}:"]
     for group in abouts:
         facts = dict(group=group, protocol=protocol)
         gain = GAINS[verdict(look_up(table, minus="untrained", **facts))]
         sentences.append(f"- {group}: {gain}. {standing(table, BASELINES, **facts)}.")
     if len(abouts) > 1:
-        base = best if base is None else base
-        lines = {group: look_up(table, group=group, protocol=protocol, minus="pretrained",
-                                minus_group=base) for group in abouts if group != base}
-        others = [f"{group} is {verdict(line)} it ({cell(line)})" for group, line in lines.items()
+        if base is None:
+            base = best
+        found = {group: look_up(table, group=group, protocol=protocol, minus="pretrained",
+                                minus_group=base) for group in abouts}
+        others = [f"{group} is {verdict(line)} it ({cell(line)})" for group, line in found.items()
                   if line is not None]
         sentences.append(f"The highest is {best}. Against {base}: {', '.join(others)}.")
     facts = dict(group=best, protocol="official")
@@ -1245,6 +1247,23 @@ def describe(saved, meta):
             f"{saved['config']['arch']}; {describe_data(meta)}, {records} at {meta['rate']} Hz")
 
 
+def write_report(path, title, table, abouts, notes, base=None):
+    """Write the answer, notes and a table a protocol to a Markdown file; print the answer.
+
+    abouts, base: as answer() takes them; notes: a list of lines
+    """
+    sentences, shown, index = answer(table, abouts, base), [table], ["group", "row"]
+    if len(abouts) == 1:
+        index = ["row"]
+    for about in {about["view"]: about for about in abouts.values()}.values():
+        if about["labels"] == "superclass":
+            shown.append(paper_lines(about["view"]))
+    parts = [f"# {title}", "\n".join(sentences), "\n".join(notes),
+             *make_tables(pd.concat(shown), about["classes"], index)]
+    write_text(path, "\n\n".join(parts) + "\n")
+    print("\n".join(sentences))
+
+
 # A report of a run
 
 def evaluate(args):
@@ -1261,10 +1280,10 @@ def evaluate(args):
         labels=run.labels.name, classes=list(run.labels.classes),
         tested={name: len(task.tested) for name, task in run.protocols.items()},
         data={key: meta[key] for key in ("data", "rate", "records", "synthetic", "fingerprint")})
+    write_json(run.out / "eval" / "about.json", about)
+    write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
 
-    shown, notes = table, []
-    if run.labels.name == "superclass":
-        shown = pd.concat([table, paper_lines(about["view"], run.group)])
+    notes = [INTERVALS]
     if rare := note_rare(run.protocols, run.labels.classes):
         notes.append(rare)
     if meta["left_out"]:
@@ -1272,18 +1291,12 @@ def evaluate(args):
                      f"{meta['left_out'][0]}.")
     if meta["fingerprint"] != run.saved["data"]["fingerprint"]:
         notes.append(f"Pretrained on other data: {run.saved['data']['data']}.")
-    training = [f"{line.metric} {cell(line)}" for line in table.itertuples()
-                if line.protocol == "training"]
-    notes.append(f"Training, last epoch and median speed: {', '.join(training)}.")
-    figures = " ".join(f"![{path.stem}](figures/{path.name})" for path in draw(run, table, title))
-    sentences = answer(table, {run.group: about})
-    text = [f"# {run.out}\n{title}", "\n".join(sentences), "\n".join([INTERVALS, *notes]),
-            *make_tables(shown, about, ["row"]), figures]
-
-    write_json(run.out / "eval" / "about.json", about)
-    write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
-    write_text(run.out / "report.md", "\n\n".join(text) + "\n")
-    print("\n".join(sentences))
+    training = table[table.protocol == "training"]
+    if len(training):
+        numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
+        notes.append(f"Training, last epoch and median speed: {numbers}.")
+    notes += [f"![{path.stem}](figures/{path.name})" for path in draw(run, table, title)]
+    write_report(run.out / "report.md", f"{run.out}\n{title}", table, {run.group: about}, notes)
     print(f"-> {run.out}: report.md (the tables), metrics.csv (every number), figures/")
 
 
@@ -1291,7 +1304,7 @@ def evaluate(args):
 
 def class_colors(classes):
     """A colour for each class: Okabe and Ito's, safe for the colour-blind, as far as they go."""
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    colors = list(COLORS[:6])
     more = len(classes) - len(colors)
     colors += [colormaps["turbo"](i / more) for i in range(more)]
     return dict(zip(classes, colors))
@@ -1386,13 +1399,6 @@ class Evaluated(NamedTuple):
     scores: dict
 
 
-class Sample(NamedTuple):
-    """A number of each of a group's S runs (S,); its bootstrap draws (S, n), or None."""
-
-    values: np.ndarray
-    draws: Optional[np.ndarray] = None
-
-
 def read_evaluated(folder, labels):
     """The Evaluated of a run folder under a label set; None, with a note, if there is none.
 
@@ -1451,80 +1457,74 @@ def group_runs(runs):
 
 
 def sample_group(runs, n):
-    """{(Key, metric): Sample} of what all runs of a group have; n: bootstrap draws."""
-    draws = []
-    for run in runs:
-        of_run = {}
-        for key, scores in run.scores.items():
-            of_run.setdefault(key._replace(draw=0), []).append(bootstrap(*scores, n))
-        draws.append({key: np.mean(several, axis=0) for key, several in of_run.items()})
+    """Of what all S runs of a group have: {(Key, metric): values (S,), draws (S, n) or None}."""
+    found = [results(run.scores, run.about["classes"], n) for run in runs]
     tables = [run.metrics[run.metrics.minus == ""].set_index([*KEY_COLUMNS, "metric"]).value
               for run in runs]
     samples = {}
     for facts in tables[0].index:
-        *key, metric = facts
-        key = Key(*key)
-        if not all(facts in table.index for table in tables):
-            continue
-        values, of_metric = np.array([table[facts] for table in tables]), None
-        if metric in MEASURES and key in draws[0]:
-            of_metric = np.stack([of_run[key][:, MEASURES.index(metric)] for of_run in draws])
-        samples[key, metric] = Sample(values, of_metric)
+        if all(facts in table.index for table in tables):
+            *key, metric = facts
+            key, draws = Key(*key), None
+            if metric in MEASURES and key in found[0]:
+                draws = np.stack([of_run[key][1][:, MEASURES.index(metric)] for of_run in found])
+            samples[key, metric] = np.array([table[facts] for table in tables]), draws
     return samples
 
 
-def pool(sample, minus=None):
+def pool(values, draws, minus=None):
     """value, low, high and sd of the mean over a group's runs, or of its difference from another.
+
+    values, draws, minus: as interval_over_runs() takes them, but without draws no interval
     """
-    value, low, high = sample.values.mean(), np.nan, np.nan
+    value, low, high, sd = values.mean(), np.nan, np.nan, np.nan
+    if draws is not None:
+        low, high = interval_over_runs(values, draws, minus)
     if minus is not None:
-        value -= minus.values.mean()
-    if sample.draws is not None:
-        low, high = interval_over_runs(*sample, minus)
-    sd = sample.values.std(ddof=1) if minus is None and len(sample.values) > 1 else np.nan
+        value -= minus[0].mean()
+    elif len(values) > 1:
+        sd = values.std(ddof=1)
     return dict(value=value, low=low, high=high, sd=sd)
 
 
 def same_patients(one, other):
-    """Whether two Scores are of the same patients, with the same labels: then they can be paired.
-    """
+    """Whether two Scores can be paired: they are of the same patients, with the same labels."""
     return (np.array_equal(np.unique(one.patients), np.unique(other.patients))
             and np.allclose(one.y.mean(0), other.y.mean(0)))
 
 
 def pool_groups(groups, n):
-    """Lines of metrics over groups of runs, {name: runs}, as a table.
+    """Lines of metrics over groups of runs, {name: runs}, as a table; n: bootstrap draws.
 
     COLUMNS, minus_group (of `minus`; "" without) and sd over runs. Means; paired differences of
-    each row from `pretrained` within a group, and of `pretrained` between groups.
+    `pretrained` from other rows within a group, and from `pretrained` of other groups.
     """
-    found, samples = [], {}
+    out, samples = [], {}
 
     def add(group, key, metric, numbers, minus="", minus_group=""):
         if metric in MEASURES:  # of few runs Student's intervals are wider than the scale
             least = -1.0 if minus else 0.0
             numbers |= dict(low=max(numbers["low"], least), high=min(numbers["high"], 1.0))
-        found.append(dict(group=group, row=key.row, minus=minus, minus_group=minus_group,
-                          protocol=key.protocol, labels=key.labels, leads=key.leads,
-                          metric=metric) | numbers)
+        out.append(dict(group=group, row=key.row, minus=minus, minus_group=minus_group,
+                        protocol=key.protocol, labels=key.labels, leads=key.leads,
+                        metric=metric) | numbers)
 
-    for group in tqdm(groups, "intervals", unit="group", disable=None):
+    for group in tqdm(groups, "groups", disable=None):
         samples[group] = sample_group(groups[group], n)
-    for group, of_group in samples.items():
-        for (key, metric), sample in of_group.items():
-            add(group, key, metric, pool(sample))
+        for (key, metric), (values, draws) in samples[group].items():
+            add(group, key, metric, pool(values, draws))
             first = key._replace(row=BOTH_STREAMS if key.protocol == "streams" else "pretrained")
-            base = of_group.get((first, metric))
-            if sample.draws is not None and base is not None and key != first:
-                paired = Sample(base.values - sample.values, base.draws - sample.draws)
-                add(group, first, metric, pool(paired), key.row, group)
-    for one, other in permutations(samples, 2):
-        for (key, metric), sample in samples[one].items():
+            if draws is not None and key != first and (first, metric) in samples[group]:
+                first_values, first_draws = samples[group][first, metric]
+                numbers = pool(first_values - values, first_draws - draws)
+                add(group, first, metric, numbers, key.row, group)
+    for one, other in permutations(groups, 2):
+        for (key, metric), (values, draws) in samples[one].items():
             minus = samples[other].get((key, metric))
-            if (key.row == "pretrained" and sample.draws is not None and minus is not None
+            if (key.row == "pretrained" and draws is not None and minus is not None
                     and same_patients(groups[one][0].scores[key], groups[other][0].scores[key])):
-                add(one, key, metric, pool(sample, minus), key.row, other)
-    return pd.DataFrame(found)
+                add(one, key, metric, pool(values, draws, minus), key.row, other)
+    return pd.DataFrame(out)
 
 
 def compare(args):
@@ -1541,22 +1541,14 @@ def compare(args):
     abouts = {group: of_group[0].about for group, of_group in groups.items()}
     table = pool_groups(groups, args.bootstrap)
 
-    last = {about["view"]: group for group, about in abouts.items()}
-    notes, shown = [INTERVALS + " " + OVER_SEEDS], []
+    notes = [INTERVALS, OVER_SEEDS]
     for group, about in abouts.items():
         seeds = ", ".join(str(run.about["seed"]) for run in groups[group])
-        notes.append(f"{group}: view {about['view']}, seeds {seeds}; "
+        notes.append(f"- {group}: view {about['view']}, seeds {seeds}; "
                      f"{describe_data(about['data'])}, {about['data']['records']} records at "
                      f"{about['data']['rate']} Hz; labels: {labels}.")
-        shown.append(table[table.group == group])
-        if labels == "superclass" and last[about["view"]] == group:
-            shown.append(paper_lines(about["view"], about["view"]))
-    sentences = answer(table, abouts, args.base)
-    text = ["# Comparison of runs", "\n".join(sentences), "\n".join(notes),
-            *make_tables(pd.concat(shown), about, ["group", "row"])]
-    write_text(f"{args.out}.md", "\n\n".join(text) + "\n")
+    write_report(f"{args.out}.md", "Comparison of runs", table, abouts, notes, args.base)
     write_atomic(f"{args.out}.csv", lambda tmp: table.to_csv(tmp, index=False))
-    print("\n".join(sentences))
     print(f"-> {args.out}.md (the tables), {args.out}.csv (every number)")
 
 
