@@ -72,8 +72,11 @@ MEASURES = ("macro_auroc", "macro_f1", "accuracy")  # the metrics that have inte
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 RARE = 10  # test records; classes with fewer are named in the notes
 BOTH_STREAMS = "both streams"
-ONE_STREAM = ("time stream sees another record", "time stream sees nothing",
-              "channel stream sees another record", "channel stream sees nothing")
+ONE_STREAM = {  # row: the stem whose input is changed, and how: (B, T', C) -> (B, T', C)
+    "time stream sees another record": ("time_stem", lambda x: x.roll(1, 0)),
+    "time stream sees nothing": ("time_stem", torch.zeros_like),
+    "channel stream sees another record": ("channel_stem", lambda x: x.roll(1, 0)),
+    "channel stream sees nothing": ("channel_stem", torch.zeros_like)}
 LOGGED = ("loss", "val_loss", "grad_norm_ratio", "grad_norm_ratio_corrected")  # of the last epoch
 SPEED = ("records_per_second", "data_share", "peak_mib")  # medians over the epochs
 COLUMNS = ["group", "row", "minus", "protocol", "labels", "leads", "metric", "value", "low", "high"]
@@ -827,22 +830,18 @@ def add_encoders(run, rows):
         run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
             x.roll(-later, 1), keep)
         run.weights[f"{row} later"] = run.weights[row]
-    for name in ONE_STREAM:
-        run.encoders[name] = lambda x, keep, name=name: embed_changed(run, x, keep, name)
+    for name, change in ONE_STREAM.items():
+        run.encoders[name] = lambda x, keep, change=change: embed_changed(run, x, keep, *change)
 
 
-def embed_changed(run, x, keep, name):
-    """embed() of this run while one stream sees another record, or nothing; name: of ONE_STREAM.
+def embed_changed(run, x, keep, stem, change):
+    """embed() of this run while one stream sees a changed record; stem, change: of ONE_STREAM.
 
     The other stream sees the record as before, and the cross-attention joins the two.
     """
-    def change(module, args):
-        x, *more = args
-        return (torch.zeros_like(x) if name.endswith("nothing") else x.roll(1, 0), *more)
-
     model = run.models["pretrained"]
-    stem = model.encoder.time_stem if name.startswith("time") else model.encoder.channel_stem
-    hook = stem.register_forward_pre_hook(change)
+    hook = getattr(model.encoder, stem).register_forward_pre_hook(
+        lambda module, args: (change(args[0]), *args[1:]))
     z = embed(model, x, run.views, keep)
     hook.remove()
     return z
