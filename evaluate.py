@@ -72,8 +72,11 @@ MEASURES = ("macro_auroc", "macro_f1", "accuracy")  # the metrics that have inte
 CLUSTERING = ("silhouette", "davies_bouldin", "calinski_harabasz")
 RARE = 10  # test records; classes with fewer are named in the notes
 BOTH_STREAMS = "both streams"
-ONE_STREAM = ("time stream sees another record", "time stream sees nothing",
-              "channel stream sees another record", "channel stream sees nothing")
+ONE_STREAM = {  # row: the stem whose input is changed, and how: (B, T', C) -> (B, T', C)
+    "time stream sees another record": ("time_stem", lambda x: x.roll(1, 0)),
+    "time stream sees nothing": ("time_stem", torch.zeros_like),
+    "channel stream sees another record": ("channel_stem", lambda x: x.roll(1, 0)),
+    "channel stream sees nothing": ("channel_stem", torch.zeros_like)}
 LOGGED = ("loss", "val_loss", "grad_norm_ratio", "grad_norm_ratio_corrected")  # of the last epoch
 SPEED = ("records_per_second", "data_share", "peak_mib")  # medians over the epochs
 COLUMNS = ["group", "row", "minus", "protocol", "labels", "leads", "metric", "value", "low", "high"]
@@ -839,10 +842,32 @@ def add_models(run, rows):
     for row, model in run.models.items():
         run.weights[row] = joblib.hash([weight.cpu().numpy()
                                         for weight in model.state_dict().values()])
+<<<<<<< HEAD
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
     run.models["rocket"] = rocket
     run.weights["rocket"] = joblib.hash([[*shape, w.numpy(), b.numpy()]
                                          for *shape, w, b in rocket.groups])
+=======
+    for row, encoder in list(run.encoders.items()):
+        run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
+            x.roll(-later, 1), keep)
+        run.weights[f"{row} later"] = run.weights[row]
+    for name, change in ONE_STREAM.items():
+        run.encoders[name] = lambda x, keep, change=change: embed_changed(run, x, keep, *change)
+
+
+def embed_changed(run, x, keep, stem, change):
+    """embed() of this run while one stream sees a changed record; stem, change: of ONE_STREAM.
+
+    The other stream sees the record as before, and the cross-attention joins the two.
+    """
+    model = run.models["pretrained"]
+    hook = getattr(model.encoder, stem).register_forward_pre_hook(
+        lambda module, args: (change(args[0]), *args[1:]))
+    z = embed(model, x, run.views, keep)
+    hook.remove()
+    return z
+>>>>>>> next
 
 
 # Every number of a run
@@ -1130,13 +1155,13 @@ def name_leads(n):
     return f"{'lead' if n == 1 else 'leads'} {', '.join(LEAD_SETS[n])}"
 
 
-def paper_lines(view, group):
+def paper_lines(view):
     """What the paper reports of a view, on all of PTB-XL, as lines of metrics (Tables 2 and 3)."""
     table2 = dict(zip(CLUSTERING, VIEWS[view].table2 or ()))
     names = [f"f1/{name}" for name in CLASSES]
     table3 = dict(zip([*names, "accuracy", "macro_f1"], VIEWS[view].table3 or ()))
     found = lines(Key("clustering", PAPER), table2) + lines(Key("table3", PAPER), table3)
-    return pd.DataFrame(found).assign(group=group)
+    return pd.DataFrame(found).assign(group=view)
 
 
 def make_tables(table, classes, index):
@@ -1201,7 +1226,7 @@ def answer(table, abouts, base=None):
     for group in abouts:
         facts = dict(group=group, protocol=protocol)
         gain = GAINS[verdict(look_up(table, minus="untrained", **facts))]
-        sentences.append(f"- {group}: {gain}. {standing(table, BASELINES, **facts)}.")
+        sentences.append(f"- {group}: {gain}. It reaches {standing(table, BASELINES, **facts)}.")
     if len(abouts) > 1:
         if base is None:
             base = best
@@ -1212,11 +1237,12 @@ def answer(table, abouts, base=None):
         sentences.append(f"The highest is {best}. Against {base}: {', '.join(others)}.")
     facts = dict(group=best, protocol="official")
     if protocol != "official":
-        sentences.append(f"On {tested['official']}: {standing(table, BASELINES, **facts)}.")
+        sentences.append(f"On {tested['official']} {best} reaches "
+                         f"{standing(table, BASELINES, **facts)}.")
     networks = {row: ROWS[row] for row in ROWS if row in SLOW
                 and look_up(table, minus=row, **facts) is not None}
     if networks:
-        sentences.append(f"Against other networks, on {tested['official']}: "
+        sentences.append(f"Against other networks, on {tested['official']}, it reaches "
                          f"{standing(table, networks, **facts)}.")
     facts["protocol"], leads = protocol, min(LEAD_SETS)
     few = table[(table.metric == "records") & (table.protocol == protocol)
@@ -1245,6 +1271,23 @@ def describe(saved, meta):
             f"{saved['config']['arch']}; {describe_data(meta)}, {records} at {meta['rate']} Hz")
 
 
+def write_report(path, title, table, abouts, notes, base=None):
+    """Write the answer, notes and a table a protocol to a Markdown file; print the answer.
+
+    abouts, base: as answer() takes them; notes: a list of lines
+    """
+    sentences, shown, index = answer(table, abouts, base), [table], ["group", "row"]
+    if len(abouts) == 1:
+        index = ["row"]
+    for about in {about["view"]: about for about in abouts.values()}.values():
+        if about["labels"] == "superclass":
+            shown.append(paper_lines(about["view"]))
+    parts = [f"# {title}", "\n".join(sentences), "\n".join(notes),
+             *make_tables(pd.concat(shown), about["classes"], index)]
+    write_text(path, "\n\n".join(parts) + "\n")
+    print("\n".join(sentences))
+
+
 # A report of a run
 
 def evaluate(args):
@@ -1261,13 +1304,10 @@ def evaluate(args):
         labels=run.labels.name, classes=list(run.labels.classes),
         tested={name: len(task.tested) for name, task in run.protocols.items()},
         data={key: meta[key] for key in ("data", "rate", "records", "synthetic", "fingerprint")})
-
     write_json(run.out / "eval" / "about.json", about)
     write_atomic(run.out / "metrics.csv", lambda tmp: table.to_csv(tmp, index=False))
 
-    shown, notes = table, [INTERVALS]
-    if run.labels.name == "superclass":
-        shown = pd.concat([table, paper_lines(about["view"], run.group)])
+    notes = [INTERVALS]
     if rare := note_rare(run.protocols, run.labels.classes):
         notes.append(rare)
     if meta["left_out"]:
@@ -1276,14 +1316,11 @@ def evaluate(args):
     if meta["fingerprint"] != run.saved["data"]["fingerprint"]:
         notes.append(f"Pretrained on other data: {run.saved['data']['data']}.")
     training = table[table.protocol == "training"]
-    numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
-    notes.append(f"Training, last epoch and median speed: {numbers or 'without a log'}.")
-    sentences, figures = answer(table, {run.group: about}), draw(run, table, title)
-    text = [f"# {run.out}\n{title}", "\n".join(sentences), "\n".join(notes),
-            *make_tables(shown, run.labels.classes, ["row"]),
-            " ".join(f"![{path.stem}](figures/{path.name})" for path in figures)]
-    write_text(run.out / "report.md", "\n\n".join(text) + "\n")
-    print("\n".join(sentences))
+    if len(training):
+        numbers = ", ".join(f"{line.metric} {cell(line)}" for line in training.itertuples())
+        notes.append(f"Training, last epoch and median speed: {numbers}.")
+    notes += [f"![{path.stem}](figures/{path.name})" for path in draw(run, table, title)]
+    write_report(run.out / "report.md", f"{run.out}\n{title}", table, {run.group: about}, notes)
     print(f"-> {run.out}: report.md (the tables), metrics.csv (every number), figures/")
 
 
@@ -1528,22 +1565,14 @@ def compare(args):
     abouts = {group: of_group[0].about for group, of_group in groups.items()}
     table = pool_groups(groups, args.bootstrap)
 
-    last = {about["view"]: group for group, about in abouts.items()}
-    notes, shown = [INTERVALS + " " + OVER_SEEDS], []
+    notes = [INTERVALS, OVER_SEEDS]
     for group, about in abouts.items():
         seeds = ", ".join(str(run.about["seed"]) for run in groups[group])
-        notes.append(f"{group}: view {about['view']}, seeds {seeds}; "
+        notes.append(f"- {group}: view {about['view']}, seeds {seeds}; "
                      f"{describe_data(about['data'])}, {about['data']['records']} records at "
                      f"{about['data']['rate']} Hz; labels: {labels}.")
-        shown.append(table[table.group == group])
-        if labels == "superclass" and last[about["view"]] == group:
-            shown.append(paper_lines(about["view"], about["view"]))
-    sentences = answer(table, abouts, args.base)
-    text = ["# Comparison of runs", "\n".join(sentences), "\n".join(notes),
-            *make_tables(pd.concat(shown), about["classes"], ["group", "row"])]
-    write_text(f"{args.out}.md", "\n\n".join(text) + "\n")
+    write_report(f"{args.out}.md", "Comparison of runs", table, abouts, notes, args.base)
     write_atomic(f"{args.out}.csv", lambda tmp: table.to_csv(tmp, index=False))
-    print("\n".join(sentences))
     print(f"-> {args.out}.md (the tables), {args.out}.csv (every number)")
 
 

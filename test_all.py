@@ -2249,6 +2249,22 @@ class TestEvaluate:
         np.testing.assert_array_equal(p >= encoder.probe["masked_thresholds"].numpy(),
                                       found.predicted)
 
+    def test_the_probe_for_fewer_leads_learned_from_whole_and_from_masked_records(self, measured):
+        run, table, _ = measured
+        everything, y = np.arange(100), run.labels.y
+        copies = [run.represent("pretrained", everything).mean(1)]
+        for p in (.5, .8):
+            rng = views.generator("mask", 0, train.VAL_STEP)
+            keep = views.draw_leads((100, 12), p, rng).numpy()
+            assert keep.mean() == pytest.approx(1 - p, abs=.05)
+            copies.append(run.represent("pretrained", everything, keep).mean(1))
+        (fold,), strength = run.protocols["official"].folds, self.value(table, "strength").value
+        pipeline = evaluate.fit_pipeline(np.concatenate([z[fold.train] for z in copies]),
+                                         np.tile(y[fold.train], (3, 1)), strength / 3, False)
+        with np.load(run.out / "eval" / "probe.npz") as probe:
+            for name, want in zip(("weights", "biases"), evaluate.weights_of(pipeline)):
+                np.testing.assert_allclose(probe[f"masked_{name}"], want)
+
     def test_a_piece_is_made_again_only_if_damaged_or_if_what_it_depends_on_changes(
             self, measured, tmp_path):
         folder = Path(shutil.copytree(measured[0].folder, tmp_path / "r"))
@@ -3077,6 +3093,13 @@ class TestEmbed:
         with refused(r"none of 1 recordings can be used:\n.*cannot be read"):
             embedded(evaluated[0], tmp_path, bad)
 
+    def test_without_a_probe_there_are_representations_alone(self, finished, synth, tmp_path):
+        run = Path(shutil.copytree(finished[0], tmp_path / "r"))
+        (run / "eval" / "probe.npz").unlink(missing_ok=True)
+        table, arrays, words = embedded(run, tmp_path, synth / RECORD)
+        assert list(table) == ["name", "leads", "windows", "notes"] and "make eval" in words
+        assert arrays["z"].shape == (1, TINY["rep_dim"]) and arrays["probabilities"].size == 0
+
     def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
         x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
         for folder in ("a", "b"):
@@ -3331,7 +3354,7 @@ class TestMake:
         assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
         assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
         both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
-        assert f"compare {' '.join([*both, 'runs/study/noncontig+equal+tau=0.2-s1'])} --out" in log
+        assert f"compare {' '.join([*both, both[1][:-1] + '1'])} --labels-of superclass --out" in log
         assert f"plots {' '.join(both)} --out runs/study/figures" in log
         share = -(-os.cpu_count() // 2)
         assert log.count(f"--epochs 1 threads={share}\n") == 4
@@ -3342,6 +3365,26 @@ class TestMake:
             log = (folder / "log").read_text()
             assert log.count("train.py") == 4 and log.count("evaluate.py run") == (not broken)
             assert f"without result: {both[1] if broken else 'none'}\n" in out
+
+    @slow
+    def test_a_view_of_ones_own_is_a_function_an_entry_and_a_name(self, cache, tmp_path):
+        """As the README says it."""
+        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
+            shutil.copy(path, tmp_path)
+        example = re.search(r"```python\n(def skip.*?)\n\n(.*?)```",
+                            (HERE / "README.md").read_text(), re.S)
+        for name, old, new in (
+                ("views.py", "\nVIEWS = {\n", f"\n{example[1]}\n\nVIEWS = {{\n{example[2]}"),
+                ("Makefile", ":= stochastic contig", ":= skip stochastic contig")):
+            text = (tmp_path / name).read_text()
+            assert text.count(old) == 1
+            (tmp_path / name).write_text(text.replace(old, new))
+        out = self.make("-n", "pretrain", "VIEW=skip", cwd=tmp_path)
+        assert "--rate 500" in out and "--view skip" in out and "runs/skip-s0" in out
+        out = script("train.py", "--cache", cache, "--view", "jump", *TINY_FLAGS, "--max-steps", 2,
+                     cwd=tmp_path)
+        assert "two windows of 7.5 s" in out
+        assert (tmp_path / "runs" / "skip-s0" / "model.pt").exists()
 
     def test_help(self, capsys):
         for script, commands in (
