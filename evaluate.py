@@ -750,12 +750,9 @@ class Run:
         if change not in ONE_STREAM:
             return embed(model, x, self.views, keep)
 
-        def feed(stem, args):
-            seen = torch.zeros_like(args[0]) if change.endswith("nothing") else args[0].roll(1, 0)
-            return seen, *args[1:]
-
-        stem = model.encoder.time_stem if "time" in change else model.encoder.channel_stem
-        hook = stem.register_forward_pre_hook(feed)
+        stem, feed = ONE_STREAM[change]
+        hook = getattr(model.encoder, stem).register_forward_pre_hook(
+            lambda module, args: (feed(args[0]), *args[1:]))
         z = embed(model, x, self.views, keep)
         hook.remove()
         return z
@@ -842,32 +839,10 @@ def add_models(run, rows):
     for row, model in run.models.items():
         run.weights[row] = joblib.hash([weight.cpu().numpy()
                                         for weight in model.state_dict().values()])
-<<<<<<< HEAD
     rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
     run.models["rocket"] = rocket
     run.weights["rocket"] = joblib.hash([[*shape, w.numpy(), b.numpy()]
                                          for *shape, w, b in rocket.groups])
-=======
-    for row, encoder in list(run.encoders.items()):
-        run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
-            x.roll(-later, 1), keep)
-        run.weights[f"{row} later"] = run.weights[row]
-    for name, change in ONE_STREAM.items():
-        run.encoders[name] = lambda x, keep, change=change: embed_changed(run, x, keep, *change)
-
-
-def embed_changed(run, x, keep, stem, change):
-    """embed() of this run while one stream sees a changed record; stem, change: of ONE_STREAM.
-
-    The other stream sees the record as before, and the cross-attention joins the two.
-    """
-    model = run.models["pretrained"]
-    hook = getattr(model.encoder, stem).register_forward_pre_hook(
-        lambda module, args: (change(args[0]), *args[1:]))
-    z = embed(model, x, run.views, keep)
-    hook.remove()
-    return z
->>>>>>> next
 
 
 # Every number of a run
