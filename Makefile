@@ -4,7 +4,7 @@ VIEW   ?= noncontig# of pretrain: stochastic, contig, noncontig, masking, or an 
 SEED   ?= 0# of everything random
 PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a few thousand records
 DATA   ?= data/ptbxl# a PTB-XL folder, another collection, or several; no other is downloaded
-LABELS ?= superclass# of eval and info: a label set of PTB-XL, or codes and columns of your own
+LABELS ?= superclass# of eval, compare, info: a label set of PTB-XL, or codes, columns of your own
 ARGS   ?=# further flags of the target's script, such as --epochs 20, or --fast for eval
 READ   ?=# of other collections: what their files do not tell, such as --unit mV; --skip-bad
 NPROC  ?= 1# processes that share each batch of pretrain, one a GPU
@@ -58,7 +58,7 @@ eval: | .venv/.done ## tables and figures of the finished run RUN, beside baseli
 embed: | .venv/.done ## representations and probabilities of your recordings ECG="files or folders"
 	$(PY) evaluate.py embed $(ECG) --run $(RUN) $(ARGS)
 compare: | .venv/.done ## tables over all evaluated RUNS
-	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) $(ARGS)
+	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) --labels-of "$(LABELS)" $(ARGS)
 plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" theirs side by side
 	$(PY) attention.py plots $(or $(RUNS),$(RUN)) $(ARGS)
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
@@ -70,6 +70,7 @@ clean: ## remove caches and the demo; runs, downloads and .venv stay
 # A run of a study, such as OUT/contig-s0, is a row and a seed; .done marks one that has ended well.
 STUDY   := $(foreach n,$(wordlist 1,$(SEEDS),0 1 2 3 4 5 6 7 8 9),$(ROWS:%=$(OUT)/%-s$(n)))
 DONE    := $(patsubst %/.done,%,$(wildcard $(STUDY:%=%/.done)))
+REPORT  := $(if $(filter superclass,$(LABELS)),,$(shell echo 'labels-$(LABELS)' | tr ' ' ,)/)report.md
 seed     = $(lastword $(subst -s, ,$*))
 row      = $(subst +, ,$(*:%-s$(seed)=%))# as words: the view, and flags
 threads  = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1 \) / $(JOBS))
@@ -81,7 +82,7 @@ study-runs: $(STUDY:%=%/.done)
 $(OUT)/%/.done:
 	$(MAKE) pretrain RUN=$(@D) VIEW=$(firstword $(row)) SEED=$(seed) \
 		ARGS='$(addprefix --,$(wordlist 2,99,$(row))) $(ARGS)'
-	test $(@D)/report.md -nt $(@D)/model.pt || $(MAKE) eval RUN=$(@D) ARGS='$(EVAL)'
+	test $(@D)/$(REPORT) -nt $(@D)/model.pt || $(MAKE) eval RUN=$(@D) ARGS='$(EVAL)'
 	touch $@
 study-report:
 	$(if $(DONE),$(MAKE) compare RUNS="$(DONE)" ARGS="--out $(OUT)/compare")
