@@ -3100,7 +3100,7 @@ class TestEmbed:
         here = dict(signal=np.random.default_rng(0).normal(0, 1, (5100, 3)))
         exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
         assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
-        assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
+        assert here["z"].shape == (3, TINY["rep_dim"]) and here["p"].shape == (3, len(CLASSES))
 
 
 def wait_for_an_epoch(process, folder):
@@ -3334,7 +3334,8 @@ class TestMake:
         assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
         assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
         both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
-        assert f"compare {' '.join([*both, both[1][:-1] + '1'])} --labels-of superclass --out" in log
+        done = " ".join([*both, both[1][:-1] + "1"])
+        assert f"compare {done} --labels-of superclass --out runs/study/compare" in log
         assert f"plots {' '.join(both)} --out runs/study/figures" in log
         share = -(-os.cpu_count() // 2)
         assert log.count(f"--epochs 1 threads={share}\n") == 4
