@@ -1203,7 +1203,7 @@ def answer(table, abouts, base=None):
     for group in abouts:
         facts = dict(group=group, protocol=protocol)
         gain = GAINS[verdict(look_up(table, minus="untrained", **facts))]
-        sentences.append(f"- {group}: {gain}. {standing(table, BASELINES, **facts)}.")
+        sentences.append(f"- {group}: {gain}. It reaches {standing(table, BASELINES, **facts)}.")
     if len(abouts) > 1:
         if base is None:
             base = best
@@ -1214,11 +1214,12 @@ def answer(table, abouts, base=None):
         sentences.append(f"The highest is {best}. Against {base}: {', '.join(others)}.")
     facts = dict(group=best, protocol="official")
     if protocol != "official":
-        sentences.append(f"On {tested['official']}: {standing(table, BASELINES, **facts)}.")
+        sentences.append(f"On {tested['official']} {best} reaches "
+                         f"{standing(table, BASELINES, **facts)}.")
     networks = {row: ROWS[row] for row in ROWS if row in SLOW
                 and look_up(table, minus=row, **facts) is not None}
     if networks:
-        sentences.append(f"Against other networks, on {tested['official']}: "
+        sentences.append(f"Against other networks, on {tested['official']}, it reaches "
                          f"{standing(table, networks, **facts)}.")
     facts["protocol"], leads = protocol, min(LEAD_SETS)
     few = table[(table.metric == "records") & (table.protocol == protocol)
