@@ -3258,7 +3258,8 @@ class TestMake:
     @pytest.fixture
     def folder(self, tmp_path):
         """The Makefile beside a `.venv` whose python notes its command line, makes the files that
-        the scripts would, and fails where the command line has a word that the file `broken` has.
+        the scripts would; it fails for command lines that hold a line of the file `broken`, and
+        takes a minute for the script that the file `long` names.
         """
         for name in ("Makefile", "requirements.txt"):
             shutil.copy(HERE / name, tmp_path)
@@ -3267,8 +3268,9 @@ class TestMake:
         python.write_text(textwrap.dedent("""\
             #!/bin/sh
             echo "$@ threads=$OMP_NUM_THREADS" >> log
-            touch broken
+            touch broken long
             if echo "$@" | grep -qFf broken; then exit 1; fi
+            if test "$1" = "$(cat long)"; then echo $$ > pid; exec sleep 60; fi
             run=$(echo "$@" | sed -n 's/.* --run \\([^ ]*\\).*/\\1/p')
             case "$1 $2" in
                 train.py*) mkdir -p $run; test -e $run/model.pt || touch $run/model.pt;;
@@ -3366,6 +3368,21 @@ class TestMake:
                      cwd=tmp_path)
         assert "two windows of 7.5 s" in out
         assert (tmp_path / "runs" / "skip-s0" / "model.pt").exists()
+
+    @pytest.mark.parametrize("script", ("train.py", "evaluate.py"))
+    def test_a_signal_to_make_ends_the_study_and_the_script_that_runs(self, folder, script):
+        (folder / "long").write_text(script)
+        (folder / "pid").touch()
+        study = subprocess.Popen(["make", "study", "SEEDS=1", "RATE=100"], cwd=folder,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / "pid").read_text().endswith("\n"):
+            assert study.poll() is None
+            time.sleep(.01)
+        study.terminate()
+        assert study.wait(20) != 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / "pid").read_text()), 0)
+        assert (folder / "log").read_text().splitlines()[-1].startswith(script)
 
     def test_help(self, capsys):
         for script, commands in (
