@@ -2729,7 +2729,7 @@ class TestAttention:
         keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0].numpy()
         np.testing.assert_array_equal(numbers["keep"], keep)
         for axis, kept in zip(figure.axes[2:4], keep):
-            assert len(axis.texts) == (~kept).sum() and len(axis.lines) == 12
+            assert [np.ptp(line.get_ydata()) > 0 for line in axis.lines] == kept.tolist()
             assert f"{kept.sum()} of 12 leads" in axis.get_title()
         hz, power = scipy.signal.welch(x[:, 1], 100, nperseg=250)
         record, view, _ = figure.axes[4].lines
@@ -2771,7 +2771,7 @@ class TestAttention:
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
         (bare / "log.jsonl").unlink()
         for says, *argv in (
-                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", finished[0], "--ecg-id",
+                ("--ecg-id 999 is not in .*such as 1", "maps", finished[0], "--ecg-id",
                  999),
                 ("two runs of one name", "plots", finished[0], finished[0]),
                 ("none/args.json cannot be read.*make pretrain", "plots", tmp_path / "none"),
