@@ -44,15 +44,10 @@ ABOUT = ("Entropy of the queries' weights over ln(keys), mean over heads: 1 is u
          f" share of attention on keys within {1000 * PEAK_S:.0f} ms of an R peak; chance: share of"
          " such keys; ratio: of the two. Means over records; ±: half of a 95 % interval.")
 # Figures of training (paper Figs. 7 to 9): columns of log.jsonl, a panel each.
-TRAINING = {
-    "loss": dict(loss="loss in training", val_loss=f"loss on {fold_names(VAL_FOLD)}"),
-    "gradients": dict(grad_norm_time="gradient norm, time stream",
-                      grad_norm_channel="gradient norm, channel stream",
-                      grad_norm_ratio="channel / time, as in the paper",
-                      grad_norm_ratio_corrected="channel / time, tokens x sqrt(N)"),
-    "clustering": dict(silhouette="silhouette (higher is better)",
-                       davies_bouldin="Davies-Bouldin (lower is better)",
-                       calinski_harabasz="Calinski-Harabasz (higher is better)")}
+TRAINING = {"loss": ("loss", "val_loss"),
+            "gradients": ("grad_norm_time", "grad_norm_channel", "grad_norm_ratio",
+                          "grad_norm_ratio_corrected"),
+            "clustering": ("silhouette", "davies_bouldin", "calinski_harabasz")}
 
 
 # What attention does
@@ -71,7 +66,7 @@ def attend(model, x):
         maps[stream, layer] += w
         entropies[stream, layer] += float(torch.special.entr(w).sum(-1).mean()) / math.log(M)
 
-    watch_attention(model, x, watch, None)
+    watch_attention(model, x, watch)
     return {key: ((maps[key] / H).cpu().numpy(), entropies[key] / H) for key in maps}
 
 
@@ -207,13 +202,10 @@ def plot_maps(found, streams, title, path):
     limit = max(np.quantile(np.abs(values), 0.995) for run in shown.values()
                 for values in run.values())
     for row, (run, (records, maps)) in zip(axes, found.items()):
-        for axis, (key, values) in zip(row, shown[run].items()):
-            image = draw_map(axis, values, *key, records, limit)
-        for axis in row[len(shown[run]):]:  # of a run with fewer layers
-            axis.set_axis_off()
+        for axis, ((stream, layer), values) in zip(row, shown[run].items()):
+            image = draw_map(axis, values, stream, layer, records, limit)
+            numbers[f"{run}/{stream}-{layer + 1}"] = maps[stream, layer]
         row[0].set_ylabel(f"{run}\n{row[0].get_ylabel()}")
-        numbers |= {f"{run}/{stream}-{layer + 1}": maps[stream, layer]
-                    for stream, layer in shown[run]}
         numbers |= {f"{run}/seconds": records.tokens, f"{run}/channel_tokens": records.leads}
     figure.colorbar(image, ax=axes, aspect=40, extend="both", label="log2(attention / uniform)")
     figure.suptitle(title)
@@ -241,8 +233,8 @@ def choose(cache, args):
     if args.ecg_id is not None:
         row = np.argmax(index.ecg_id == args.ecg_id)
         if index.ecg_id[row] != args.ecg_id:
-            raise InputError(f"--ecg-id {args.ecg_id} is not in the data: it has {len(index)} "
-                             f"records, such as {', '.join(map(str, index.ecg_id[:5]))}")
+            raise InputError(f"--ecg-id {args.ecg_id} is not in {cache.folder}: give another, "
+                             f"such as {index.ecg_id[0]}")
     names = ", ".join(y.columns[y.loc[row]]) or "no superclass"
     fold = fold_names(index.strat_fold[row])
     return np.array([row]), f"ecg_id {index.ecg_id[row]} ({names}), {fold}"
@@ -292,24 +284,19 @@ def maps(folders, out, args):
 
 def plot_training(kind, runs, path):
     """A figure of TRAINING, a panel a column and a line a run; runs: {name: (args.json, log)}."""
-    figure, panels = Figure((3.6 * len(TRAINING[kind]), 3.8)), TRAINING[kind].items()
-    axes = figure.subplots(1, len(panels), sharey=kind == "loss")
-    for i, (axis, (column, title)) in enumerate(zip(axes, panels)):
+    columns = TRAINING[kind]
+    figure = Figure((3.6 * len(columns), 3.8))
+    axes = figure.subplots(1, len(columns), sharey=kind == "loss")
+    for i, (axis, column) in enumerate(zip(axes, columns)):
+        axis.set(title=column, xlabel="epoch", yscale="log" if kind == "gradients" else "linear")
         for color, (name, (saved, log)) in enumerate(runs.items()):
-            if column in log and log[column].notna().any():  # a ResNet-18 has no streams
+            if column in log:  # a ResNet-18 has no streams
                 axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}",
                           label=f"{name}: {describe_data(saved['data'])}")
             if kind == "loss":
                 level = chance(saved["args"], saved["in_effect"])[i]
                 axis.axhline(level, linestyle=":", color=f"C{color}")
-        if not axis.lines:
-            axis.text(0.5, 0.5, "not of these models", ha="center", transform=axis.transAxes)
-        if kind == "gradients":
-            axis.set_yscale("log")
-        axis.set(title=title, xlabel="epoch", xlim=(0, None))
-        axis.locator_params(axis="x", integer=True)
-    if kind == "loss":
-        figure.suptitle("dots: the loss at chance")
+                axis.set_title(f"{column} (dots: at chance)")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     logs = {name: log for name, (_, log) in runs.items()}
     save_figure(figure, path, pd.concat(logs, names=["run"]).reset_index())
@@ -318,7 +305,7 @@ def plot_training(kind, runs, path):
 def plot_ages(index, about, path):
     """Ages in bins of five years, those above 89 apart: Fig. 2 of the paper.
 
-    index: a table with age and sex (0 male, 1 female), as in PTB-XL, where 300 means above 89
+    index: a table with age, as in PTB-XL, where 300 means above 89
     """
     counts = (index.age.clip(upper=90) // 5 * 5).value_counts().sort_index()
     figure = Figure((8, 4))
@@ -326,8 +313,7 @@ def plot_ages(index, about, path):
     axis.bar_label(axis.bar(counts.index, counts, width=4.6, align="edge"), fontsize=7)
     axis.set(xlabel="age (years), in bins of 5; from 90: all above 89, which PTB-XL hides",
              ylabel="records", xticks=range(0, 91, 10))
-    axis.set_title(f"Ages of {len(index)} records: median {index.age.median():g}; "
-                   f"{index.age.isna().sum()} unknown; {(index.sex == 0).mean():.0%} male\n{about}")
+    axis.set_title(f"{about}: {len(index)} records, {index.age.isna().sum()} of unknown age")
     save_figure(figure, path, counts.rename_axis("age_from").reset_index(name="records"))
 
 
@@ -356,11 +342,7 @@ def plot_views(cache, config, seed, row, path):
     axes = figure.subplot_mosaic([[*panels], ["spectra"] * 4], height_ratios=(3, 1))
     axes["raw, bar: 1 mV"].plot([0, 0], [-1, 0], color="tab:red", linewidth=3)
     for name, (seconds, part, kept, at, ink, style) in panels.items():
-        axes[name].plot(seconds, part[:, kept] + at[kept], linewidth=0.6, color=ink)
-        for offset in at[~kept]:
-            axes[name].axhline(offset, linewidth=0.6, color="0.7")
-            axes[name].text(seconds.mean(), offset, "masked", fontsize=7, color="0.4",
-                            ha="center", va="center", backgroundcolor="white")
+        axes[name].plot(seconds, part * kept + at, linewidth=0.6, color=ink)  # masked: flat
         axes[name].set_yticks(at, LEADS, fontsize=7)
         axes[name].set(title=f"{name}: {kept.sum()} of {len(LEADS)} leads", xlabel="time (s)")
         if part is not raw:  # which has another unit
@@ -383,10 +365,10 @@ def get_args(argv=None):
                         "training, too, and of a single run its data and views")
     parser.add_argument("runs", nargs="+", help="run folders; several: side by side")
     g = parser.add_mutually_exclusive_group()
-    g.add_argument("--ecg-id", type=int, help="the record to show; by default the first of "
-                   f"{fold_names(TEST_FOLD)} that is NORM alone")
-    g.add_argument("--superclass", choices=CLASSES, help="attention: the mean over records of "
-                   f"{fold_names((VAL_FOLD, TEST_FOLD))} with it, with intervals")
+    g.add_argument("--ecg-id", type=int,
+                   help=f"by default the first of {fold_names(TEST_FOLD)} that is NORM alone")
+    g.add_argument("--superclass", choices=CLASSES,
+                   help=f"the mean over records of {fold_names((VAL_FOLD, TEST_FOLD))} with it")
     parser.add_argument("--out", help="by default the run's figures/, runs/plots for several")
     add_shared(parser, "cache", "device", "format")
     return parser.parse_args(argv)
@@ -409,15 +391,13 @@ def plots(folders, out, args):
 def main(args):
     folders = {Path(run).resolve().name: Path(run) for run in args.runs}
     if len(folders) < len(args.runs):
-        raise InputError(f"two runs of one name: {' '.join(args.runs)}; give each once, by a name "
-                         "of its own")
-    out = Path(args.out or "runs/plots")
-    if len(folders) == 1:
-        out = Path(args.out or Path(args.runs[0]) / "figures")
+        raise InputError(f"two runs of one name: {' '.join(args.runs)}; rename one")
+    default = Path(args.runs[0]) / "figures" if len(folders) == 1 else "runs/plots"
+    out = Path(args.out or default)
     with matplotlib.rc_context(STYLE):
         if args.command == "plots":
             plots(folders, out, args)
-            for name, folder in dict(folders).items():
+            for name, folder in list(folders.items()):
                 arch = read_args(folder)["config"]["arch"]
                 if arch != "dualview" or not (folder / "model.pt").exists():
                     print(f"note: no attention maps of {name}: it is no finished run of dualview")

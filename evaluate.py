@@ -144,16 +144,16 @@ class Protocol:
     """Labels y (N, K) 0/1 and patients (N,) of a cache's records, and the folds to score them by.
 
     Each record that is tested is tested in one fold, by what was learned from that fold's `train`.
-    single: one class each, the largest score decides; else each class has a threshold, chosen on
-    `choose`. by_view: each view of a record is a sample, and `choose` trains too, at the end.
+    By default each class has a sigmoid and a threshold, chosen on `choose`. table3: as the paper's,
+    one softmax, whose largest score decides; each view of a record is a sample; and `choose` trains
+    too, once it has settled the penalty.
     """
 
     name: str
     y: np.ndarray
     patients: np.ndarray
     folds: list
-    single: bool = False
-    by_view: bool = False
+    table3: bool = False
 
     @property
     def tested(self):
@@ -162,7 +162,7 @@ class Protocol:
 
     def samples(self, z, rows):
         """Features z (N, S, d) of some records -> (n, d), and the n rows that they belong to."""
-        if self.by_view:
+        if self.table3:
             return z[rows].reshape(-1, z.shape[2]), np.repeat(rows, z.shape[1])
         return z[rows].mean(axis=1), rows
 
@@ -183,10 +183,12 @@ def protocols(index, labels, cv=False):
                         for test, choose in zip(FOLDS, FOLDS[1:] + FOLDS[:1])]
     tasks = {}
     for name, split in splits.items():
-        paper = name == "table3"
-        member = labels.member & (labels.y.sum(1) == 1) if paper else labels.member
+        member = labels.member
+        if name == "table3":
+            member = member & (labels.y.sum(1) == 1)
         folds = [Fold(*(rows_of(index, member, name, part) for part in parts)) for parts in split]
-        tasks[name] = Protocol(name, labels.y, index.patient_id.to_numpy(), folds, paper, paper)
+        tasks[name] = Protocol(name, labels.y, index.patient_id.to_numpy(), folds,
+                               table3=name == "table3")
     return tasks
 
 
@@ -364,29 +366,28 @@ def interval_over_runs(values, draws, minus=None):
     groups = [(values, draws)]
     if minus is not None:
         groups.append(minus)
-    draws_of_means = [group_draws.mean(0) for _, group_draws in groups]
-    drawn = draws_of_means[0] - sum(draws_of_means[1:])
-    if max(len(group_values) for group_values, _ in groups) == 1:
+    middle, drawn, parts = 0.0, 0.0, []
+    for sign, (group_values, group_draws) in zip((1, -1), groups):
+        S = len(group_values)
+        middle = middle + sign * np.mean(group_values)
+        drawn = drawn + sign * group_draws.mean(0)
+        if S > 1:
+            centred = group_draws - np.nanmean(group_draws, axis=1, keepdims=True)
+            own = np.nanmean(centred.var(axis=0, ddof=1))  # patients' part in each run by itself
+            parts.append((np.var(group_values, ddof=1) / S, own / S, S - 1))
+    if not parts:
         return interval(drawn)
 
-    means = [np.mean(group_values) for group_values, _ in groups]
-    of_runs, limits, over_freedom = 0.0, 0.0, 0.0
-    for group_values, group_draws in groups:
-        S = len(group_values)
-        if S == 1:
-            continue
-        centred = group_draws - group_draws.mean(1, where=np.isfinite(group_draws), keepdims=True)
-        of_each = np.nanmean(centred.var(axis=0, ddof=1))  # patients' part in each run by itself
-        spread = np.var(group_values, ddof=1)
-        limit = max(0.0, spread * (S - 1) / chi2.ppf(0.25, S - 1) - of_each) / S
-        of_runs += max(0.0, spread - of_each) / S
-        limits += limit
-        over_freedom += limit ** 2 / (S - 1)
-    of_patients, freedom = np.nanvar(drawn, ddof=1), math.inf
-    if over_freedom > 0:
-        freedom = (of_patients + limits) ** 2 / over_freedom
-    half = student.ppf(0.975, freedom) * math.sqrt(of_patients + of_runs)
-    middle = means[0] - sum(means[1:])
+    of_runs, own, freedom = np.array(parts).T  # of each group
+    of_patients, total = np.nanvar(drawn, ddof=1), of_runs.sum()
+    if total > 0:
+        freedom = total ** 2 / (of_runs ** 2 / freedom).sum()
+        limit = max(0.0, total * freedom / chi2.ppf(0.25, freedom) - own.sum())
+        freedom = freedom * (of_patients + limit) ** 2 / max(limit, 1e-12) ** 2
+    else:
+        freedom = math.inf
+    variance = of_patients + max(0.0, total - own.sum())
+    half = student.ppf(0.975, freedom) * math.sqrt(variance)
     return middle - half, middle + half
 
 
@@ -483,17 +484,17 @@ def choose_probe(z, task, fold, rows):
     x_choose, choose = task.samples(z, fold.choose)
     y, best = task.y[choose], math.inf
     for strength in STRENGTHS:
-        candidate = fit_pipeline(x, task.y[rows], strength, task.single)
+        candidate = fit_pipeline(x, task.y[rows], strength, task.table3)
         p = predict(candidate, x_choose, K).clip(1e-7, 1 - 1e-7)
         terms = y * np.log(p)
-        if not task.single:
+        if not task.table3:
             terms = terms + (1 - y) * np.log(1 - p)
         loss = -terms.sum(1).mean()
         if loss < best:
             best, probe, chosen = loss, candidate, float(strength)
-    if task.by_view:
+    if task.table3:
         x, rows = np.concatenate([x, x_choose]), np.concatenate([rows, choose])
-        probe = fit_pipeline(x, task.y[rows], chosen, task.single)
+        probe = fit_pipeline(x, task.y[rows], chosen, task.table3)
     return probe, chosen
 
 
@@ -509,7 +510,7 @@ def score_probe(z, task, budget="100%", draw=0):
         probe, strength = choose_probe(z, task, fold, rows)
         x, tested = task.samples(z, fold.test)
         p, thresholds = predict(probe, x, K), None
-        if task.single:
+        if task.table3:
             predicted = np.eye(K)[p.argmax(1)]
         else:
             p_choose = predict(probe, task.samples(z, fold.choose)[0], K)
@@ -687,8 +688,7 @@ def resnet_config(settings):
 
 @dataclass
 class Run:
-    """A finished run and the records that it is tested on; add_encoders() fills in the last three.
-    """
+    """A finished run and the records that it is tested on; add_models() adds to the last two."""
 
     folder: Path
     out: Path  # where the results go: the folder, or one within it for other data than its own
@@ -700,9 +700,8 @@ class Run:
     labels: Labels
     protocols: dict  # name -> Protocol
     settings: Namespace  # of the evaluation
-    models: dict = field(default_factory=dict)  # row -> Contrastive
-    encoders: dict = field(default_factory=dict)  # row -> function x, keep -> features (B, S, d)
-    weights: dict = field(default_factory=dict)  # row -> digest of what its encoder depends on
+    models: dict = field(default_factory=dict)  # row -> Contrastive, or Rocket: rows to be probed
+    weights: dict = field(default_factory=dict)  # row -> digest of the model's weights
 
     @property
     def group(self):
@@ -736,15 +735,36 @@ class Run:
             found.append(function(x, there).float().cpu().numpy())
         return np.concatenate(found)
 
-    def represent(self, row, rows, keep=None):
-        """Features (n, S, d) of some records by a row's encoder; kept on disk."""
+    def encode(self, row, x, keep=None, change=None):
+        """Features (B, S, d) by a row's model of z-scored x (B, T, C), keep (B, C) or None.
+
+        change: "later", records start half a second later; or one of ONE_STREAM: the other stream
+        sees the record as before, and the cross-attention joins the two.
+        """
+        model = self.models[row]
+        if change == "later":
+            x = x.roll(-(self.cache.meta["rate"] // 2), 1)
+        if row == "rocket":
+            return model(x if keep is None else x * keep[:, None])
+        if change not in ONE_STREAM:
+            return embed(model, x, self.views, keep)
+
+        stem, feed = ONE_STREAM[change]
+        hook = getattr(model.encoder, stem).register_forward_pre_hook(
+            lambda module, args: (feed(args[0]), *args[1:]))
+        z = embed(model, x, self.views, keep)
+        hook.remove()
+        return z
+
+    def represent(self, row, rows, keep=None, change=None):
+        """encode() of some records (n, S, d), kept on disk; keep: as for apply()."""
         def make():
-            z = self.apply(self.encoders[row], rows, keep)
+            z = self.apply(lambda x, keep: self.encode(row, x, keep, change), rows, keep)
             if not np.isfinite(z).all():
                 raise FloatingPointError(f"{row}: features of {self.cache.folder} are not finite")
             return z
 
-        return self.remember(make, row, rows=rows, keep=keep)
+        return self.remember(make, row, rows=rows, keep=keep, change=change)
 
     def remember(self, make, row, **depends):
         """What make() gives, kept on disk while all that it depends on is the same.
@@ -755,7 +775,7 @@ class Run:
         pieces = self.folder / "eval" / "pieces"
         key = depends | dict(row=row, weights=self.weights.get(row), format=FORMAT,
                              data=self.cache.meta["fingerprint"])
-        if not row.startswith("rocket"):
+        if row != "rocket":
             key |= dict(pretrained=self.weights["pretrained"], config=self.saved["config"],
                         precision=self.models["pretrained"].precision, views=self.views,
                         device=self.device.type, micro_batch=self.trained["micro_batch"])
@@ -805,46 +825,23 @@ def pretrain_resnet(run):
         print(f"ResNet-18 is pretrained with this run's settings, in {folder}", flush=True)
         train(Namespace(**resnet_config(run.trained) | dict(
             run=str(folder), cache=str(cache), device=str(run.device))))
-    return load_run(folder, run.device)[0]
+    model, _ = load_run(folder, run.device)
+    model.precision = run.models["pretrained"].precision
+    return model
 
 
-def add_encoders(run, rows):
-    """Fill in a Run's models, and for each row that is probed its encoder and their digests.
-
-    Also `NAME later` (records start half a second later) and, of this run, ONE_STREAM.
-    """
-    later = run.cache.meta["rate"] // 2
+def add_models(run, rows):
+    """Add to a Run the models of the rows that are probed, and the digests of their weights."""
     run.models["untrained"] = run.fresh(run.saved["config"], run.trained["seed"])
     if "resnet18" in rows:
         run.models["resnet18"] = pretrain_resnet(run)
-        run.models["resnet18"].precision = run.models["pretrained"].precision
-    rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
-    run.encoders["rocket"] = lambda x, keep: rocket(x if keep is None else x * keep[:, None])
-    run.weights["rocket"] = joblib.hash([[*shape, w.numpy(), b.numpy()]
-                                         for *shape, w, b in rocket.groups])
     for row, model in run.models.items():
-        run.encoders[row] = lambda x, keep, model=model: embed(model, x, run.views, keep)
         run.weights[row] = joblib.hash([weight.cpu().numpy()
                                         for weight in model.state_dict().values()])
-    for row, encoder in list(run.encoders.items()):
-        run.encoders[f"{row} later"] = lambda x, keep, encoder=encoder: encoder(
-            x.roll(-later, 1), keep)
-        run.weights[f"{row} later"] = run.weights[row]
-    for name, change in ONE_STREAM.items():
-        run.encoders[name] = lambda x, keep, change=change: embed_changed(run, x, keep, *change)
-
-
-def embed_changed(run, x, keep, stem, change):
-    """embed() of this run while one stream sees a changed record; stem, change: of ONE_STREAM.
-
-    The other stream sees the record as before, and the cross-attention joins the two.
-    """
-    model = run.models["pretrained"]
-    hook = getattr(model.encoder, stem).register_forward_pre_hook(
-        lambda module, args: (change(args[0]), *args[1:]))
-    z = embed(model, x, run.views, keep)
-    hook.remove()
-    return z
+    rocket = Rocket(run.cache.signals.shape[1], seed=run.trained["seed"])
+    run.models["rocket"] = rocket
+    run.weights["rocket"] = joblib.hash([[*shape, w.numpy(), b.numpy()]
+                                         for *shape, w, b in rocket.groups])
 
 
 # Every number of a run
@@ -865,7 +862,7 @@ def score_rows(run, rows):
             if row in NETWORKS and task.name != "official":
                 continue
             keys = [Key(task.name, row)]
-            if not task.by_view:
+            if not task.table3:
                 keys += [Key(task.name, row, budget, draw=draw) for budget in run.settings.labels
                          for draw in range(run.settings.seeds)
                          if draw == 0 or task.name == "official" and budget != "100%"]
@@ -879,7 +876,7 @@ def score_rows(run, rows):
                 else:
                     z = run.represent(row, everything)
                     scores[key], learned[key] = score_probe(z, task, key.labels, key.draw)
-        if row in run.encoders:
+        if row in run.models:
             add_fewer_leads(run, row, scores, learned)
     return scores, learned
 
@@ -889,7 +886,7 @@ def add_fewer_leads(run, row, scores, learned):
 
     The masked copies of records are the same for all rows of a run.
     """
-    tasks = [task for task in run.protocols.values() if not task.by_view]
+    tasks = [task for task in run.protocols.values() if not task.table3]
     tested, everything = tasks[-1].tested, np.arange(len(run.cache.index))  # of cv, if it is there
     z = run.represent(row, everything).mean(1)
     copies, fewer = [z], {C: z}
@@ -919,7 +916,7 @@ def score_streams(run, probe, thresholds):
     tested = np.append(fold.choose, fold.test)
     scores = {}
     for row in (BOTH_STREAMS, *ONE_STREAM):
-        z = run.represent("pretrained" if row == BOTH_STREAMS else row, tested)
+        z = run.represent("pretrained", tested, change=None if row == BOTH_STREAMS else row)
         p = predict(probe, z.mean(1), official.y.shape[1])
         scores[Key("streams", row)] = join_folds(official, [(tested, p, p >= thresholds)])
     return scores
@@ -996,9 +993,9 @@ def representation_lines(run):
     """
     out, rows, everything = [], run.single, np.arange(len(run.cache.index))
     labels, rng = run.labels.y[rows].argmax(1), np.random.default_rng(0)
-    for row in [row for row in ROWS if row in run.encoders]:
+    for row in [row for row in ROWS if row in run.models]:
         z = run.represent(row, everything).mean(1)
-        later = run.represent(f"{row} later", rows).mean(1)
+        later = run.represent(row, rows, change="later").mean(1)
         quality = dict(shift=shift_distance(z[rows], later))
         if row == "rocket":  # its shares and maxima have different scales
             z = StandardScaler().fit_transform(z)
@@ -1027,7 +1024,7 @@ def measure(run, rows):
 
     rows: some of ROWS, `pretrained` and `untrained` among them
     """
-    add_encoders(run, rows)
+    add_models(run, rows)
     scores, learned = score_rows(run, rows)
     write_probe(run, learned)
     if run.saved["config"]["arch"] != "resnet18":

@@ -15,7 +15,7 @@ d width of the representation, tau temperature. Signals are (B, T, C); a Conv1d 
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -31,7 +31,7 @@ from views import ViewConfig
 
 C = len(LEADS)
 group_norm = partial(nn.GroupNorm, 8)  # of a record alone: the same in training and evaluation
-# Of eval/probe.npz, (K, d), (K,), (K,); masked_: of a probe that learned from masked leads.
+# Of eval/probe.npz, (K, d), (K,), (K,); masked_: of the probe that learned from masked leads.
 PROBE = ("weights", "biases", "thresholds", "masked_weights", "masked_biases", "masked_thresholds")
 # What --arch resnet18 needs, which has no streams.
 NO_STREAMS = dict(stems="linear", mix_leads=False, channel_dropout=0.0, gate_channel=False,
@@ -66,17 +66,15 @@ class Config:
     rep_dim: int = setting(512, "width of z")
     proj_dim: int = setting(256, "width of the projection that the loss sees")
     dropout: float = setting(0.1, "dropout of residual branches")
-    stems: str = setting(
-        "linear", "how samples become tokens. linear: one convolution and absolute time, as in the "
-        "paper. conv: residual nets without positions; maxima beside means; a lead's token stays "
-        "its own; both streams' features stand beside z", choices=("linear", "conv"))
-    mix_leads: bool = setting(False, "the paper's pointwise convolutions of the channel stream, "
-                              "which mix the leads before they become tokens")
+    # conv stands for all of: residual nets without positions, maxima beside means, a token a lead
+    # to the end, and the features of both streams beside z
+    stems: str = setting("linear", "linear: as in the paper; conv: for small data",
+                         choices=("linear", "conv"))
+    mix_leads: bool = setting(False, "mix the leads before they become tokens, as in the paper")
     channel_dropout: float = setting(0.0, "paper section 6: probability to drop a channel token")
     gate_channel: bool = setting(False, "paper section 6: gates on the channel stream's residuals")
     aux_losses: bool = setting(False, "paper section 6: the loss on each stream's features too")
-    late_masking: bool = setting(False, "paper section 7: mask the time stream's lifted features, "
-                                 "not its signal; the channel stream still sees masked leads")
+    late_masking: bool = setting(False, "paper section 7: mask lifted features, not the signal")
 
     def __post_init__(self):
         conv, stride = self.stems == "conv", self.time_stride
@@ -85,10 +83,8 @@ class Config:
         if conv and (stride < 2 or stride & stride - 1):
             raise InputError(f"--time-stride {stride}: --stems conv needs 2, 4, 8, ...")
         if conv and (self.mix_leads or self.late_masking):
-            raise InputError("--stems conv keeps leads apart and masks them early: leave out "
-                             "--mix-leads and --late-masking")
-        if self.arch == "resnet18" and any(
-                getattr(self, name) != value for name, value in NO_STREAMS.items()):
+            raise InputError("--stems conv: leave out --mix-leads and --late-masking")
+        if self.arch == "resnet18" and not NO_STREAMS.items() <= vars(self).items():
             raise InputError("--arch resnet18 has no streams: leave out their options; with "
                              "--preset conv give --stems linear --no-aux-losses")
 
@@ -223,7 +219,7 @@ class ChannelStem(nn.Module):
 
     def forward(self, x):
         h = self.down(x.transpose(1, 2))  # (B, C, T // 4)
-        if h.device.type == "mps":  # it pools whole ratios alone (PyTorch's issue 96056)
+        if h.device.type == "mps":  # which pools whole ratios alone (PyTorch's issue 96056)
             h = h.cpu()
         h = F.adaptive_avg_pool1d(h, self.bins).to(x.device)  # (B, C, bins)
         return self.norm(self.out(h))
@@ -245,14 +241,12 @@ class Block(nn.Module):
 
 
 class ConvTimeStem(nn.Module):
-    """Lift samples to time tokens by residual convolutions: (B, T, C) -> (B, T // time_stride, D).
-
-    time_stride: a power of 2. It does not know absolute time.
-    """
+    """Lift samples to time tokens by residual convolutions: (B, T, C) -> (B, T // stride, D)."""
 
     def __init__(self, config):
         super().__init__()
-        W, D, halvings = config.stem_width, config.width, int(math.log2(config.time_stride)) - 1
+        W, D = config.stem_width, config.width
+        halvings = int(math.log2(config.time_stride)) - 1  # the first convolution is another one
         self.stride, self.body = config.time_stride, nn.Sequential(
             nn.Conv1d(C, W, 9, 2, 4, bias=False), group_norm(W), nn.ReLU(),
             *[Block(W, W, 2, 5, group_norm) for _ in range(halvings)],
@@ -342,16 +336,11 @@ class DualView(nn.Module):
         z = fused + self.gate.sigmoid() * self.shortcut(early)
         return Output(z, time, channel)
 
-    def stream_parameters(self, name):
-        """Parameters of one stream, `time` or `channel`: its stem and its layers."""
-        return [p for key, p in self.named_parameters() if key.startswith(f"{name}_")]
-
 
 class ResNet18(nn.Module):
     """ResNet-18 (He et al. 2016, arXiv 1512.03385) with 1-D kernels of 7, for 12-lead signals.
 
-    x: (B, T, C), keep: (B, C) bool or None  ->  Output with z (B, rep_dim) only. Its BatchNorm
-    sees one micro-batch at a time, so that the gradient is exact for the statistics of those.
+    x: (B, T, C), keep: (B, C) bool or None  ->  Output with z (B, rep_dim) only
     """
 
     def __init__(self, config):
@@ -373,13 +362,14 @@ class Contrastive(nn.Module):
     """An encoder with its projection head, and one more head for each stream with aux_losses.
 
     x: (B, T, C), keep: (B, C) bool or None  ->  Output, projections (1 or 3, B, proj_dim) float32
-    of length 1. The loss sees the projections, everything downstream what represent() gives.
-    precision: of the arithmetic, float32, tf32 or bfloat16; weights are float32 always.
+    of length 1. precision: of the arithmetic, float32, tf32 or bfloat16; weights are float32.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.precision = config, "float32"
+        # features of the representation, d
+        self.width = sum(config.widths) if config.stems == "conv" else config.rep_dim
         self.encoder = DualView(config) if config.arch == "dualview" else ResNet18(config)
         self.heads = nn.ModuleList()
         for width in config.widths if config.aux_losses else config.widths[:1]:
@@ -396,31 +386,20 @@ class Contrastive(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    @property
-    def width(self):
-        """Features of the representation, d."""
-        return sum(self.config.widths) if self.config.stems == "conv" else self.config.rep_dim
-
-    def autocast(self, device):
-        """The context that the encoder and the heads run in."""
-        # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
     def forward(self, x, keep=None):
-        with self.autocast(x.device):
+        # deviation: the paper held the weights in bf16, where a step of lr 3e-5 is lost in rounding
+        with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
             output = self.encoder(x, keep)
             projections = [head(h) for head, h in zip(self.heads, output)]
         return output, torch.stack([F.normalize(p.float(), dim=-1) for p in projections])
 
     def represent(self, x, keep=None):
-        """Representations of views: z, and with conv stems the features of both streams beside it.
+        """Representations of views, (B, d) float32: z, with conv stems also both streams' features.
 
-        x: (B, T, C), keep: (B, C) bool or None  ->  (B, d) float32
+        x: (B, T, C), keep: (B, C) bool or None
         """
-        with self.autocast(x.device):
-            output = self.encoder(x, keep)
-            parts = output if self.config.stems == "conv" else output[:1]
-            return torch.cat(parts, dim=-1).float()
+        output, _ = self(x, keep)
+        return torch.cat(output if self.config.stems == "conv" else output[:1], dim=-1).float()
 
 
 def nt_xent(z1, z2, tau=0.1):
@@ -436,12 +415,12 @@ def nt_xent(z1, z2, tau=0.1):
 
 
 @torch.no_grad()
-def watch_attention(model, x, watch, keep=None):
-    """Run the encoder on a view x and show every softmax weight, head by head (paper 5.2).
+def watch_attention(model, x, watch):
+    """Run the encoder on a view x (B, T, C) and show every softmax weight (paper 5.2).
 
-    x: (B, T, C), keep: (B, C) bool or None; watch(name, layer, head, weights) is called with name
-    `time` (weights (B, N, N)), `channel` (B, C, C), `time_to_channel` (B, N, C) or
-    `channel_to_time` (B, C, N), queries first: rows sum to 1. Raises InputError for a ResNet.
+    watch(name, layer, head, weights) is called with name `time` (weights (B, N, N)), `channel`
+    (B, C, C), `time_to_channel` (B, N, C) or `channel_to_time` (B, C, N), queries first: rows sum
+    to 1. Raises InputError for a ResNet.
     """
     encoder = model.encoder
     if model.config.arch == "resnet18":
@@ -453,7 +432,7 @@ def watch_attention(model, x, watch, keep=None):
     try:
         for key, module in modules.items():
             module.watch = partial(watch, *key)
-        encoder(x, keep)
+        encoder(x)
     finally:
         for module in modules.values():
             module.watch = None
@@ -515,8 +494,8 @@ def embed(model, x, views, keep=None):
 class Encoder:
     """A trained encoder as it is used, on recordings from anywhere: load_encoder() gives one.
 
-    views: a ViewConfig, how it was trained; rate: Hz; shortest: seconds that a recording needs,
-    those of one view; probe: tensors by the names of PROBE, or None; classes: of these, K names.
+    views: a ViewConfig, how it was trained; rate: Hz; shortest: seconds that a recording needs;
+    probe: tensors by the names of PROBE, or None without a probe; classes: its K names.
     """
 
     def __init__(self, model, views, rate):
@@ -526,9 +505,9 @@ class Encoder:
     def prepare(self, signal, rate, unit, leads):
         """A recording as this encoder takes it: x (W, T, C) float32, keep (W, C) bool.
 
-        signal: (T', n) array at `rate` Hz in `unit` (mV, uV or V); leads: n names, in any order and
-        case, others are ignored. W windows of 10 s, or of one view when it is shorter, z-scored as
-        in training; leads that are missing are masked. Raises InputError for what cannot be used.
+        signal: (T', n) array at `rate` Hz in `unit` (mV, uV or V); leads: n names in any order,
+        others are ignored. W windows of 10 s, or of one view when it is shorter, z-scored; leads
+        that are missing are masked. Raises InputError for what cannot be used.
         """
         recording = Recording("signal", np.asarray(signal), float(rate), [unit], list(leads))
         x, there, _ = prepare(recording, self.rate, self.shortest)
@@ -547,8 +526,8 @@ class Encoder:
     def probabilities(self, z, keep=None):
         """Probabilities of the classes, each for itself: z (..., d) -> (..., K) float64.
 
-        keep: (..., C) bool, the leads that are there, or None for all; where one is missing, they
-        come from the probe that learned from masked leads. Raises InputError without a probe.
+        keep: (..., C) bool or None; where a lead is missing, they come from the probe that learned
+        from masked leads. Raises InputError without a probe.
         """
         if self.probe is None:
             raise InputError("this encoder has no probe: make eval RUN=... fits one")
@@ -561,14 +540,13 @@ class Encoder:
 
 
 def load_encoder(folder, device="cpu"):
-    """The Encoder of a finished run: args.json, model.pt and, after `make eval`, eval/probe.npz.
+    """The Encoder of a run folder: args.json, model.pt and, after `make eval`, eval/probe.npz.
 
     Raises InputError. Needs none of the data, pandas, wfdb or ecgmentations.
     """
     model, saved = load_run(folder, device)
     views = ViewConfig(view=saved["args"]["view"], equal=saved["args"]["equal"])
-    encoder = Encoder(model, views, saved["data"]["rate"])
-    path = Path(folder) / "eval" / "probe.npz"
+    encoder, path = Encoder(model, views, saved["data"]["rate"]), Path(folder) / "eval/probe.npz"
     if path.exists():
         with reading(path, f"make it again: make eval RUN={folder}"), np.load(path) as arrays:
             encoder.probe = {name: torch.from_numpy(arrays[name]).double() for name in PROBE}
@@ -590,11 +568,9 @@ def parse(parser, argv=None):
 
 
 def main(args):
-    config = from_args(Config, vars(args))
-    model = Contrastive(config)
-    for part in (model.encoder, model.heads, *model.encoder.children()):
-        print(f"{n_parameters(part):>12,}  {type(part).__name__}")
-    print(f"{n_parameters(model):>12,}  all, {asdict(config)}")
+    model = Contrastive(from_args(Config, vars(args)))
+    for name, part in (*model.encoder.named_children(), ("heads", model.heads), ("all", model)):
+        print(f"{n_parameters(part):>12,}  {name}")
 
 
 def get_args(argv=None):

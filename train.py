@@ -480,9 +480,11 @@ def stream_statistics(model, norms):
     """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
     if model.config.arch == "resnet18":
         return {}
-    of_parameters = {f"param_grad_norm_{name}": float(torch.nn.utils.get_total_norm(
-        [p.grad for p in model.encoder.stream_parameters(name)])) for name in ("time", "channel")}
-    return dict(zip(STREAM_NORMS, norms)) | of_parameters
+    row = dict(zip(STREAM_NORMS, norms))
+    for stream in ("time", "channel"):  # its stem and its layers
+        row[f"param_grad_norm_{stream}"] = float(torch.nn.utils.get_total_norm([
+            p.grad for name, p in model.encoder.named_parameters() if name.startswith(stream)]))
+    return row
 
 
 def summary(sums, record):
