@@ -366,29 +366,28 @@ def interval_over_runs(values, draws, minus=None):
     groups = [(values, draws)]
     if minus is not None:
         groups.append(minus)
-    draws_of_means = [group_draws.mean(0) for _, group_draws in groups]
-    drawn = draws_of_means[0] - sum(draws_of_means[1:])
-    if max(len(group_values) for group_values, _ in groups) == 1:
+    middle, drawn, parts = 0.0, 0.0, []
+    for sign, (group_values, group_draws) in zip((1, -1), groups):
+        S = len(group_values)
+        middle = middle + sign * np.mean(group_values)
+        drawn = drawn + sign * group_draws.mean(0)
+        if S > 1:
+            centred = group_draws - np.nanmean(group_draws, axis=1, keepdims=True)
+            own = np.nanmean(centred.var(axis=0, ddof=1))  # patients' part in each run by itself
+            parts.append((np.var(group_values, ddof=1) / S, own / S, S - 1))
+    if not parts:
         return interval(drawn)
 
-    means = [np.mean(group_values) for group_values, _ in groups]
-    of_runs, limits, over_freedom = 0.0, 0.0, 0.0
-    for group_values, group_draws in groups:
-        S = len(group_values)
-        if S == 1:
-            continue
-        centred = group_draws - group_draws.mean(1, where=np.isfinite(group_draws), keepdims=True)
-        of_each = np.nanmean(centred.var(axis=0, ddof=1))  # patients' part in each run by itself
-        spread = np.var(group_values, ddof=1)
-        limit = max(0.0, spread * (S - 1) / chi2.ppf(0.25, S - 1) - of_each) / S
-        of_runs += max(0.0, spread - of_each) / S
-        limits += limit
-        over_freedom += limit ** 2 / (S - 1)
-    of_patients, freedom = np.nanvar(drawn, ddof=1), math.inf
-    if over_freedom > 0:
-        freedom = (of_patients + limits) ** 2 / over_freedom
-    half = student.ppf(0.975, freedom) * math.sqrt(of_patients + of_runs)
-    middle = means[0] - sum(means[1:])
+    of_runs, own, freedom = np.array(parts).T  # of each group
+    of_patients, total = np.nanvar(drawn, ddof=1), of_runs.sum()
+    if total > 0:
+        freedom = total ** 2 / (of_runs ** 2 / freedom).sum()
+        limit = max(0.0, total * freedom / chi2.ppf(0.25, freedom) - own.sum())
+        freedom = freedom * (of_patients + limit) ** 2 / max(limit, 1e-12) ** 2
+    else:
+        freedom = math.inf
+    variance = of_patients + max(0.0, total - own.sum())
+    half = student.ppf(0.975, freedom) * math.sqrt(variance)
     return middle - half, middle + half
 
 

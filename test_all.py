@@ -3074,7 +3074,7 @@ class TestEmbed:
         here = dict(signal=np.random.default_rng(0).normal(0, 1, (5100, 3)))
         exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
         assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
-        assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
+        assert here["z"].shape == (3, TINY["rep_dim"]) and here["p"].shape == (3, len(CLASSES))
 
 
 def wait_for_an_epoch(process, folder):
@@ -3232,7 +3232,8 @@ class TestMake:
     @pytest.fixture
     def folder(self, tmp_path):
         """The Makefile beside a `.venv` whose python notes its command line, makes the files that
-        the scripts would, and fails where the command line has a word that the file `broken` has.
+        the scripts would; it fails for command lines that hold a line of the file `broken`, and
+        takes a minute for the script that the file `long` names.
         """
         for name in ("Makefile", "requirements.txt"):
             shutil.copy(HERE / name, tmp_path)
@@ -3241,8 +3242,9 @@ class TestMake:
         python.write_text(textwrap.dedent("""\
             #!/bin/sh
             echo "$@ threads=$OMP_NUM_THREADS" >> log
-            touch broken
+            touch broken long
             if echo "$@" | grep -qFf broken; then exit 1; fi
+            if test "$1" = "$(cat long)"; then echo $$ > pid; exec sleep 60; fi
             run=$(echo "$@" | sed -n 's/.* --run \\([^ ]*\\).*/\\1/p')
             case "$1 $2" in
                 train.py*) mkdir -p $run; test -e $run/model.pt || touch $run/model.pt;;
@@ -3308,7 +3310,8 @@ class TestMake:
         assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
         assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
         both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
-        assert f"compare {' '.join([*both, both[1][:-1] + '1'])} --labels-of superclass --out" in log
+        done = " ".join([*both, both[1][:-1] + "1"])
+        assert f"compare {done} --labels-of superclass --out runs/study/compare" in log
         assert f"plots {' '.join(both)} --out runs/study/figures" in log
         share = -(-os.cpu_count() // 2)
         assert log.count(f"--epochs 1 threads={share}\n") == 4
@@ -3339,6 +3342,21 @@ class TestMake:
                      cwd=tmp_path)
         assert "two windows of 7.5 s" in out
         assert (tmp_path / "runs" / "skip-s0" / "model.pt").exists()
+
+    @pytest.mark.parametrize("script", ("train.py", "evaluate.py"))
+    def test_a_signal_to_make_ends_the_study_and_the_script_that_runs(self, folder, script):
+        (folder / "long").write_text(script)
+        (folder / "pid").touch()
+        study = subprocess.Popen(["make", "study", "SEEDS=1", "RATE=100"], cwd=folder,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / "pid").read_text().endswith("\n"):
+            assert study.poll() is None
+            time.sleep(.01)
+        study.terminate()
+        assert study.wait(20) != 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / "pid").read_text()), 0)
+        assert (folder / "log").read_text().splitlines()[-1].startswith(script)
 
     def test_help(self, capsys):
         for script, commands in (
