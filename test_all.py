@@ -1888,7 +1888,9 @@ class TestScores:
     def test_each_bootstrap_draw_is_the_score_of_the_repeated_records_of_patients(self, K):
         *arrays, patients = random_scores(60)
         y, p, predicted = (a[:, :K] for a in arrays)
+        y[:, -1] = patients == patients[0]  # many draws lack the class
         draws = evaluate.bootstrap(y, p, predicted, patients, 50, seed=3)
+        assert 5 < np.isnan(draws[:, 0]).sum() < 45
         who = np.unique(patients)
         counts = np.random.default_rng(3).multinomial(len(who), np.full(len(who), 1 / len(who)), 50)
         for draw, count in zip(draws, counts):
@@ -2051,6 +2053,7 @@ class TestProbe:
         return (y @ rng.standard_normal((5, 20)) + 2 * rng.standard_normal((n, 20)))[:, None], y
 
     @pytest.mark.parametrize("single", [True, False])
+    @mock.patch.object(evaluate, "STRENGTHS", [.01, .1, 1, 10, 100])
     def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self, single):
         z, y = self.blurred()
         task = protocol(y, table3=single)
@@ -2061,7 +2064,7 @@ class TestProbe:
             loss.append(metrics.log_loss(true.argmax(1), p) if single else
                         sum(metrics.log_loss(true[:, k], p[:, k]) for k in range(5)))
         got = evaluate.choose_probe(z, task, fold, fold.train)[1]
-        assert got == evaluate.STRENGTHS[np.argmin(loss)]
+        assert got == evaluate.STRENGTHS[np.argmin(loss)] and 0 < np.argmin(loss) < 4
 
     @mock.patch.object(evaluate, "STRENGTHS", [.1])
     def test_each_record_is_scored_by_the_probe_of_a_fold_that_never_saw_its_label(self):
@@ -2183,6 +2186,7 @@ class TestEvaluate:
             assert set(part[part.labels == "3shot"].row) == probed | {"majority"}
         draws = {(key.protocol, key.draw) for key in scores if key.labels == "3shot"}
         assert draws == {("official", 0), ("official", 1), ("cv", 0)}
+        assert 3 < self.value(table, "records", labels="3shot").value <= 15
         few = [metrics.roc_auc_score(s.y, s.p) for key, s in scores.items()
                if key[:3] == ("official", "pretrained", "3shot") and s.y.any(0).all()]
         if few:
@@ -2284,15 +2288,17 @@ class TestEvaluate:
         work(keep=np.ones(12, bool))
         run.weights["pretrained"] = "other"
         work()
+        run.views = views.ViewConfig(view="contig")
+        work()
         run.cache.meta["fingerprint"] = "other"
         work("rocket")
-        assert made == ["pretrained"] * 3 + ["rocket"]
+        assert made == ["pretrained"] * 4 + ["rocket"]
         for path in (folder / "eval" / "pieces").rglob("output.pkl"):
             path.write_bytes(path.read_bytes()[:100])
         run = evaluate.open_run(settings_of(folder))
         evaluate.add_models(run, [])
         np.testing.assert_array_equal(work(), z)
-        assert made[4:] == ["pretrained"]
+        assert made[5:] == ["pretrained"]
 
     def test_other_data_have_a_folder_of_their_own_and_another_rate_is_refused(
             self, measured, synth, small, tmp_path):
