@@ -1,5 +1,4 @@
 # First: make demo (no network, minutes on a CPU). Then: make pretrain and make eval, or make study.
-
 VIEW   ?= noncontig# of pretrain: stochastic, contig, noncontig, masking, or an alias: see views.py
 SEED   ?= 0# of everything random
 PRESET ?= paper# paper; small: the same for CPUs; conv: worth most on up to a few thousand records
@@ -54,17 +53,17 @@ download: data/ptbxl/.complete-$(RATE) ## PTB-XL 1.0.3 from PhysioNet, only what
 cache: $(CACHE)/meta.json ## all records of DATA in one int16 array
 pretrain: $(RUN)/model.pt ## train an encoder with VIEW; the same command resumes
 eval: | .venv/.done ## tables and figures of the finished run RUN, beside baselines
-	$(PY) evaluate.py run --run $(RUN) --labels-of "$(LABELS)" $(ARGS)
+	$(PY) evaluate.py run --run $(RUN) --labels-of '$(LABELS)' $(ARGS)
 embed: | .venv/.done ## representations and probabilities of your recordings ECG="files or folders"
 	$(PY) evaluate.py embed $(ECG) --run $(RUN) $(ARGS)
 compare: | .venv/.done ## tables over all evaluated RUNS
-	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) --labels-of "$(LABELS)" $(ARGS)
+	$(PY) evaluate.py compare $(or $(RUNS),$(FINISHED)) --labels-of '$(LABELS)' $(ARGS)
 plots: | .venv/.done ## every figure of RUN; with RUNS="runs/a runs/b" theirs side by side
 	$(PY) attention.py plots $(or $(RUNS),$(RUN)) $(ARGS)
 attention: | .venv/.done ## attention maps of RUN; ARGS="--ecg-id 9" or ARGS="--superclass MI"
 	$(PY) attention.py maps $(RUN) $(ARGS)
 info: | .venv/.done ## records of DATA by fold and label
-	$(PY) data.py info --data $(DATA) --labels-of "$(LABELS)"
+	$(PY) data.py info --data $(DATA) --labels-of '$(LABELS)'
 clean: ## remove caches and the demo; runs, downloads and .venv stay
 	rm -rf cache data/synth runs/demo-* __pycache__ .pytest_cache
 # A run of a study, such as OUT/contig-s0, is a row and a seed; .done marks one that has ended well.
@@ -79,16 +78,17 @@ study: $(sort $(foreach NAME,$(ROW_VIEWS),$(CACHE)/meta.json)) ## pretrain, eval
 	-$(MAKE) -k $(if $(filter-out 1,$(JOBS)),-j$(JOBS) OMP_NUM_THREADS=$(threads)) study-runs
 	$(MAKE) study-report
 study-runs: $(STUDY:%=%/.done)
-$(OUT)/%/.done:
-	$(MAKE) pretrain RUN=$(@D) VIEW=$(firstword $(row)) SEED=$(seed) \
-		ARGS='$(addprefix --,$(wordlist 2,99,$(row))) $(ARGS)'
-	test $(@D)/$(REPORT) -nt $(@D)/model.pt || $(MAKE) eval RUN=$(@D) ARGS='$(EVAL)'
+$(OUT)/%/.done: $(OUT)/%/$(REPORT)
 	touch $@
+$(OUT)/%/$(REPORT): $(OUT)/%/model.pt
+	$(MAKE) eval RUN=$(OUT)/$* ARGS='$(EVAL)'
+$(OUT)/%/model.pt: FORCE
+	$(MAKE) pretrain RUN=$(OUT)/$* VIEW=$(firstword $(row)) SEED=$(seed) \
+		ARGS='$(addprefix --,$(wordlist 2,99,$(row))) $(ARGS)'
 study-report:
 	$(if $(DONE),$(MAKE) compare RUNS="$(DONE)" ARGS="--out $(OUT)/compare")
 	$(if $(DONE),$(MAKE) plots RUNS="$(or $(filter %-s0,$(DONE)),$(DONE))" ARGS="--out $(OUT)/figures")
 	@echo "without result: $(or $(filter-out $(DONE),$(STUDY)),none)"; test "$(DONE)" = "$(STUDY)"
-
 .venv/.done: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON= of 3.11 or later")'
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -r requirements.txt
