@@ -297,6 +297,7 @@ def plot_training(kind, runs, path):
                 level = chance(saved["args"], saved["in_effect"])[i]
                 axis.axhline(level, linestyle=":", color=f"C{color}")
                 axis.set_title(f"{column} (dots: at chance)")
+        axis.set_xlim(0, None)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     logs = {name: log for name, (_, log) in runs.items()}
     save_figure(figure, path, pd.concat(logs, names=["run"]).reset_index())
