@@ -3065,14 +3065,17 @@ def go_on(run, cache):
 # A kind of file, and a command that reads it: called with the folder of a run and its cache.
 READ = [("args.json", go_on), ("last.pt", go_on), ("model.pt", go_on),
         ("model.pt", lambda run, cache: model.load_encoder(run)),
-        ("log.jsonl", lambda run, cache: model.read_log(run))]
+        ("log.jsonl", lambda run, cache: model.read_log(run)),
+        ("eval/probe.npz", lambda run, cache: model.load_encoder(run)),
+        *[(name, lambda run, cache: evaluate.read_evaluated(run, "superclass"))
+          for name in ("metrics.csv", "eval/about.json", "eval/scores.npz")]]
 
 
 class TestSurvives:
     @pytest.mark.parametrize("how", ["cut", "emptied", "junk"])
     @pytest.mark.parametrize("name, command", READ)
     def test_a_damaged_file_is_named(self, request, finished, cache, tmp_path, name, command, how):
-        if name.startswith("eval/"):
+        if name.startswith(("eval/", "metrics")):
             request.getfixturevalue("evaluated")  # in the folder of the finished run
         run = Path(shutil.copytree(finished[0], tmp_path / "r"))
         if name == "last.pt":
