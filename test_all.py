@@ -24,10 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import argparse
 import contextlib
 import dataclasses
-import email.utils
 import functools
 import http.server
-import importlib
 import io
 import itertools
 import json
