@@ -2063,14 +2063,14 @@ class TestProbe:
 
     @slow
     def test_training_with_labels_finds_the_classes(self, cache, finished, monkeypatch):
-        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 15)
+        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 40)
         run = evaluate.open_run(settings_of(finished[0]))
         task, net = run.protocols["official"], evaluate.Classifier(tiny(), run.views, 5)
         (fold,) = task.folds
         evaluate.fit_network(net, run, task, fold.train, (1e-2, 1e-2), seed=0)
         with torch.no_grad():
             p = net(normalized(run.cache, fold.train))[:, 0]
-        assert metrics.roc_auc_score(task.y[fold.train], p) > 0.75
+        assert metrics.roc_auc_score(task.y[fold.train], p) > 0.8
 
 
 class TestEvaluate:
