@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from scipy.signal import butter, resample_poly, sosfilt
+from scipy.signal import resample_poly
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
@@ -68,12 +68,13 @@ def run_script(main):
 # Flags: those of a dataclass, whose fields hold default and help, and those that scripts share.
 
 SHARED = dict(
+    data=dict(nargs="+", default=["data/ptbxl"], help="folders in PTB-XL's layout or of "
+              "recordings, tables (CSV with a column path), npy, npz or HDF5 files"),
     rate=dict(type=int, choices=RATES, default=500, help="Hz"),
     cache=dict(help="folder of: python data.py cache; by default the run's own"),
     device=dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
-    labels_of=dict(default="superclass", help="a label set: superclass, subclass, diagnostic, "
-                   "form, rhythm or all of PTB-XL; or codes or columns, each a class: 'AFIB AFLT'; "
-                   "or several that make a class: AF=AFIB+AFLT"),
+    labels_of=dict(default="superclass", help="a label set of PTB-XL (superclass, subclass, "
+                   "diagnostic, form, rhythm, all), or codes: 'CRBBB AF=AFIB+AFLT'"),
     format=dict(choices=("png", "pdf"), default="png", help="of the figures"))
 
 
@@ -201,12 +202,6 @@ def save_arrays(path, arrays):
     write_atomic(path, write)
 
 
-def read_arrays(path):
-    """The arrays of an .npz file."""
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
 def sha256(path):
     """Hex digest of a file."""
     with open(path, "rb") as file:
@@ -236,9 +231,11 @@ def open_session():
 
 
 def fetch_file(session, url, path, digest=None):
-    """Download url to path, checked against its SHA-256; raise InputError when it cannot be had."""
+    """Download url to path, unless it is there with its SHA-256, digest; raise InputError."""
     import requests
 
+    if path.exists() and sha256(path) == digest:
+        return
     for _ in range(TRIES):  # what urllib3 does not try again: bodies cut short, or wrong
         try:
             answer = session.get(url, timeout=TIMEOUT_S)
@@ -261,8 +258,7 @@ def read_sums(path):
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         found = re.fullmatch(r"([0-9a-f]{64}) +\*?(.+)", line.strip())
         if not (found and goes_down(found[2])):
-            raise InputError(f"{path}: {line[:80]!r} is not 'digest file' of a file within its "
-                             "folder; is the address right?")
+            raise InputError(f"{path}: {line[:60]!r} is not 'digest file' of a file within it")
         sums[found[2]] = found[1]
     return sums
 
@@ -285,16 +281,12 @@ def download(folder, rate, url=URL, workers=8):
     free = shutil.disk_usage(folder).free
     print(f"{url}: {len(wanted)} files, {len(new)} to come, {size / 1e6:,.1f} MB", flush=True)
     if free < size:
-        raise InputError(f"{folder} has no room for {size / 1e6:,.1f} MB: {free / 1e6:,.1f} MB are "
-                         "free; make room, or give another folder")
-
-    def ensure(name):
-        if not ((folder / name).exists() and sha256(folder / name) == sums[name]):
-            fetch_file(session, url + name, folder / name, sums[name])
+        raise InputError(f"{folder} has no room: {free / 1e6:,.1f} MB are free; make some")
 
     pool, failed = ThreadPoolExecutor(workers), []
     try:
-        jobs = [pool.submit(ensure, name) for name in wanted]
+        jobs = [pool.submit(fetch_file, session, url + name, folder / name, sums[name])
+                for name in wanted]
         for job in tqdm(as_completed(jobs), "download", len(jobs), unit="file", disable=None):
             try:
                 job.result()
@@ -305,8 +297,8 @@ def download(folder, rate, url=URL, workers=8):
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        raise InputError(f"{len(failed)} files could not be downloaded; the rest is kept, run the "
-                         "same command again to go on:\n  " + "\n  ".join(failed[:5]))
+        raise InputError(f"{len(failed)} files could not be downloaded; give the same command "
+                         "again to go on:\n  " + "\n  ".join(failed[:5]))
     (folder / f".complete-{rate}").touch()
     print(f"{folder}: {len(wanted)} files at {rate} Hz, all checksums right")
 
@@ -352,9 +344,8 @@ def read_label_sets(path):
 
 
 def own_label_set(spec, counts, sets):
-    """The label set {class: [codes]} of words CODE or NAME=CODE+CODE; raises InputError.
-
-    counts: a Counter of the codes that there are; sets: names of the label sets that there are
+    """The label set {class: [codes]} of words CODE or NAME=CODE+CODE, with codes of a Counter;
+    raises InputError, which names `sets` too.
     """
     classes = {}
     for word in spec.split() or [spec]:
@@ -362,24 +353,26 @@ def own_label_set(spec, counts, sets):
         if word not in counts and "=" in word:
             name, codes = word.split("=", 1)
             codes = codes.split("+")
+        unknown = [code for code in codes if code not in counts]
+        if unknown:
+            there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80)) or "none"
+            raise InputError(f"labels {spec!r}: {unknown[0]!r} is unknown; give a label set "
+                             f"({', '.join(sets)}), or CODE or NAME=CODE+CODE, of: {there}")
         classes[name] = codes
-        for code in codes:
-            if code not in counts:
-                there = ", ".join(f"{code} ({n})" for code, n in counts.most_common(80))
-                raise InputError(
-                    f"labels {spec!r}: {code!r} is unknown; give a label set ({', '.join(sets)}), "
-                    "or statements, each a class, or NAME=CODE+CODE. Statements, and records that "
-                    f"have them: {there or 'none'}")
     return classes
 
 
-def assign_labels(statements, spec, label_sets, vocabularies):
-    """The Labels that `spec` asks for, of N records; see read_labels().
+def read_labels(cache, spec="superclass"):
+    """The Labels that `spec` asks for, of the N records of a cache.
 
-    statements: a dict {code: 1 or 0} a record; vocabularies: for each record the codes whose
-    absence means 0, unless its source tells nothing of it at all
+    spec: a named set, of which records with at least one label take part; or words CODE, each a
+    class, or NAME=CODE+CODE, of which those take part for which all labels are known. A code that
+    a record lacks is 0 if it is in its source's vocabulary, which tells something of the record.
+    Raises InputError for unknown words.
     """
-    sets = dict(superclass={name: [] for name in CLASSES}) | label_sets
+    statements = [json.loads(text) for text in cache.index.statements]
+    vocabularies = [cache.meta["vocabulary"][source] for source in cache.index.source]
+    sets = dict(superclass={name: [] for name in CLASSES}) | cache.meta["label_sets"]
     if spec in sets:  # a table may have a column of the class's name instead of its codes
         classes = {name: [*codes, name] for name, codes in sets[spec].items()}
     else:
@@ -387,9 +380,7 @@ def assign_labels(statements, spec, label_sets, vocabularies):
         for record in statements:
             counts.update(record)
         classes = own_label_set(spec, counts, sets)
-
-    N, K = len(statements), len(classes)
-    y, known = np.zeros((N, K), int), np.zeros((N, K), bool)
+    y, known = np.zeros((2, len(statements), len(classes)), int)
     for row, (record, vocabulary) in enumerate(zip(statements, vocabularies)):
         codes_known = {*vocabulary, *record} if record else set()
         has = {code for code, answer in record.items() if answer}
@@ -398,18 +389,6 @@ def assign_labels(statements, spec, label_sets, vocabularies):
             known[row, k] = y[row, k] or codes_known.issuperset(codes)
     member = y.any(1) if spec in sets else known.all(1)
     return Labels(spec, tuple(classes), y, member)
-
-
-def read_labels(cache, spec="superclass"):
-    """The Labels that `spec` asks for, of the N records of a cache.
-
-    spec: a named set of PTB-XL, of which records with at least one label take part; or words CODE,
-    each a class, or NAME=CODE+CODE, of which those take part for which all labels are known.
-    Raises InputError for unknown words.
-    """
-    statements = [json.loads(text) for text in cache.index.statements]
-    vocabularies = [cache.meta["vocabulary"][source] for source in cache.index.source]
-    return assign_labels(statements, spec, cache.meta["label_sets"], vocabularies)
 
 
 # Tables
@@ -432,8 +411,7 @@ def check_people(table):
     refuse_cells(table.strat_fold, ~fold.isin(range(1, 11)), "an integer from 1 to 10")
     table["strat_fold"] = fold.astype(int)
     folds = table.groupby(table.patient_id.astype(str)).strat_fold.transform("nunique")
-    refuse_cells(table.patient_id, folds > 1,
-                 "a patient in one fold alone: test records would be seen in training")
+    refuse_cells(table.patient_id, folds > 1, "a patient in one fold alone")
 
 
 def load_tables(folder):
@@ -444,8 +422,7 @@ def load_tables(folder):
     import pandas as pd
 
     path = Path(folder) / TABLES[0]
-    with reading(path, f"give a folder in PTB-XL's layout with --data, or get it: python data.py "
-                 f"download --data {folder} --rate 100|500"):
+    with reading(path, f"give another --data, or: python data.py download --data {folder}"):
         table = pd.read_csv(path)
         for name in ("ecg_id", "patient_id"):
             table[name] = table[name].astype("Int64").astype(int)  # raises for what is no integer
@@ -458,9 +435,8 @@ def load_tables(folder):
                          "another record in each row")
             table[name] = files
         check_people(table)
-        # whatever the likelihood of a code: Table 1 of the paper counts so
-        table["statements"] = [dict.fromkeys(ast.literal_eval(codes), 1)
-                               for codes in table.scp_codes]
+        table["statements"] = [dict.fromkeys(ast.literal_eval(codes), 1)  # of any likelihood, as
+                               for codes in table.scp_codes]  # Table 1 of the paper counts
     return table
 
 
@@ -468,8 +444,7 @@ def load_tables(folder):
 
 UNITS = {"v": 1e6, "mv": 1e3, "uv": 1.0, "µv": 1.0, "μv": 1.0}  # microvolt; micro has two signs
 ARRAYS = ".npy", ".npz", ".h5", ".hdf5"  # ends of files that may hold several recordings
-ENDS = ".hea", ".csv", ".edf", *ARRAYS
-PLAUSIBLE_MV = 0.3, 5  # range of a lead, median over a record's; of 488 real ones 0.57 to 4.5
+ENDS = ".hea", ".csv", *ARRAYS  # not EDF, whose rates and amplitudes wfdb gets wrong
 
 
 @dataclass
@@ -486,27 +461,25 @@ class Recording:
 def list_recordings(paths):
     """[(file, row)] of all recordings in files and folders; row: in a file of several, else None.
 
-    CSV files are to be named, as in folders they tend to be tables. Raises InputError for a path
-    without recordings.
+    Raises InputError for a path without recordings.
     """
     found = []
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
+        if path.is_dir():  # where CSV files tend to be tables
             files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() != ".csv"]
-        elif path.suffix.lower() not in ENDS:  # samples of WFDB, or a record as it names them
-            header = path.with_suffix("") if path.suffix in (".dat", ".mat") else path
-            files.append(Path(f"{header}.hea"))
+        elif path.suffix in (".dat", ".mat"):
+            files = [path.with_suffix(".hea")]
+        else:
+            files = [path, Path(f"{path}.hea")]  # the latter: a record as WFDB names it
         files = [file for file in files if file.suffix.lower() in ENDS and file.exists()]
         if not files:
-            raise InputError(f"{path} holds no recording: give files, or folders of files, that end"
-                             f" in {' '.join(ENDS)} (CSV as files alone, a .mat with its .hea)")
+            raise InputError(f"{path} holds no recording: give files that end in {' '.join(ENDS)}, "
+                             "or folders of them (but of CSV); EDF and others: see README.md")
         for file in files:
             rows = [None]
-            if file.suffix.lower() in ARRAYS:
-                with suppress(Exception):  # it is said when the file is read, and others go on
-                    shape = open_arrays(file)["signal"].shape
-                    rows = range(shape[0]) if len(shape) == 3 else [None]
+            with suppress(Exception):  # it is said when the file is read, and others go on
+                shape = open_arrays(file)["signal"].shape if file.suffix.lower() in ARRAYS else ()
+                rows = range(shape[0]) if len(shape) == 3 else [None]
             found += [(file, row) for row in rows]
     return found
 
@@ -517,7 +490,8 @@ def open_arrays(path):
     if path.suffix.lower() == ".npy":
         return dict(signal=np.load(path, mmap_mode="r"))
     if path.suffix.lower() == ".npz":
-        arrays = read_arrays(path)
+        with np.load(path) as file:
+            arrays = dict(file)
     else:
         import h5py
 
@@ -525,8 +499,7 @@ def open_arrays(path):
         arrays = dict(file.attrs) | dict(file)
     signals = [name for name, array in arrays.items() if len(getattr(array, "shape", ())) in (2, 3)]
     if len(signals) != 1:
-        raise ValueError(f"{len(signals)} arrays with two or three axes {signals}; needs one: "
-                         "(time, leads), or several of these")
+        raise ValueError(f"arrays with two or three axes: {signals}; needs one")
     stated = {name: arrays[name] for name in ("fs", "units", "leads") if name in arrays}
     return stated | dict(signal=arrays[signals[0]])
 
@@ -570,12 +543,8 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
     the file does not tell. Raises InputError for what lacks or cannot be.
     """
     path = Path(path)
-    kind, name = path.suffix.lower(), path.stem if row is None else f"{path.stem}-{row}"
-    if kind == ".edf":
-        raise InputError(f"{path.name}: EDF is not read, as wfdb gives wrong rates and amplitudes "
-                         "for most such files; read it with another library and give an .npz file "
-                         "with signal (time, leads), fs, leads and units")
-    read = {".hea": read_wfdb, ".csv": read_columns}.get(kind, open_arrays)
+    name = path.stem if row is None else f"{path.stem}-{row}"
+    read = {".hea": read_wfdb, ".csv": read_columns}.get(path.suffix.lower(), open_arrays)
     with reading(path.name, "mend it, or give it in another form"):
         stated = read(path)
         signal = stated["signal"] if row is None else stated["signal"][row]
@@ -586,10 +555,9 @@ def read_recording(path, row=None, rate=None, unit=None, leads=None):
             units = [unit]
         if leads and not any(map(lead_name, names)):
             names = list(leads)
-        lacking = {"--source-rate 500": rate is None, "--unit mV": not units,
-                   "--leads I II": not names}
-        if flags := [flag for flag, lacks in lacking.items() if lacks]:
-            raise InputError(f"{path.name} does not tell all; give such as {' '.join(flags)}")
+        if rate is None or not units or not names:
+            raise InputError(f"{path.name} does not tell its rate, unit or leads; give such as "
+                             "--source-rate 500 --unit mV --leads I II V1")
         return Recording(name, np.asarray(signal), float(rate), units, names)
 
 
@@ -613,16 +581,16 @@ def in_leads(recording):
     if signal.shape[1:] != (n,) or len(units) != n or signal.dtype.kind not in "iuf":
         raise InputError(f"{name}: an array {signal.shape} of {signal.dtype}, {n} leads and "
                          f"{len(units)} units; needs numbers (time, leads), in CSV between commas")
-    known = [lead for lead in leads if lead]
-    if not known or len(set(known)) < len(known):
+    columns = {lead: column for column, lead in enumerate(leads) if lead}
+    if not columns or len(columns) < n - leads.count(None):
         raise InputError(f"{name}: leads {' '.join(map(str, recording.leads))[:200]}; needs some "
                          f"of {' '.join(LEADS)}, each once")
     x, notes = np.zeros((len(signal), len(LEADS))), []
-    for lead, unit, column in zip(leads, units, signal.T):
-        if lead and unit.lower() not in UNITS:
+    for lead, column in columns.items():
+        unit = units[column].lower()
+        if unit not in UNITS:
             raise InputError(f"{name}: unit {unit}; needs mV, uV or V (--unit)")
-        if lead:
-            x[:, LEADS.index(lead)] = column * UNITS[unit.lower()]
+        x[:, LEADS.index(lead)] = signal[:, column] * UNITS[unit]
     live = np.flatnonzero(np.nan_to_num(x).any(1))
     padding = len(x) - np.ptp(live) - 1 if len(live) else 0
     if padding > 0.1 * recording.rate and len(x) > SECONDS * recording.rate:
@@ -630,27 +598,17 @@ def in_leads(recording):
         notes.append(f"{padding / recording.rate:.1f} s of zeros or NaN at its ends are cut off")
     x[:, ~(np.abs(x) < 1e15).all(0)] = 0  # not finite, or squares leave float32
     there = x.std(0) >= FLAT_UV
-    if not there.any():
-        raise InputError(f"{name}: all leads are flat or not finite; is the unit right?")
-    if len(known) < n:
-        notes.append(f"{n - len(known)} not among the 12 leads: not used")
     if not there.all():
         notes.append(f"{', '.join(np.array(LEADS)[~there])} missing, flat or not finite: masked")
-    size = np.median(np.ptp(x[:, there], axis=0)) / 1000
-    if not PLAUSIBLE_MV[0] < size < PLAUSIBLE_MV[1]:
-        notes.append(f"leads range over {size:.3g} mV, an ECG's over {PLAUSIBLE_MV[0]:g} to "
-                     f"{PLAUSIBLE_MV[1]:g}: is the unit or the gain right?")
     return x * there, there, notes
 
 
 def prepare(recording, rate, shortest=SECONDS):
     """A Recording as encoders see it, at their rate and with their leads, before normalize().
 
-    Leads are found by name; those that lack, that hold a NaN, or that are flat become zeros, as
-    masked ones are in training. Zeros or NaN of all leads at both ends of what is longer than 10 s
-    are cut off, as padding. Another rate is reached by polyphase filtering. Cut into windows of
-    10 s side by side, the last of which ends with the recording; into windows of `shortest` s when
-    it has no 10 s.
+    Leads that lack, hold a NaN or are flat become zeros, as masked ones are in training. Padding
+    of what is longer than 10 s is cut off. Windows of 10 s lie side by side, the last ends with the
+    recording; they are of `shortest` s when it has no 10 s. Raises InputError.
     ->  (W, T, C) float32 microvolt, (C,) bool: the leads that are there, notes for the user
     """
     name, old = recording.name, recording.rate
@@ -661,24 +619,21 @@ def prepare(recording, rate, shortest=SECONDS):
         ratio = Fraction(rate / old).limit_denominator(1000)
         x = resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype="line")
         notes.append(f"resampled from {old:g} to {rate} Hz")
-    length = round((SECONDS if len(x) >= SECONDS * rate else shortest) * rate)
+    length = round(rate * (SECONDS if len(x) >= SECONDS * rate else shortest))
     if len(x) < length:
         raise InputError(f"{name}: {len(x) / rate:g} s long; at least {shortest:g} s are needed")
     starts = [*range(0, len(x) - length, length), len(x) - length]
-    windows = [x[start:start + length] for start in starts]
-    live = [window for window in windows if (window.std(0) >= FLAT_UV).any()]
-    if len(live) < len(windows):
-        notes.append(f"{len(windows) - len(live)} of {len(windows)} windows without a signal left "
-                     "out")
-    return np.stack(live).astype(np.float32), there, notes
+    windows = np.stack([x[start:start + length] for start in starts])
+    live = (windows.std(1) >= FLAT_UV).any(1)
+    if not live.any():
+        raise InputError(f"{name}: all leads are flat or not finite; is the unit right?")
+    return windows[live].astype(np.float32), there, notes
 
 
 # Sources: PTB-XL's own layout, or recordings from anywhere with what is told of them
 
 def header_facts(path):
-    """Age, sex and statements {code: 1} that comments of a WFDB header tell, as the Challenges
-    write them: `# Dx:` lists numbers or words.
-    """
+    """Age, sex and statements {code: 1} of a header of the Challenges: `# Dx:` lists codes."""
     text = path.read_text(errors="replace") if path.suffix == ".hea" else ""
     comments = re.findall(r"^# *<?(Age|Sex|Dx)>?:(.*)$", text, re.M | re.I)
     facts = {key.lower(): value.strip() for key, value in comments}
@@ -688,45 +643,38 @@ def header_facts(path):
 
 
 def read_list(path):
-    """A CSV file with a row a recording -> a table with the columns that open_source() needs.
+    """A CSV file with a row a recording -> the table that open_source() needs.
 
-    item: see list_recordings(); statements: from columns of 0, 1 and nothing, which means not
-    known; and as far as it has them patient_id, strat_fold, age and sex. Raises InputError.
+    Statements are its columns of 0, 1 and nothing, which means not known. Raises InputError.
     """
     import pandas as pd
 
     with reading(path, "mend it, or give a folder of recordings"):
         table = pd.read_csv(path)
         if "path" not in table or table.empty:
-            raise ValueError(f"{len(table)} rows of {', '.join(table)[:200]}; needs a column path, "
-                             "and if known patient_id, strat_fold, age, sex, columns of 0 and 1")
+            raise ValueError(f"{len(table)} rows of {', '.join(table)[:200]}; needs a column path")
     if "patient_id" not in table:
         table = table.rename(columns=dict(subject_id="patient_id"))
     facts = [name for name in ("path", "patient_id", "strat_fold", "age", "sex") if name in table]
-    statements, unused = [{} for _ in range(len(table))], []
+    statements = [{} for _ in range(len(table))]
     for name in table.columns.drop(facts):
         value = pd.to_numeric(table[name], errors="coerce")
         if not (value.isin((0, 1)) | table[name].isna()).all():
-            unused.append(name)
+            print(f"note: {path}: column {name} is not used: not all of it is 0, 1 or nothing")
             continue
         for row in np.flatnonzero(value.notna()):
             statements[row]["_".join(name.split())] = int(value[row])
-    if unused:
-        print(f"note: {path}: columns that are not used, as they hold more than 0, 1 and nothing: "
-              f"{', '.join(unused)}")
     items = list_recordings(path.parent / str(name) for name in table.path)
     if len(items) != len(table):
-        raise InputError(f"{path}: some of its {len(table)} paths hold several recordings; "
-                         "give such a file, or folder, as a source of its own")
+        raise InputError(f"{path}: a path holds several recordings; give it as another source")
     return table[facts].assign(item=items, statements=statements)
 
 
 def open_source(path, rate):
     """A folder in PTB-XL's layout, a folder of recordings, a table or a file of them.
 
-    ->  a table with COLUMNS but source (and ecg_id, which only PTB-XL has), and item: see
-    list_recordings(); label sets and vocabulary: see assign_labels(). Without patients each
-    recording is one; without folds a hash of the patient gives them. Raises InputError.
+    ->  a table of COLUMNS but source (ecg_id: only PTB-XL's), and item: see list_recordings();
+    label sets and vocabulary: see read_labels(). Raises InputError.
     """
     import pandas as pd
 
@@ -746,8 +694,8 @@ def open_source(path, rate):
     table["record"] = [os.path.relpath(file, home) + ("" if row is None else f"#{row}")
                        for file, row in table.item]
     if "patient_id" not in table:
-        print(f"note: {path}: no patients are told, so each recording counts as one; if some are "
-              "of one patient, give a table (CSV with path and patient_id)")
+        print(f"note: {path}: each recording counts as a patient; to change that, give a table "
+              "(CSV with path and patient_id)")
         table["patient_id"] = table.record
     if "strat_fold" not in table:  # the same for a patient wherever else it turns up
         table["strat_fold"] = [1 + int(hashlib.sha256(str(patient).encode()).hexdigest(), 16) % 10
@@ -759,16 +707,15 @@ def open_source(path, rate):
 
 
 def digest_of(table):
-    """Digest of a table of records and of their files' sizes and times: another when they change.
-
-    Raises InputError for files that are not there.
+    """Digest of a table of records and of their files' sizes and times. Raises InputError for
+    files that are not there.
     """
     digest = hashlib.sha256(f"format {FORMAT} {table.drop(columns='item').to_csv()}".encode())
     files = dict.fromkeys(file for file, _ in table.item)
     missing = [file for file in files if not file.exists()]
     if missing:
-        raise InputError(f"{len(missing)} of {len(files)} files of records are missing (first: "
-                         f"{missing[0]}); complete them: python data.py download, or synth")
+        raise InputError(f"{len(missing)} of {len(files)} files of records are missing, such as "
+                         f"{missing[0]}; get them: python data.py download")
     for file in files:
         for part in (file, file.with_suffix(".dat"), file.with_suffix(".mat")):  # samples too
             if part.exists():
@@ -778,16 +725,14 @@ def digest_of(table):
 
 
 def try_record(item, rate, given):
-    """(windows (W, T, C) int16 microvolt, None) of a recording, or (None, what is wrong).
+    """((T, C) int16 microvolt, None) of a recording's first 10 s, or (None, what is wrong).
 
-    given: what read_recording() takes, and all_windows, without which the first one is taken. A
-    worker that never raises.
+    given: keywords of read_recording()
     """
-    given = dict(given)
-    count = None if given.pop("all_windows", False) else 1
     try:
         recording = read_recording(*item, **given)
-        x = np.rint(prepare(recording, rate)[0][:count])
+        windows, _, _ = prepare(recording, rate)
+        x = np.rint(windows[0])
         if np.abs(x).max() > np.iinfo(np.int16).max:
             raise InputError(f"{recording.name}: a value exceeds 32.767 mV; is the unit right?")
         return x.astype("<i2"), None
@@ -820,7 +765,7 @@ def source_names(meta):
     return " + ".join(Path(path).name for path in meta["data"].split(" + "))
 
 
-def join_sources(paths, rate, given):
+def join_sources(paths, rate):
     """Sources as one table like that of open_source(), and what meta.json says of them.
 
     Raises InputError for sources of the same name.
@@ -840,18 +785,11 @@ def join_sources(paths, rate, given):
     if len(paths) > 1 or not label_sets:  # else numbers are PTB-XL's own
         table["ecg_id"] = 0  # given when it is known which records are usable
         table["patient_id"] = table.groupby(["source", table.patient_id.astype(str)]).ngroup()
-    table = table[["item", *COLUMNS]]
-    return table, dict(
-        format=FORMAT, rate=rate, source=f"{digest_of(table)} {json.dumps(given)}",
-        data=" + ".join(map(str, paths)),
-        synthetic=any((path / SYNTHETIC).exists() for path in paths),
+    table["statements"] = table.statements.map(json.dumps)
+    synthetic = any((path / SYNTHETIC).exists() for path in paths)
+    return table[["item", *COLUMNS]], dict(
+        format=FORMAT, rate=rate, data=" + ".join(map(str, paths)), synthetic=synthetic,
         label_sets=label_sets, vocabulary=vocabulary)
-
-
-def fingerprint(path, index):
-    """Digest of what pretraining depends on: the samples, and who is in which fold."""
-    people = index[["ecg_id", "patient_id", "strat_fold"]].to_csv(index=False)
-    return hashlib.sha256((sha256(path) + people).encode()).hexdigest()
 
 
 def write_signals(results, names, path):
@@ -861,18 +799,17 @@ def write_signals(results, names, path):
     """
     numbers, bad, twice, first = [], [], [], {}
     with open(path, "wb") as file:
-        for number, (windows, problem) in enumerate(results):
+        for number, (x, problem) in enumerate(results):
             if problem:
                 bad.append(problem)
                 continue
-            for signal in windows:
-                digest = hashlib.sha256(signal).digest()
-                if digest in first:
-                    twice.append(f"{names[number]}: the same samples as {first[digest]}")
-                    continue
-                first[digest] = names[number]
-                file.write(signal)
-                numbers.append(number)
+            digest = hashlib.sha256(x).digest()
+            if digest in first:
+                twice.append(f"{names[number]}: the same samples as {first[digest]}")
+                continue
+            first[digest] = names[number]
+            file.write(x)
+            numbers.append(number)
     return numbers, bad, twice
 
 
@@ -880,13 +817,14 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
     """Read every record of one or several sources once into the cache folder `out`, unless it is
     there already; what has the same samples as one before is left out.
 
-    paths: as open_source() takes them; given: as try_record() does. Raises InputError when records
-    are missing or unusable; with skip_bad those are left out.
+    paths: see open_source(); given: see try_record(). Raises InputError when records are missing
+    or unusable; with skip_bad the latter are left out.
     """
     out = Path(out).resolve()  # it may be a link to another disk
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     given = {name: value for name, value in dict(given).items() if value}
-    table, meta = join_sources(paths, rate, given)
+    table, meta = join_sources(paths, rate)
+    meta["source"] = f"{digest_of(table)} {json.dumps(given)}"
     if out.exists():
         if not (out / "meta.json").exists():
             raise InputError(f"{out} exists and is no cache; remove it, or give another --out")
@@ -894,11 +832,9 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
             old = dict(json.loads((out / "meta.json").read_text()))
         if old.get("source") == meta["source"]:
             old = open_cache(out).meta
-            print(f"{out}: up to date, {old['records']} records at {rate} Hz, "
-                  f"{len(old['left_out'])} left out")
+            print(f"{out}: up to date, {old['records']} records, {len(old['left_out'])} left out")
             return
-        print(f"{out} is of other data, or of earlier code (format {old.get('format')}, now "
-              f"{FORMAT}): it is made anew", flush=True)
+        print(f"{out} is of other data or code: it is made anew", flush=True)
 
     new, was = (out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("new", "was"))
     for folder in (new, was):  # of a process of the same number that was killed
@@ -908,20 +844,21 @@ def build_cache(paths, rate, out, workers=None, skip_bad=False, given=()):
     pool = ProcessPoolExecutor(workers, initializer=signals.signal,
                                initargs=(signals.SIGINT, signals.SIG_IGN))
     try:
-        results = pool.map(partial(try_record, rate=rate, given=given), table.item,
-                           chunksize=32)
+        results = pool.map(partial(try_record, rate=rate, given=given), table.item, chunksize=32)
         bar = tqdm(results, "cache", len(table), unit="record", disable=None)
         numbers, bad, twice = write_signals(bar, table.record, new / "signals.int16")
         if bad and not (skip_bad and numbers):
             raise InputError(f"{len(bad)} of {len(table)} records cannot be used; mend them, "
                              "or leave them out with --skip-bad:\n  " + "\n  ".join(bad[:10]))
         index = table.iloc[numbers].drop(columns="item")
-        index["statements"] = index.statements.map(json.dumps)
         if not index.ecg_id.all():
             index["ecg_id"] = range(1, len(index) + 1)
         index.to_csv(new / "index.csv", index=False)
+        # what pretraining depends on: the samples, and who is in which fold
+        text = sha256(new / "signals.int16") + index[
+            ["ecg_id", "patient_id", "strat_fold"]].to_csv(index=False)
         meta |= dict(records=len(index), left_out=bad + twice, index=sha256(new / "index.csv"),
-                     fingerprint=fingerprint(new / "signals.int16", index))
+                     fingerprint=hashlib.sha256(text.encode()).hexdigest())
         write_json(new / "meta.json", meta)
         if out.exists():
             out.rename(was)  # removing takes longer: a kill before the next line loses it
@@ -967,19 +904,14 @@ DOWER = np.array([  # dipole to I, II and V1 to V6
 WAVES = {"P": (-.16, .022, .05, .11, -.02), "Q": (-.022, .009, -.13, -.05, -.25),
          "R": (0, .012, 1., .7, .25), "S": (.028, .010, -.15, -.1, .40),
          "R'": (.062, .018, 0, 0, 0), "ST": (.11, .035, 0, 0, 0), "T": (.27, .05, .26, .24, -.14)}
-# SCP code: its superclass, and of each wave that it changes factors and summands of x, y, z
-CHANGES = {
+CHANGES = {  # SCP code: its superclass, and the dipole of each wave that full disease changes
     "NORM": ("NORM", {}),
-    "AMI": ("MI", {"Q": (1, (-.13, 0, .52)), "ST": (1, (.04, 0, -.15)), "T": (1, (-.05, 0, .20))}),
-    "IMI": ("MI", {"Q": (1, (.05, -.52, -.05)), "R": (1, (0, -.26, 0)), "ST": (1, (0, .15, 0)),
-                   "T": (1, (0, -.20, 0))}),
-    "ISC_": ("STTC", {"ST": (1, (-.18, -.11, .07)), "T": (-.1, 0)}),
-    "NDT": ("STTC", {"T": (-.3, 0)}),
-    "CRBBB": ("CD", {"R'": (1, (-.50, .09, -.68)), "T": (1, (.10, 0, .12))}),
-    "CLBBB": ("CD", {"Q": (0, 0), "S": (0, 0), "R'": (1, (.95, .19, .67)),
-                     "ST": (1, (-.12, -.03, -.12)), "T": ((-1, -.3, 2), 0)}),
-    "LVH": ("HYP", {"R": ((2.2, 1.6, 3.2), 0), "S": (2, 0), "ST": (1, (-.10, -.04, .05)),
-                    "T": ((-.6, .2, -.4), 0)})}
+    "AMI": ("MI", {"Q": (-.26, -.05, .27), "ST": (.04, 0, -.15), "T": (.21, .24, .06)}),
+    "ISC_": ("STTC", {"ST": (-.18, -.11, .07), "T": (-.03, -.02, .01)}),
+    "NDT": ("STTC", {"T": (-.08, -.07, .04)}),
+    "CRBBB": ("CD", {"R'": (-.50, .09, -.68), "T": (.36, .24, -.02)}),
+    "LVH": ("HYP", {"R": (2.2, 1.12, .8), "S": (-.3, -.2, .8), "ST": (-.10, -.04, .05),
+                    "T": (-.16, .05, .06)})}
 RHYTHMS = "SBRAD", "SR", "STACH"  # below 60 beats a minute, up to 100, above
 
 
@@ -987,9 +919,8 @@ def change_waves(codes, severity):
     """A beat's waves {name: (time, width, x, y, z)}: normal at severity 0, full disease at 1."""
     waves = {name: np.array(wave, float) for name, wave in WAVES.items()}
     for code in codes:
-        for name, (factor, summand) in CHANGES[code][1].items():
-            dipole = waves[name][2:]
-            waves[name][2:] += severity * (dipole * factor + summand - dipole)
+        for name, dipole in CHANGES[code][1].items():
+            waves[name][2:] += severity * np.subtract(dipole, WAVES[name][2:])
     return waves
 
 
@@ -1005,34 +936,27 @@ def synth_record(codes, heart, rng):
 
     heart: the patient's own anatomy, a dict of rotation (3, 3), voltage and rate (1/s)
     """
-    t, n = np.arange(SECONDS * 500) / 500, SECONDS * 3 + 4
-    breath = rng.uniform(.2, .35)  # 1/s
-    rr = 1 + .03 * np.sin(2 * np.pi * breath / heart["rate"] * np.arange(n))  # respiratory
-    rr = (rr + .015 * rng.standard_normal(n)) / heart["rate"]  # and random variability
-    beats = np.cumsum(rr) - rng.uniform(1, 2) / heart["rate"]  # some before 0, some after the end
+    t = np.arange(SECONDS * 500) / 500
+    intervals = rng.normal(1, .03, SECONDS * 3 + 4) / heart["rate"]
+    beats = np.cumsum(intervals) - rng.uniform(1, 2) / heart["rate"]  # some before 0
     dipole = np.zeros((len(t), 3))
-    for start, width, *vector in change_waves(codes, rng.uniform(.25, 1)).values():
+    for start, width, *vector in change_waves(codes, rng.uniform(0, .8)).values():
         if start > .08:  # ST and T follow the rate (Bazett), the QRS does not
             start, width = start / heart["rate"] ** .5, width / heart["rate"] ** .5
         z = (t[:, None] - beats - start) / width  # (T, beats)
-        gain = 1 + .03 * rng.standard_normal(n)
-        dipole += (np.exp(-z * z / 2) @ gain)[:, None] * (heart["rotation"] @ vector)
-
-    noise = rng.standard_normal((len(t), 8)) * rng.lognormal(np.log(.012), .5)  # muscle
-    noise = sosfilt(butter(2, 20, "high", fs=500, output="sos"), noise, axis=0)
-    for f in (breath, rng.uniform(.03, .12)):  # baseline wander
-        size = rng.lognormal(np.log(.04), .6) * rng.standard_normal(8)
-        noise += np.outer(np.sin(2 * np.pi * f * t + rng.uniform(0, 2 * np.pi)), size)
-    return all_leads(heart["voltage"] * dipole @ DOWER + noise)
+        dipole += np.outer(np.exp(-z * z / 2).sum(1), heart["rotation"] @ vector)
+    muscle = rng.normal(0, rng.lognormal(np.log(.03), .5), (len(t), 8))
+    breath = np.sin(2 * np.pi * (rng.uniform(.1, .35) * t + rng.random()))
+    wander = np.outer(breath, rng.normal(0, .08, 8))  # of the baseline
+    return all_leads(heart["voltage"] * dipole @ DOWER + muscle + wander)
 
 
 def random_patient(number, rng):
     """A patient's row of the table, SCP codes and heart; two in five are normal."""
-    sick = [code for code in CHANGES if code != "NORM"]
     codes = ["NORM"]
     if rng.random() > .4:  # one in five of them in two ways
-        codes = rng.choice(sick, 1 + (rng.random() < .2), replace=False).tolist()
-    heart = dict(rotation=Rotation.from_euler("ZYX", rng.normal(0, (.45, .3, .35))).as_matrix(),
+        codes = rng.choice(list(CHANGES)[1:], 1 + (rng.random() < .2), replace=False).tolist()
+    heart = dict(rotation=Rotation.from_rotvec(rng.normal(0, .45, 3)).as_matrix(),
                  voltage=rng.lognormal(0, .3), rate=np.clip(rng.normal(75, 16), 45, 130) / 60)
     rhythm = RHYTHMS[np.digitize(heart["rate"] * 60, (60, 100))]
     row = dict(patient_id=number, age=int(np.clip(rng.normal(60, 16), 18, 89)),
@@ -1064,39 +988,36 @@ def synthesize(out, records, seed=0):
             x = np.rint(resample_poly(signal, rate, 500, axis=0) * 1000).clip(-32000, 32000)
             x = x.astype("<i2")
             x.tofile(f"{path}.dat")
-            lines = [f"{path.name} 12 {rate} {len(x)}"]  # as wfdb.wrsamp has them, in a tenth of
-            for lead, column in zip(LEADS, x.T):  # the time
-                lines.append(f"{path.name}.dat 16 1000.0(0)/mV 16 0 {column[0]} "
-                             f"{column.sum(dtype='<i2')} 0 {lead.upper()}")
-            Path(f"{path}.hea").write_text("\n".join(lines) + "\n")
+            header = [f"{path.name} 12 {rate} {len(x)}"]  # wfdb.wrsamp takes ten times as long
+            header += [f"{path.name}.dat 16 1000.0(0)/mV 16 0 {column[0]} "
+                       f"{column.sum(dtype='<i2')} 0 {lead.upper()}"
+                       for lead, column in zip(LEADS, x.T)]
+            Path(f"{path}.hea").write_text("\n".join(header) + "\n")
         rows.append(dict(ecg_id=ecg_id, **row, **names))
     pd.DataFrame(rows).to_csv(out / TABLES[0], index=False)
     statements = [dict(code=code, diagnostic=1, form=0, rhythm=0, diagnostic_class=superclass,
                        diagnostic_subclass=code) for code, (superclass, _) in CHANGES.items()]
     statements += [dict(code=code, diagnostic=0, form=0, rhythm=1) for code in RHYTHMS]
     pd.DataFrame(statements).to_csv(out / TABLES[1], index=False)
-    write_text(out / SYNTHETIC, f"Synthetic records, seed {seed}: a model, not patients. Made by: "
-               "python data.py synth\n")
+    write_text(out / SYNTHETIC, f"Synthetic records, seed {seed}: a model, not patients.\n")
     files = sorted(file for file in out.rglob("*") if file.is_file())
     write_text(out / "SHA256SUMS.txt",
                "".join(f"{sha256(file)} {file.relative_to(out)}\n" for file in files))
     print(f"{out}: {records} synthetic records of {patient} patients, both rates")
 
 
-def info(path, spec="superclass"):
-    """Print records of a source by fold and class of a label set (Table 1 of the paper)."""
+def info(paths, spec="superclass"):
+    """Print records of sources by fold and class of a label set (Table 1 of the paper)."""
     import pandas as pd
 
-    path = Path(path)
-    table, label_sets, vocabulary = open_source(path, 100)
-    labels = assign_labels(table.statements, spec, label_sets, [vocabulary] * len(table))
+    table, meta = join_sources(paths, 100)
+    labels = read_labels(Cache(None, None, table, meta), spec)
     counts = pd.DataFrame(labels.y * labels.member[:, None], columns=labels.classes)
     counts = counts.assign(one=counts.sum(axis=1) == 1, members=labels.member, records=1)
     folds = counts.groupby(table.strat_fold).sum().T
-    synthetic = " (synthetic)" if (path / SYNTHETIC).exists() else ""
-    print(f"{path}{synthetic}: {labels.name} by fold")
+    synthetic = " (synthetic)" if meta["synthetic"] else ""
+    print(f"{source_names(meta)}{synthetic}: {labels.name} by fold; one: records of one class")
     print(folds.assign(all=folds.sum(axis=1)).to_string())
-    print("a record may have several classes; one: exactly one; members: records that take part")
     print(f"{table.patient_id.nunique()} patients, none in two folds")
 
 
@@ -1109,17 +1030,11 @@ def get_args(argv=None):
     add_shared(p, "rate")
     p.add_argument("--url", default=URL, help="a mirror in the same layout, "
                    "such as https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/")
-    p = commands.add_parser("cache", help="all records of one or more sources in one array",
-                            **style)
-    p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="folders in PTB-XL's layout, "
-                   "or of recordings; tables of them (CSV with a column path); files of several "
-                   "(npy, npz, HDF5)")
-    add_shared(p, "rate")
+    p = commands.add_parser("cache", help="records of one or more sources in one array", **style)
+    add_shared(p, "data", "rate")
     p.add_argument("--unit", help="of recordings that do not tell it: mV, uV or V")
     p.add_argument("--source-rate", type=float, help="theirs, in Hz")
     p.add_argument("--leads", nargs="+", help="theirs, in the order of the columns")
-    p.add_argument("--all-windows", action="store_true", help="of longer recordings all windows of "
-                   "10 s; by default the first")
     p.add_argument("--out", default="cache/ptbxl-500", help="cache folder")
     p.add_argument("--workers", type=int, default=None, help="processes; None: one a core")
     p.add_argument("--skip-bad", action="store_true", help="leave out records that are unusable")
@@ -1128,8 +1043,7 @@ def get_args(argv=None):
     p.add_argument("--records", type=bounded(int, 20), default=400, help="how many")
     p.add_argument("--seed", type=bounded(int, 0), default=0, help="same seed, same records")
     p = commands.add_parser("info", help="counts by fold and class", **style)
-    p.add_argument("--data", nargs="+", default=["data/ptbxl"], help="sources, as of cache")
-    add_shared(p, "labels_of")
+    add_shared(p, "data", "labels_of")
     return parser.parse_args(argv)
 
 
@@ -1137,14 +1051,12 @@ def main(args):
     if args.command == "download":
         download(args.data, args.rate, args.url)
     elif args.command == "cache":
-        given = dict(rate=args.source_rate, unit=args.unit, leads=args.leads,
-                     all_windows=args.all_windows)
+        given = dict(rate=args.source_rate, unit=args.unit, leads=args.leads)
         build_cache(args.data, args.rate, args.out, args.workers, args.skip_bad, given)
     elif args.command == "synth":
         synthesize(args.out, args.records, args.seed)
     else:
-        for path in args.data:
-            info(path, args.labels_of)
+        info(args.data, args.labels_of)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each oth
 import argparse
 import contextlib
 import dataclasses
-import email.utils
 import functools
 import http.server
-import importlib
 import io
 import itertools
 import json
@@ -479,57 +477,47 @@ class TestData:
 
     def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
         first = cached(small).meta
-        assert cached(small).meta == first and "up to date" in capsys.readouterr().out
-        assert "up to date" in script("data.py", "cache", "--data", small, "--rate", 100, "--out",
-                                      small.parent / "cache")
+        assert cached(small).meta == first and "up to date, 20 records" in capsys.readouterr().out
         os.utime(small / f"{RECORD}.dat", (1, 1))
         second = cached(small).meta
         assert second["source"] != first["source"]
-        assert second["fingerprint"] == first["fingerprint"]  # the samples are the same
+        assert second["fingerprint"] == first["fingerprint"]  # it covers samples and folds,
+        change_table(small, "scp_codes", "{'AFIB': 100.0}", lambda table: 3)
+        c = cached(small)  # but no statements
+        assert c.meta["fingerprint"] == first["fingerprint"]
+        assert c.index.statements[3] == '{"AFIB": 1}'
+        change_table(small, "strat_fold", 7, lambda table: table.patient_id == table.patient_id[3])
+        assert cached(small).meta["fingerprint"] != first["fingerprint"]
         monkeypatch.setattr(data, "FORMAT", 99)
         with pytest.raises(InputError, match="format 2, this code reads 99.*rm -r"):
             data.open_cache(small.parent / "cache")
-        capsys.readouterr()
-        assert cached(small).meta["format"] == 99
-        assert "(format 2, now 99): it is made anew" in capsys.readouterr().out
+        assert cached(small).meta["format"] == 99 and "made anew" in capsys.readouterr().out
 
-    def test_the_fingerprint_covers_samples_and_folds_but_no_statements(self, small):
-        first = cached(small).meta["fingerprint"]
-        change_table(small, "scp_codes", "{'AFIB': 100.0}", lambda table: 3)
-        c = cached(small)
-        assert c.meta["fingerprint"] == first and c.index.statements[3] == '{"AFIB": 1}'
-        change_table(small, "strat_fold", 7, lambda table: table.patient_id == table.patient_id[3])
-        assert cached(small).meta["fingerprint"] != first
-
-    def test_unusable_records_stop_the_cache_all_named_or_are_left_out(self, small, capsys):
+    def test_missing_records_and_unusable_ones_stop_the_cache_or_are_left_out(self, small, capsys):
         for path in sorted((small / "records100").rglob("*.hea"))[3:16]:
             write_record(path.with_suffix(""), fs=250)
         with pytest.raises(InputError, match="13 of 20 records cannot be used; .*--skip") as got:
             cached(small)
         assert len(str(got.value).splitlines()) == 11 and "00008_lr: 4 s long" in str(got.value)
         assert not list(small.parent.glob("cache*"))
-        kept = cached(small, skip_bad=True)
-        assert len(kept.signals) == 7 and list(kept.index.ecg_id) == [1, 2, 3, *range(17, 21)]
+        c = cached(small, skip_bad=True)
+        assert len(c.signals) == 7 and list(c.index.ecg_id) == [1, 2, 3, *range(17, 21)]
         assert capsys.readouterr().out.count("  left out: 000") == 13
         cached(small)
-        assert "7 records at 100 Hz, 13 left out" in capsys.readouterr().out
+        assert "7 records, 13 left out" in capsys.readouterr().out
+        (small / f"{RECORD}.hea").unlink()
+        for folder, says in ((small, "1 of 20 files of records are .*"), (small / "no", "/no/.*")):
+            with pytest.raises(InputError, match=f"{says}python data.py download"):
+                cached(folder)
 
-    def test_missing_and_half_downloaded_folders_are_named(self, small, tmp_path):
-        with pytest.raises(InputError, match="nowhere.*data.py download"):
-            data.build_cache(tmp_path / "nowhere", 100, tmp_path / "c")
-        for path in list((small / "records100").rglob("*.hea"))[:5]:
-            path.unlink()
-        with pytest.raises(InputError, match="5 of 20 files of records are .*data.py download"):
-            cached(small)
-
-    def test_write_atomic_syncs_then_renames_and_leaves_the_old_file_when_writing_fails(
+    def test_files_are_synced_then_renamed_and_the_old_one_stays_when_writing_fails(
             self, tmp_path, monkeypatch):
         path, calls = tmp_path / "a" / "file", []
         fsync, replace = os.fsync, os.replace
         monkeypatch.setattr(os, "fsync", lambda fd: (
             calls.append(os.readlink(f"/proc/self/fd/{fd}").split("/")[-1][:8]), fsync(fd)))
         monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-        data.write_text(path, "old")
+        data.write_json(path, dict(a=[1, None], b="µ"))
         assert calls == ["file.tmp", "rename", "a"]
 
         def fail(error):
@@ -544,14 +532,11 @@ class TestData:
             with pytest.raises(OSError, match="a/file cannot be written .*(No space|iostream).*"
                                "is kept: make room, and give the same command again"):
                 data.write_atomic(path, fail(error))
-        assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-
-    def test_files_are_written_as_they_are_read_again(self, tmp_path):
-        data.save_arrays(tmp_path / "a.npz", dict(x=np.arange(3), names=np.array(["µ", "b"])))
-        arrays = data.read_arrays(tmp_path / "a.npz")
-        assert list(arrays["x"]) == [0, 1, 2] and list(arrays["names"]) == ["µ", "b"]
-        data.write_json(tmp_path / "a.json", dict(a=[1, None], b="µ"))
-        assert json.loads((tmp_path / "a.json").read_text()) == dict(a=[1, None], b="µ")
+        assert json.loads(path.read_text()) == dict(a=[1, None], b="µ")
+        assert list(path.parent.iterdir()) == [path]
+        data.save_arrays(path, dict(x=np.arange(3), names=np.array(["µ", "b"])))
+        with np.load(path) as arrays:
+            assert [list(a) for a in arrays.values()] == [[0, 1, 2], ["µ", "b"]]
 
     def test_texts_name_folds(self):
         for folds, name in ((10, "fold 10"), ([np.int64(3)], "fold 3"), ((9, 10), "folds 9 and 10"),
@@ -572,29 +557,30 @@ class TestData:
 
 class TestLabels:
     def labels(self, statements, spec, label_sets=(), vocabulary=()):
-        return data.assign_labels(statements, spec, dict(label_sets),
-                                  [vocabulary] * len(statements))
+        index = pd.DataFrame(dict(source="s", statements=list(map(json.dumps, statements))))
+        meta = dict(label_sets=dict(label_sets), vocabulary=dict(s=vocabulary))
+        return data.read_labels(data.Cache(None, None, index, meta), spec)
 
     def test_a_class_is_any_of_its_codes_and_members_are_known(self):
-        told = [dict(A=1), dict(B=1), dict(A=0, B=0), dict(A=0), dict(C=1), {}]
+        records = [dict(A=1), dict(B=1), dict(A=0, B=0), dict(A=0), dict(C=1), {}]
         for spec, vocabulary, y, member in (
                 ("A", (), [1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]),
                 ("X=A+B", (), [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]),  # one that is 1 is enough
-                ("X=A+B", "ABC", [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]),  # nothing told: not known
+                ("X=A+B", "ABC", [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]),  # of {} nothing is known
                 ("X=C", "ABC", [0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 0])):
-            got = self.labels(told, spec, vocabulary=vocabulary)
+            got = self.labels(records, spec, vocabulary=vocabulary)
             assert got.y[:, 0].tolist() == y and got.member.astype(int).tolist() == member, spec
-        got = self.labels(told, "A X=B+C", vocabulary="ABC")
+        got = self.labels(records, "A X=B+C", vocabulary="ABC")
         assert got.classes == ("A", "X") and got.y[:5].tolist() == [
             [1, 0], [0, 1], [0, 0], [0, 0], [0, 1]]
 
     def test_of_a_named_set_those_with_a_label_take_part_and_a_column_may_bear_its_name(self):
         sets = dict(superclass=dict(NORM=["NORM"], MI=["IMI", "AMI"]))
-        told = [dict(IMI=1, NORM=1), dict(MI=1), dict(SR=1), dict(MI=0)]
-        got = self.labels(told, "superclass", sets, ("IMI", "AMI", "NORM", "SR"))
+        records = [dict(IMI=1, NORM=1), dict(MI=1), dict(SR=1), dict(MI=0)]
+        got = self.labels(records, "superclass", sets, ("IMI", "AMI", "NORM", "SR"))
         assert got.y.tolist() == [[1, 1], [0, 1], [0, 0], [0, 0]]
         assert got.member.tolist() == [True, True, False, False]
-        got = self.labels(told, "superclass")  # of a source that is not PTB-XL's
+        got = self.labels(records, "superclass")  # of a source that is not PTB-XL's
         assert got.classes == CLASSES and got.y.sum(0).tolist() == [1, 1, 0, 0, 0]
 
     @pytest.mark.parametrize("spec", ["B", "X=A+B", "form", "", "A form"])
@@ -611,12 +597,11 @@ class TestLabels:
             assert got.name == spec and got.classes == tuple(codes) and got.member.all()
             want = [[int(f"'{code}'" in text) for code in codes] for text in table.scp_codes]
             assert got.y.tolist() == want
-        data.info(synth, "SR")
+        data.info([synth], "SR")
         out, is_sr = capsys.readouterr().out, table.scp_codes.str.contains("'SR'")
-        assert "(synthetic): SR by fold" in out
         counts = is_sr.groupby(table.strat_fold).sum()
         assert re.search(f"SR +{' +'.join(map(str, counts))} +{is_sr.sum()}\n", out), out
-        assert re.search(r"records .* 100\n", out)
+        assert re.search(r"synth \(synthetic\): SR by fold(.|\n)*records .* 100\n", out)
         assert f"{table.patient_id.nunique()} patients" in out
 
     @real
@@ -624,7 +609,7 @@ class TestLabels:
         folder = Path(PTBXL).parent / "ptbxl_metadata"
         if not folder.exists():
             pytest.skip(f"no {folder} with the tables of all records")
-        table, sets = data.load_tables(folder), data.read_label_sets(folder / data.TABLES[1])
+        table, meta = data.join_sources([folder], 100)
         assert len(table) == 21799 and table.patient_id.nunique() == 18869
         splits = [table.strat_fold.isin(list(data.TRAIN_FOLDS)),
                   table.strat_fold == data.VAL_FOLD, table.strat_fold == data.TEST_FOLD]
@@ -632,7 +617,7 @@ class TestLabels:
                 ("superclass", 5, [17084, 2146, 2158]), ("subclass", 23, [17084, 2146, 2158]),
                 ("diagnostic", 44, [17084, 2146, 2158]), ("form", 19, [7197, 901, 880]),
                 ("rhythm", 12, [16832, 2100, 2098]), ("all", 71, [17418, 2183, 2198])):
-            got = data.assign_labels(table.statements, spec, sets, [list(sets["all"])] * 21799)
+            got = data.read_labels(data.Cache(None, None, table, meta), spec)
             assert len(got.classes) == classes, spec
             assert [int(got.member[split].sum()) for split in splits] == records, spec
             if spec == "superclass":  # Table 1 of the paper
@@ -641,12 +626,16 @@ class TestLabels:
 
 
 class TestSynth:
-    def test_limb_leads_obey_einthoven_and_goldberger(self, cache):
-        x = np.asarray(data.open_cache(cache).signals, dtype=int)
-        I, II, III, aVR, aVL, aVF = np.moveaxis(x[..., :6], -1, 0)
+    def test_limb_leads_obey_einthoven_and_folds_patients_and_classes_are_as_in_ptb_xl(
+            self, synth, cache):
+        c = data.open_cache(cache)
+        I, II, III, aVR, aVL, aVF = np.moveaxis(np.asarray(c.signals, dtype=int)[..., :6], -1, 0)
         for left, right in ((III, II - I), (aVR, -(I + II) / 2), (aVL, I - II / 2),
                             (aVF, II - I / 2)):
             assert np.abs(left - right).max() <= 2  # microvolt, from rounding
+        assert (data.read_labels(c).y.sum(0) > 0).all() and {*c.index.strat_fold} == {*range(1, 11)}
+        assert 1 < len(c.index) / c.index.patient_id.nunique() < 1.6
+        assert "not patients" in (synth / data.SYNTHETIC).read_text()
 
     def test_the_same_seed_gives_the_same_files(self, twenty, synth, tmp_path):
         data.synthesize(tmp_path / "again", 20, seed=2)
@@ -667,21 +656,12 @@ class TestSynth:
         assert normal["V1"].min() < -.5 and normal["V5"].max() > .8  # rS in V1, tall R in V5
         assert self.beat(["AMI"])["V2"][235:245].min() < normal["V2"][235:245].min() - .3  # Q
         assert self.beat(["AMI"])["V2"][st].mean() > normal["V2"][st].mean() + .05  # ST elevation
-        assert self.beat(["IMI"])["aVF"][235:245].min() < normal["aVF"][235:245].min() - .2
         assert self.beat(["ISC_"])["V5"][st].mean() < normal["V5"][st].mean() - .05  # ST depression
         assert self.beat(["NDT"])["V5"][375:395].mean() < .5 * normal["V5"][375:395].mean()
         assert self.beat(["CRBBB"])["V1"][270:290].max() > .4 > normal["V1"][270:290].max()  # R'
-        assert self.beat(["CLBBB"])["V6"][270:280].min() > .4  # still up 50 ms after R: wide QRS
         lvh = self.beat(["LVH"])
         assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
         np.testing.assert_allclose(self.beat(["LVH", "AMI"], 0)["V2"], normal["V2"])
-
-    def test_classes_folds_and_patients_are_those_of_ptb_xl_s_layout(self, synth):
-        table, label_sets, vocabulary = data.open_source(synth, 100)
-        labels = data.assign_labels(table.statements, "superclass", label_sets, [vocabulary] * 100)
-        assert (labels.y.sum(0) > 0).all() and set(table.strat_fold) == {*range(1, 11)}
-        assert 1 < len(table) / table.patient_id.nunique() < 1.6
-        assert "not patients" in (synth / data.SYNTHETIC).read_text()
 
 
 class TestDownload:
@@ -694,18 +674,11 @@ class TestDownload:
         names = sorted(n for n in data.read_sums(folder / "SHA256SUMS.txt") if "records100" in n)
         return Server(folder, {name: list(f) for name, f in zip(names, faults)})
 
-    def test_faults_that_pass_are_overcome(self, twenty, tmp_path):
-        server = self.faulty(twenty, ["cut"], ["wrong"], [503, 500], ["reset"], ["busy 0"],
+    def test_faults_that_pass_are_overcome_and_a_second_run_fetches_what_is_missing_or_broken(
+            self, twenty, tmp_path):
+        server = self.faulty(twenty, [404], ["cut"], ["wrong"], [503, 500], ["reset"], ["busy 0"],
                              ["cut", "wrong", 502], ["busy soon"])
-        data.download(tmp_path / "d", 100, server.url)
-        sums = data.read_sums(twenty / "SHA256SUMS.txt")  # all come but those of the other rate
-        got = {name: data.sha256(tmp_path / "d" / name) for name in sums
-               if (tmp_path / "d" / name).exists()}
-        assert got == {name: sums[name] for name in sums if "records500" not in name}
-
-    def test_a_second_run_fetches_what_is_missing_or_broken_and_nothing_else(self, twenty,
-                                                                             tmp_path):
-        server, folder = self.faulty(twenty, [404]), tmp_path / "d"
+        folder, missing = tmp_path / "d", next(iter(server.faults))
         with pytest.raises(InputError, match="1 files could not be downloaded(.|\n)*HTTP 404"):
             data.download(folder, 100, server.url)
         assert not (folder / ".complete-100").exists()
@@ -713,14 +686,16 @@ class TestDownload:
         broken.write_bytes(b"half")
         server.asked.clear()
         data.download(folder, 100, server.url)
-        assert set(server.asked) == {str(broken.relative_to(folder)), "SHA256SUMS.txt",
-                                     *server.faults}
+        assert {*server.asked} == {str(broken.relative_to(folder)), "SHA256SUMS.txt", missing}
         assert (folder / ".complete-100").exists() and not list(folder.rglob("*.tmp*"))
+        sums = data.read_sums(twenty / "SHA256SUMS.txt")  # all come but those of the other rate
+        got = {name: data.sha256(folder / name) for name in sums if (folder / name).exists()}
+        assert got == {name: sums[name] for name in sums if "records500" not in name}
 
     @pytest.mark.parametrize("sums, says", [
         (b"<html>Sign in</html>", "not 'digest file'"), (b"\xff\xfe\x00", "not 'digest file'"),
-        (b"0" * 64 + b" README", "not a PTB-XL folder"), (b"0" * 64 + b" ../x", "within its"),
-        (b"0" * 64 + b" a/../../x", "within its"), (b"0" * 64 + b" /etc/x", "within its")])
+        (b"0" * 64 + b" README", "not a PTB-XL folder"), (b"0" * 64 + b" ../x", "within it"),
+        (b"0" * 64 + b" a/../../x", "within it"), (b"0" * 64 + b" /etc/x", "within it")])
     def test_another_site_or_a_list_that_leads_elsewhere_is_refused_before_records_come(
             self, tmp_path, sums, says):
         (tmp_path / "SHA256SUMS.txt").write_bytes(sums)
@@ -745,11 +720,10 @@ class TestDownload:
             assert retry.parse_retry_after("9" * 9) == data.PAUSE_S
             assert retry.is_retry("GET", 429) and not retry.is_retry("GET", 404)
 
-    def test_what_comes_is_said_and_room_for_it_is_checked_before(self, twenty, tmp_path, capsys,
-                                                                  monkeypatch):
+    def test_room_for_what_comes_is_checked_before(self, twenty, tmp_path, capsys, monkeypatch):
         server = Server(twenty)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e5))
-        with pytest.raises(InputError, match="d has no room for 0.6 MB: 0.1 MB are free; make roo"):
+        with pytest.raises(InputError, match="d has no room: 0.1 MB are free; make some"):
             data.download(tmp_path / "d", 100, server.url)
         assert server.asked == ["SHA256SUMS.txt"]
         assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
@@ -778,7 +752,7 @@ class TestHostileData:
     def test_a_statement_s_cell_that_is_no_number_costs_that_cell_alone(self, twenty, tmp_path):
         path, want = tmp_path / "s.csv", data.read_label_sets(twenty / data.TABLES[1])
         codes = pd.read_csv(twenty / data.TABLES[1]).astype({"diagnostic": object})
-        codes.loc[9, "diagnostic"] = "?"  # of a rhythm
+        codes.loc[7, "diagnostic"] = "?"  # of a rhythm
         codes.to_csv(path, index=False)
         assert data.read_label_sets(path) == want
         pd.concat([codes, codes[:1]]).to_csv(path, index=False)
@@ -816,17 +790,18 @@ class TestHostileData:
 
     def test_what_is_no_cache_is_kept_and_another_replaced_also_behind_a_link(
             self, cache, synth, tmp_path):
-        (tmp_path / "disk").mkdir()
-        (tmp_path / "c").symlink_to(tmp_path / "disk")
-        with pytest.raises(InputError, match="no cache in"):
-            data.open_cache(tmp_path / "c")
-        with pytest.raises(InputError, match="exists and is no cache"):
-            data.build_cache(synth, 100, tmp_path / "c")
-        (tmp_path / "disk/meta.json").write_bytes(b"\xff\xfe")
-        with pytest.raises(InputError, match="remove it: rm -r"):
-            data.build_cache(synth, 100, tmp_path / "c")
-        (tmp_path / "disk/meta.json").write_text('{"format": 1}')
-        data.build_cache(synth, 100, tmp_path / "c", workers=1)
+        out, meta = tmp_path / "c", tmp_path / "disk" / "meta.json"
+        meta.parent.mkdir()
+        out.symlink_to(meta.parent)
+        with refused("no cache in"):
+            data.open_cache(out)
+        with refused("exists and is no cache"):
+            data.build_cache(synth, 100, out)
+        meta.write_bytes(b"\xff\xfe")
+        with refused("remove it: rm -r"):
+            data.build_cache(synth, 100, out)
+        meta.write_text('{"format": 1}')
+        data.build_cache(synth, 100, out, workers=1)
         assert data.open_cache(tmp_path / "disk").meta == data.open_cache(cache).meta
         assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "disk"]
 
@@ -1848,7 +1823,9 @@ class TestScores:
     def test_each_bootstrap_draw_is_the_score_of_the_repeated_records_of_patients(self, K):
         *arrays, patients = random_scores(60)
         y, p, predicted = (a[:, :K] for a in arrays)
+        y[:, -1] = patients == patients[0]  # many draws lack the class
         draws = evaluate.bootstrap(y, p, predicted, patients, 50, seed=3)
+        assert 5 < np.isnan(draws[:, 0]).sum() < 45
         who = np.unique(patients)
         counts = np.random.default_rng(3).multinomial(len(who), np.full(len(who), 1 / len(who)), 50)
         for draw, count in zip(draws, counts):
@@ -2011,6 +1988,7 @@ class TestProbe:
         return (y @ rng.standard_normal((5, 20)) + 2 * rng.standard_normal((n, 20)))[:, None], y
 
     @pytest.mark.parametrize("single", [True, False])
+    @mock.patch.object(evaluate, "STRENGTHS", [.01, .1, 1, 10, 100])
     def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self, single):
         z, y = self.blurred()
         task = protocol(y, table3=single)
@@ -2021,7 +1999,7 @@ class TestProbe:
             loss.append(metrics.log_loss(true.argmax(1), p) if single else
                         sum(metrics.log_loss(true[:, k], p[:, k]) for k in range(5)))
         got = evaluate.choose_probe(z, task, fold, fold.train)[1]
-        assert got == evaluate.STRENGTHS[np.argmin(loss)]
+        assert got == evaluate.STRENGTHS[np.argmin(loss)] and 0 < np.argmin(loss) < 4
 
     @mock.patch.object(evaluate, "STRENGTHS", [.1])
     def test_each_record_is_scored_by_the_probe_of_a_fold_that_never_saw_its_label(self):
@@ -2085,14 +2063,14 @@ class TestProbe:
 
     @slow
     def test_training_with_labels_finds_the_classes(self, cache, finished, monkeypatch):
-        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 15)
+        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 40)
         run = evaluate.open_run(settings_of(finished[0]))
         task, net = run.protocols["official"], evaluate.Classifier(tiny(), run.views, 5)
         (fold,) = task.folds
         evaluate.fit_network(net, run, task, fold.train, (1e-2, 1e-2), seed=0)
         with torch.no_grad():
             p = net(normalized(run.cache, fold.train))[:, 0]
-        assert metrics.roc_auc_score(task.y[fold.train], p) > 0.75
+        assert metrics.roc_auc_score(task.y[fold.train], p) > 0.8
 
 
 class TestEvaluate:
@@ -2143,6 +2121,7 @@ class TestEvaluate:
             assert set(part[part.labels == "3shot"].row) == probed | {"majority"}
         draws = {(key.protocol, key.draw) for key in scores if key.labels == "3shot"}
         assert draws == {("official", 0), ("official", 1), ("cv", 0)}
+        assert 3 < self.value(table, "records", labels="3shot").value <= 15
         few = [metrics.roc_auc_score(s.y, s.p) for key, s in scores.items()
                if key[:3] == ("official", "pretrained", "3shot") and s.y.any(0).all()]
         if few:
@@ -2244,15 +2223,17 @@ class TestEvaluate:
         work(keep=np.ones(12, bool))
         run.weights["pretrained"] = "other"
         work()
+        run.views = views.ViewConfig(view="contig")
+        work()
         run.cache.meta["fingerprint"] = "other"
         work("rocket")
-        assert made == ["pretrained"] * 3 + ["rocket"]
+        assert made == ["pretrained"] * 4 + ["rocket"]
         for path in (folder / "eval" / "pieces").rglob("output.pkl"):
             path.write_bytes(path.read_bytes()[:100])
         run = evaluate.open_run(settings_of(folder))
         evaluate.add_models(run, [])
         np.testing.assert_array_equal(work(), z)
-        assert made[4:] == ["pretrained"]
+        assert made[5:] == ["pretrained"]
 
     def test_other_data_have_a_folder_of_their_own_and_another_rate_is_refused(
             self, measured, synth, small, tmp_path):
@@ -2807,53 +2788,39 @@ class TestCollections:
             x = x[rate:-rate] if i == 1 else x
             want = scipy.signal.resample_poly(x, 100, rate, padtype="line")[:1000]
             np.testing.assert_allclose(c.signals[i], want, atol=.51)
-        cached(challenge)
-        assert "up to date, 6 records" in capsys.readouterr().out
-        every = cached(challenge, given=dict(all_windows=True))
-        assert len(every.index) == 3 + 1 + 1 + 1 + 6 + 1
         data.main(data.get_args(["info", "--data", str(challenge), "--labels-of", "426783006"]))
         assert re.search(r"426783006 .* 2\n(.*\n)*members .* 5\n", capsys.readouterr().out)
 
-    def test_a_table_beside_recordings_is_no_recording_and_what_is_not_told_is_said(
-            self, challenge, tmp_path, capsys):
+    def test_a_table_tells_patients_folds_and_statements_of_0_and_1(self, challenge, capsys):
         """As MIMIC-IV-ECG's record_list.csv; ages as LUDB has them."""
-        names = [f"g1/E{i}" for i in range(6)]
-        pd.DataFrame(dict(subject_id=[7, 7, 8, 8, 9, 9], file_name="x", path=names)).to_csv(
-            challenge / "record_list.csv", index=False)
-        header = challenge / "g1" / "E0.hea"
-        header.write_text(header.read_text().replace("#Age: 50", "# <age>: 50"))
-        table, label_sets, vocabulary = data.open_source(challenge, 100)
-        assert len(table) == 6 and table.age[0] == 50 and label_sets == {} and len(vocabulary) == 6
-        assert "each recording counts as one" in capsys.readouterr().out
-        table = data.open_source(challenge / "record_list.csv", 100)[0]
-        assert list(table.patient_id) == [7, 7, 8, 8, 9, 9]
-        assert "not used, as they hold more than 0, 1 and nothing: file_name" in (
-            capsys.readouterr().out)
-
-    def test_folds_follow_patients_and_columns_of_0_and_1_are_statements(self, challenge, capsys):
-        table = pd.DataFrame(dict(path=[f"g1/E{i}" for i in range(6)], subject_id=list("aabbcd"),
+        path, header = challenge / "record_list.csv", challenge / "g1" / "E0.hea"
+        table = pd.DataFrame(dict(subject_id=list("aabbcd"), path=[f"g1/E{i}" for i in range(6)],
                                   abnormal=[0, 0, 1, 1, None, 0], MI=[1, 0, 0, 0, 0, 0],
                                   grade=[0, 1, 2, 0, 0, 0]))
-        table.to_csv(challenge / "t.csv", index=False)
-        c = cached(challenge / "t.csv")
-        assert "1 and nothing: grade\n" in capsys.readouterr().out
+        table.to_csv(path, index=False)
+        header.write_text(header.read_text().replace("#Age: 50", "# <age>: 50"))
+        found, label_sets, vocabulary = data.open_source(challenge, 100)  # without the table in it
+        assert len(found) == 6 and found.age[0] == 50 and label_sets == {} and len(vocabulary) == 6
+        assert "each recording counts as a patient" in capsys.readouterr().out
+        c = cached(path)
+        assert "column grade is not used" in capsys.readouterr().out
+        assert list(c.index.patient_id) == [0, 0, 1, 1, 2, 3]
         fold = c.index.groupby("patient_id").strat_fold
         assert fold.nunique().max() == 1 and fold.first().nunique() > 1
         labels = data.read_labels(c, "abnormal")
         assert labels.y[:, 0].tolist() == [0, 0, 1, 1, 0, 0]
         assert labels.member.tolist() == [True] * 4 + [False, True]  # an empty cell: not known
         assert data.read_labels(c).y[:, 1].tolist() == [1, 0, 0, 0, 0, 0]
-        for changes, words in ((dict(strat_fold=[1, 2, 3, 3, 4, 4]), "patient_id is 'a', 'a' in l"),
-                               (dict(strat_fold=11), "strat_fold is '11'.* in lines 2, 3"),
-                               (dict(path="g1"), "paths hold several recordings"),
-                               (dict(path="g1/none"), "holds no recording")):
-            table.assign(**changes).to_csv(challenge / "t.csv", index=False)
-            with pytest.raises(InputError, match=words):
-                data.open_source(challenge / "t.csv", 100)
-        for lacking in (table.drop(columns="path"), table[:0]):
-            lacking.to_csv(challenge / "t.csv", index=False)
-            with pytest.raises(InputError, match="[06] rows of .*needs a column path"):
-                data.open_source(challenge / "t.csv", 100)
+        for bad, says in (
+                (table.assign(strat_fold=[1, 2, 3, 3, 4, 4]), "patient_id is 'a', 'a' in lines 2"),
+                (table.assign(strat_fold=11), "strat_fold is '11'.* in lines 2, 3"),
+                (table.assign(path="g1"), "path holds several recordings"),
+                (table.assign(path="g1/none"), "holds no recording"),
+                (table.drop(columns="path"), "6 rows of .*needs a column path"),
+                (table[:0], "0 rows of .*needs a column path")):
+            bad.to_csv(path, index=False)
+            with refused(says):
+                data.open_source(path, 100)
 
     def test_several_sources_make_one_cache_without_what_is_there_twice(self, synth, tmp_path,
                                                                        capsys):
@@ -2913,8 +2880,8 @@ class TestRecordings:
             for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
                 np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column],
                                            rtol=1e-5)
-            assert notes == ["1 not among the 12 leads: not used", "III, aVR, aVL, aVF, V1, V3, "
-                             "V4, V5, V6 missing, flat or not finite: masked"]
+            assert notes == ["III, aVR, aVL, aVF, V1, V3, V4, V5, V6 missing, flat or not finite: "
+                             "masked"]
 
     def test_windows_cover_a_recording_and_padding_is_cut_off(self):
         x, ends = 300 * noise(2345), "s of zeros or NaN at its ends are cut off"
@@ -2924,11 +2891,10 @@ class TestRecordings:
                 ([none[:300], ten, none[:200]], [ten], [f"5.0 {ends}"]),
                 ([ten, none + np.nan], [ten], [f"30.0 {ends}"]),
                 ([none[:50], x[:950]], [np.concatenate([none[:50], x[:950]])], []),  # PTB-XL's 10 s
-                ([ten, none, ten], [ten, ten], ["3 of 5 windows without a signal left out"]),
-                ([ten, none + 7.5], [ten], ["3 of 4 windows without a signal left out"])):
-            got, there, said_ = prepared(np.concatenate(parts), unit="uV")
+                ([ten, none, ten], [ten, ten], []), ([ten, none + 7.5], [ten], [])):
+            got, there, words = prepared(np.concatenate(parts), unit="uV")
             np.testing.assert_allclose(got, windows, rtol=1e-5)
-            assert there.all() and said_ == notes
+            assert there.all() and words == notes
 
     @pytest.mark.parametrize("end, old, new, says", [
         ("hea", b"V6$", b"V5", "needs some of .* each once"),
@@ -2949,43 +2915,42 @@ class TestRecordings:
         path.with_suffix(f".{end}").write_bytes(re.sub(old, new, raw, flags=re.M))
         assert re.search(f"^r.*({says})", data.try_record((path, None), 100, {})[1])
 
-    def test_an_edf_file_is_refused_with_a_way_out(self, tmp_path):
-        (tmp_path / "e.edf").write_bytes(b"0".ljust(256))
-        ((path, row),) = data.list_recordings([tmp_path])
-        with pytest.raises(InputError, match="e.edf: EDF is not read.*npz file with signal"):
-            data.read_recording(path, row)
-
-    def test_what_cannot_be_known_is_asked_for_and_what_looks_wrong_is_said(self, tmp_path):
+    def test_what_a_file_does_not_tell_is_asked_for(self, tmp_path):
         x = np.random.default_rng(0).normal(0, .3, (1000, 12))
         np.save(tmp_path / "n.npy", x)
         pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
-        (tmp_path / "t.txt").write_text("x")
-        for flags, words in ((dict(rate=100), "not tell all; give such as --unit mV --leads I"),
-                             (dict(unit="mV", leads=LEADS), "give such as --source-rate 500$"),
-                             (dict(rate=100, unit="mV", leads=LEADS[:3]), "12.* 3 leads and 3 un")):
-            for name in ("n.npy", "c.csv"):
-                with pytest.raises(InputError, match=words):
-                    data.prepare(data.read_recording(tmp_path / name, **flags), 100)
+        says = "does not tell its rate, unit or leads; give such as --source-rate 500 --unit mV"
+        given = dict(rate=100, unit="mV", leads=LEADS)
+        for file in (tmp_path / "n.npy", tmp_path / "c.csv"):
+            for name in given:
+                with refused(says):
+                    data.read_recording(file, **given | {name: None})
+            with refused("12.* 3 leads and 3 units"):
+                data.prepare(data.read_recording(file, **given | dict(leads=LEADS[:3])), 100)
         write_record(tmp_path / "w")
         header = (tmp_path / "w.hea").read_text()
         (tmp_path / "w.hea").write_text(re.sub(r" \S+$", "", header, flags=re.M))  # without names
-        with pytest.raises(InputError, match="not tell all; give such as --leads I II"):
+        with refused(says):
             data.read_recording(tmp_path / "w.hea")
         assert data.read_recording(tmp_path / "w.hea", leads=LEADS).leads == list(LEADS)
-        for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
-                               (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
-                               (dict(leads=["EEG"] * 12), "needs some of I II"),
-                               (dict(x=x * 0), "all leads are flat"),
-                               (dict(x=x * np.nan), "all leads are"),
-                               (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
-                               (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
-            with pytest.raises(InputError, match=words):
+
+    def test_what_cannot_be_is_refused(self, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
+        drift = np.linspace(0, .003, 3000)[:, None] * np.ones(12)
+        for changes, says in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
+                              (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
+                              (dict(leads=["EEG"] * 12), "needs some of I II"),
+                              (dict(x=x * 0), "all leads are flat"),
+                              (dict(x=drift), "all leads are flat"),  # in each window
+                              (dict(x=x * np.nan), "all leads are"),
+                              (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
+                              (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
+            with refused(says):
                 prepared(**dict(x=x) | changes)
-        for factor in (5, 1000, .01):  # an old header's gain; microvolt as millivolt, and reverse
-            assert "is the unit or the gain right?" in prepared(x * factor)[2][0]
+        (tmp_path / "t.edf").write_text("x")
         (tmp_path / "e").mkdir()
-        for path in (tmp_path / "t.txt", tmp_path / "no", tmp_path / "e"):
-            with pytest.raises(InputError, match="holds no recording: give files"):
+        for path in (tmp_path / "t.edf", tmp_path / "no", tmp_path / "e"):
+            with refused("holds no recording: give files .*EDF and others: see README"):
                 data.list_recordings([path])
 
 
@@ -3098,14 +3063,17 @@ def go_on(run, cache):
 # A kind of file, and a command that reads it: called with the folder of a run and its cache.
 READ = [("args.json", go_on), ("last.pt", go_on), ("model.pt", go_on),
         ("model.pt", lambda run, cache: model.load_encoder(run)),
-        ("log.jsonl", lambda run, cache: model.read_log(run))]
+        ("log.jsonl", lambda run, cache: model.read_log(run)),
+        ("eval/probe.npz", lambda run, cache: model.load_encoder(run)),
+        *[(name, lambda run, cache: evaluate.read_evaluated(run, "superclass"))
+          for name in ("metrics.csv", "eval/about.json", "eval/scores.npz")]]
 
 
 class TestSurvives:
     @pytest.mark.parametrize("how", ["cut", "emptied", "junk"])
     @pytest.mark.parametrize("name, command", READ)
     def test_a_damaged_file_is_named(self, request, finished, cache, tmp_path, name, command, how):
-        if name.startswith("eval/"):
+        if name.startswith(("eval/", "metrics")):
             request.getfixturevalue("evaluated")  # in the folder of the finished run
         run = Path(shutil.copytree(finished[0], tmp_path / "r"))
         if name == "last.pt":

@@ -700,7 +700,8 @@ data      {synthetic}{meta['data']} at {meta['rate']} Hz
 records   {n_train} of {fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names(VAL_FOLD)} validate
 model     {record['n_parameters']:,} parameters, {record['samples']} samples a view
 on        {record['device']} in {record['precision']}
-batch     {plan['batch']} in micro-batches of {plan['micro']}, negatives from the {args['negatives']}
+batch     {plan['batch']} in micro-batches of {plan['micro']}
+negatives from the {args['negatives']}
 steps     {plan['total']} in {plan['epochs']} epochs, warm-up {plan['warmup']}, from step {start}
 loss      at chance {at_chance:.2f}, in validation {val_chance:.2f}
 folder    {run.path}""")
