@@ -69,7 +69,7 @@ clean: ## remove caches and the demo; runs, downloads and .venv stay
 # A run of a study, such as OUT/contig-s0, is a row and a seed; .done marks one that has ended well.
 STUDY   := $(foreach n,$(wordlist 1,$(SEEDS),0 1 2 3 4 5 6 7 8 9),$(ROWS:%=$(OUT)/%-s$(n)))
 DONE    := $(patsubst %/.done,%,$(wildcard $(STUDY:%=%/.done)))
-REPORT  := $(if $(filter superclass,$(LABELS)),,$(shell echo 'labels-$(LABELS)' | tr ' ' ,)/)report.md
+REPORT := $(if $(filter superclass,$(LABELS)),,$(shell echo 'labels-$(LABELS)' | tr ' ' ,)/)report.md
 seed     = $(lastword $(subst -s, ,$*))
 row      = $(subst +, ,$(*:%-s$(seed)=%))# as words: the view, and flags
 threads  = $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1 \) / $(JOBS))
