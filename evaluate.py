@@ -103,19 +103,22 @@ REPRESENTATION = dict(silhouette="silhouette", davies_bouldin="Davies-Bouldin (l
 SCORED = {"official": fold_names(TEST_FOLD), "cv": "each scored by a probe of other folds"}
 INTERVALS = ("Intervals hold 95 %, over patients; where that of a difference holds 0, these "
              "records do not tell.")
-OVER_SEEDS = ("Means over seeds, with intervals over these too, or the standard deviation. No "
-              "correction for the number of comparisons; the highest is chosen on these scores.")
+OVER_SEEDS = ("Means over seeds, with intervals over these too, or the standard deviation; of a "
+              "group of one run the interval is over patients alone. No correction for the number "
+              "of comparisons; the highest is chosen on these scores.")
 ABOUT = {
     "official": f"**Official protocol.** Several labels at once; {fold_names(TRAIN_FOLDS)} train, "
                 f"{fold_names(VAL_FOLD)} chooses C and thresholds, {fold_names(TEST_FOLD)} tests. "
                 "Accuracy: all classes right.",
     "cv": "**Cross-validated.** The same, but each labelled record is scored once, by a probe that "
-          "learned from other folds.",
+          "learned from other folds; the scores of all probes are ranked together. Pretraining saw "
+          f"the signals of {fold_names(TRAIN_FOLDS)}, never a label.",
     "table3": "**Table 3 of the paper.** One superclass, each view of a record a sample, "
               f"{fold_names([VAL_FOLD, TEST_FOLD])} test. The paper: its own, on all of PTB-XL.",
     "fewer": "**Fewer labels, fewer leads.** Macro AUROC. Labels: so many records in all, of each "
-             "class (10shot), or a share; means over draws. Leads: the others are zero; the probes "
-             "also learned from masked records.",
+             "class (10shot), or a share; means over draws. All labels of the fold that chooses C "
+             "and thresholds are seen. Leads: the others are zero; the probes also learned from "
+             "masked records.",
     "representation": "**Representation**, and Table 2 of the paper. Records of "
                       f"{fold_names([VAL_FOLD, TEST_FOLD])} with one class. Shift: distance to "
                       "itself half a second later over that between records; low is good, as for "
@@ -470,7 +473,7 @@ def predict(pipeline, z, K):
     """Scores (n, K) of fit_pipeline()'s result for features z (n, d)."""
     p = pipeline.predict_proba(z)
     if isinstance(pipeline[-1], OneVsRestClassifier):
-        return p
+        return p[:, -K:]  # of one class scikit-learn gives the probability of none, too
     return p @ np.eye(K)[pipeline.classes_]  # a softmax over the classes that training had
 
 
@@ -727,7 +730,7 @@ class Run:
         keep: leads that are there, of all records (C,) or of each (n, C); None: all leads
         """
         size, found = max(self.trained["micro_batch"], 16), []
-        for at in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / size)):
+        for at in np.array_split(np.arange(len(rows)), math.ceil(max(len(rows), 1) / size)):
             x, there = normalize(fetch(self.cache, rows[at], self.device)), None
             if keep is not None:
                 there = torch.from_numpy(np.broadcast_to(keep, (len(rows), C))[at])
@@ -866,6 +869,8 @@ def score_rows(run, rows):
                 keys += [Key(task.name, row, budget, draw=draw) for budget in run.settings.labels
                          for draw in range(run.settings.seeds)
                          if draw == 0 or task.name == "official" and budget != "100%"]
+            if row == "majority":
+                keys = keys[:1]  # few labels make no other majority
             if row == "finetuned":
                 keys = keys[1:]
             for key in dict.fromkeys(keys):
@@ -989,9 +994,11 @@ def representation_lines(run):
     """Lines of what each row's representations are like, without a probe.
 
     clustering: scores of Run.single under its classes; `chance`: of this run's, classes permuted.
-    quality: `shift` of the same records, and RankMe of all.
+    quality: `shift` of the same records, and RankMe of all. Nothing where there are no two of them.
     """
     out, rows, everything = [], run.single, np.arange(len(run.cache.index))
+    if len(rows) < 2:
+        return out
     labels, rng = run.labels.y[rows].argmax(1), np.random.default_rng(0)
     for row in [row for row in ROWS if row in run.models]:
         z = run.represent(row, everything).mean(1)
@@ -1030,6 +1037,7 @@ def measure(run, rows):
     if run.saved["config"]["arch"] != "resnet18":
         (fold,) = learned[Key("official", "pretrained")]
         scores |= score_streams(run, fold["probe"], fold["thresholds"])
+    (run.out / "metrics.csv").unlink(missing_ok=True)  # a kill must not leave one of other scores
     write_scores(run.out / "eval" / "scores.npz", scores)
     index, z = run.cache.index, run.represent("pretrained", np.arange(len(run.cache.index)))
     save_arrays(run.out / "eval" / "embeddings-pretrained.npz", dict(
@@ -1413,6 +1421,7 @@ def read_evaluated(folder, labels):
                     if key not in NOT_A_RESULT | {"seed"}}
         settings |= dict(strengths=saved["strengths"], classes=about["classes"],
                          label_lr=about["settings"]["label_lr"],
+                         draws_of_labels=about["settings"]["seeds"],
                          data=about["data"]["fingerprint"][:6])
     if about["format"] != FORMAT:
         print(f"note: {folder} is left out: evaluated by other code; {again}")

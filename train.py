@@ -271,7 +271,7 @@ def settle(args, n_train, n_val, processes=1):
                          "larger --micro-batch, or a larger --batch-size")
     steps = n_train // batch
     total = min(args.epochs * steps, args.max_steps or math.inf)
-    return SimpleNamespace(batch=batch, micro=micro, steps=steps, total=total,
+    return SimpleNamespace(batch=batch, micro=micro, processes=processes, steps=steps, total=total,
                            val_batch=min(batch, n_val // processes * processes),
                            epochs=math.ceil(total / steps), warmup=min(args.warmup, total // 5))
 
@@ -497,6 +497,8 @@ def summary(sums, record):
         norms |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
     seconds, waited = mean.pop("seconds"), mean.pop("waited")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10  # KiB on Linux
+    if sys.platform == "darwin":  # bytes there
+        peak /= 2 ** 10
     if record["device"].startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(record["device"]) / 2 ** 20
     return mean | norms | dict(records_per_second=record["in_effect"]["batch"] / seconds,
@@ -584,7 +586,9 @@ def describe_run(args, config, model, cache, plan):
 
 def settings_of(record):
     """What decides a result, as users know it: {setting: value}; record: as in args.json."""
-    data, settings = record["data"], {"micro-batch in effect": record["in_effect"]["micro"]}
+    data, in_effect = record["data"], record["in_effect"]
+    settings = {"micro-batch in effect": in_effect["micro"], "precision": record["precision"],
+                "processes (NPROC)": in_effect["processes"]}
     settings["data"] = f"{data['data']} at {data['rate']} Hz, fingerprint {data['fingerprint'][:8]}"
     for name, value in record["args"].items():
         if name not in NOT_A_RESULT:
