@@ -45,8 +45,8 @@ help: ## this text; scripts skip what is done and resume what was cut off
 demo: data/synth/SHA256SUMS.txt ## the whole chain on synthetic records, without network
 	$(MAKE) pretrain DATA=data/synth RATE=100 PRESET=conv RUN=runs/demo-$(NAME)-s$(SEED) \
 		ARGS="--epochs 40 --batch-size 32 $(ARGS)"
-	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--fast --cv"
 	$(MAKE) plots RUN=runs/demo-$(NAME)-s$(SEED) RUNS= ARGS=
+	$(MAKE) eval RUN=runs/demo-$(NAME)-s$(SEED) ARGS="--fast --cv"
 test: | .venv/.done ## the tests; FAST=1 leaves out the slow ones, PTBXL=folder adds real records
 	$(PY) -m pytest -q -rs test_all.py
 download: data/ptbxl/.complete-$(RATE) ## PTB-XL 1.0.3 from PhysioNet, only what RATE needs

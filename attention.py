@@ -284,13 +284,16 @@ def maps(folders, out, args):
 
 def plot_training(kind, runs, path):
     """A figure of TRAINING, a panel a column and a line a run; runs: {name: (args.json, log)}."""
-    columns = TRAINING[kind]
+    columns = [column for column in TRAINING[kind]  # conv has no norms as the paper takes them
+               if any(column in log and log[column].notna().any() for _, log in runs.values())]
+    if not columns:
+        return  # a ResNet-18 has no streams
     figure = Figure((3.6 * len(columns), 3.8))
-    axes = figure.subplots(1, len(columns), sharey=kind == "loss")
+    axes = figure.subplots(1, len(columns), sharey=kind == "loss", squeeze=False)[0]
     for i, (axis, column) in enumerate(zip(axes, columns)):
         axis.set(title=column, xlabel="epoch", yscale="log" if kind == "gradients" else "linear")
         for color, (name, (saved, log)) in enumerate(runs.items()):
-            if column in log:  # a ResNet-18 has no streams
+            if column in log:
                 axis.plot(log.index, log[column].astype(float), "o-", color=f"C{color}",
                           label=f"{name}: {describe_data(saved['data'])}")
             if kind == "loss":

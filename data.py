@@ -150,6 +150,8 @@ def reading(path, remedy):
         yield
     except InputError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path} cannot be read: not there ({error}); {remedy}") from error
     except Exception as error:  # wfdb, pandas, torch and json raise whatever they stumble over
         fault = f"{type(error).__name__} {str(error)[:200]}".strip()
         raise InputError(f"{path} cannot be read, it may be damaged ({fault}); {remedy}") from error

@@ -1614,6 +1614,8 @@ def embed_recordings(args):
     shown = table.drop(columns="file").head(20).round(3)
     print(markdown(list(shown), shown.to_numpy()))
     print(f"{len(used)} of {len(table)} recordings, {len(z[0])} features of each")
+    if read_args(args.run)["data"]["synthetic"]:
+        print("The encoder learned from SYNTHETIC data: its numbers say nothing of patients.")
     if encoder.probe is None:
         print(f"No probabilities, for want of a probe: make eval RUN={args.run}")
     else:
