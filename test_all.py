@@ -6,31 +6,26 @@
 
 Faults, what is promised then, and the tests of it:
 
-    a server stalls, cuts, lies   tried again, else named; once each byte  TestDownload, *Hostile*
-    a hostile list or table       nothing outside the folder; cells named  TestHostileData, TestFuzz
-    a damaged header, samples     refused, all at once, or --skip-bad      TestHostileData, TestFuzz
-    a cache cut off, damaged      refused; the old one is kept till then   TestHostileData, TestFuzz
-    a damaged last.pt, model.pt   named; on from the save before it        TestSurvives, TestFuzz
-    damaged JSON, logs, results   named, with what to do                   TestSurvives, TestFuzz
-    a full disk                   named; what was there is kept            *_full_disk_*, *_room_*
-    SIGTERM, Ctrl-C               the step is saved; no traceback          *_signal_*, *_ctrl_c_*
-    kill -9                       goes on, and ends bit for bit the same   *_killed_*, *_kills_*
-    torchrun killed, told to stop all stop, at the same step; goes on      *_torchrun_*, *_told
-    another device                goes on there                            *_gpu_*, *_device
-    out of memory                 one line: what to halve                  *_out_of_memory_*
-    a damaged export              refused; nothing is unpickled            *_export_*, TestFuzz
-    damaged recordings            named; the others go on                  TestEmbed, TestFuzz
+    a server stalls, cuts, lies    tried again, else named; once each byte   TestDownload
+    a hostile list or table        nothing outside the folder; cells named   TestHostileData
+    a damaged cache or recording   named; the others go on                   *Hostile*, TestEmbed
+    a damaged file of a run        named, with what to do; it is kept        test_a_damaged_file_*
+    a full disk                    named; what was there is kept             *_full_disk_*
+    SIGTERM, Ctrl-C                the step is saved; no traceback           *_signal_*, *_ctrl_c_*
+    kill -9                        goes on, and ends bit for bit the same    *_killed_*
+    torchrun killed, told to stop  all stop, at the same step; goes on       *_torchrun_*, *_told
+    another device                 goes on there                             *_gpu_*, *_device
+    out of memory                  one line: what to halve                   *_out_of_memory_*
 """
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
 
+import argparse
 import contextlib
-import email.utils
-import errno
+import dataclasses
 import functools
 import http.server
-import importlib
 import io
 import itertools
 import json
@@ -43,13 +38,13 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
 from pathlib import Path
 from unittest import mock
 
-import ecgmentations
 import h5py
 import numpy as np
 import pandas as pd
@@ -57,15 +52,18 @@ import pytest
 import requests
 import scipy.ndimage
 import scipy.signal
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.tensorboard
 import wfdb
+from matplotlib.colors import to_hex
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wfdb.processing import xqrs_detect
 
 import attention
 import data
@@ -76,7 +74,7 @@ import views
 from data import CLASSES, LEADS, InputError
 
 HERE = Path(__file__).parent
-PTBXL, KILLS = os.environ.get("PTBXL"), int(os.environ.get("KILLS", 0))
+PTBXL = os.environ.get("PTBXL")
 slow = pytest.mark.skipif(bool(os.environ.get("FAST")), reason="FAST is set")
 real = pytest.mark.skipif(not PTBXL, reason="PTBXL names no folder of real records")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -84,18 +82,17 @@ CPU = torch.device("cpu")
 ALIASES = {view.alias: name for name, view in views.VIEWS.items() if view.alias}
 TINY = dict(width=24, heads=2, depth=1, ff_mult=2, stem_width=12, time_stride=20, channel_bins=16,
             fusion_width=32, rep_dim=16, proj_dim=8)
-CONV = dict(time_stem="conv", channel_stem="conv", positions=False, max_pool=True, lead_tokens=True,
-            readout="streams", aux_losses=True, stem_width=16, time_stride=8)
+CONV = dict(stems="conv", aux_losses=True, stem_width=16, time_stride=8)
 TINY_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
 RECORD = "records100/00000/00003_lr"  # a record of `small`
 LOGGED = {"epoch", "loss", "val_loss", "lr", "grad_norm_time", "grad_norm_channel",
-          "grad_norm_ratio", "silhouette", "davies_bouldin", "calinski_harabasz",
-          "gflop_per_record"}
-MEASURED = {"records_per_second", "data_share", "of_peak", "peak_mib"}  # another each time
+          "grad_norm_ratio", "silhouette", "davies_bouldin", "calinski_harabasz"}
+MEASURED = {"records_per_second", "data_share", "peak_mib"}  # another each time
 evaluate.STRENGTHS = evaluate.STRENGTHS[::4]  # an evaluation of a tiny run is mostly probes
 
 
 # Scripts and processes
+
 
 def script(*argv, ok=True, cwd=HERE):
     """Run a script of the project; return its output. With ok=False it must fail in one line."""
@@ -132,6 +129,7 @@ def refused(says):
 
 
 # Data
+
 
 @pytest.fixture(scope="session")
 def synth(tmp_path_factory):
@@ -275,27 +273,26 @@ def normalized(cache, rows):
 
 # Models and batches
 
+
 def tiny(**more):
     torch.manual_seed(0)
     return model.Contrastive(model.Config(**(TINY | more)))
 
 
-def double_loop(z1, z2, tau, decoupled=False):
-    """NT-Xent as its definition reads; decoupled: the pair itself is not in the sum."""
+def double_loop(z1, z2, tau):
+    """NT-Xent as its definition reads."""
     z, n, total = [*z1, *z2], len(z1), 0.0
     for i in range(2 * n):
-        pair = (i + n) % (2 * n)
-        others = sum(math.exp(float(z[i] @ z[j]) / tau) for j in range(2 * n)
-                     if j != i and not (decoupled and j == pair))
-        total += math.log(others) - float(z[i] @ z[pair]) / tau
+        others = sum(math.exp(float(z[i] @ z[j]) / tau) for j in range(2 * n) if j != i)
+        total += math.log(others) - float(z[i] @ z[(i + n) % (2 * n)]) / tau
     return total / (2 * n)
 
 
-def big_batch(n=12, key=(0, 5), masked=True):
-    """A Batch of n random records: views (b, 500, C) and, if masked, the leads that they keep."""
+def big_batch(n=12, step=5, masked=True, seed=0):
+    """A Batch of n random records: views (2, n, 500, 12) and, if masked, the leads they keep."""
     x = torch.randn(2, n, 500, 12, generator=torch.Generator().manual_seed(1))
     keep = views.draw_leads((2, n, 12), .5, np.random.default_rng(2)) if masked else None
-    return train.Batch(n, lambda part: (x[0, part], x[1, part]), keep, key)
+    return train.Batch(x, keep, step, seed)
 
 
 def with_dropout(**more):
@@ -308,6 +305,7 @@ def gradient(m):
 
 
 # Runs
+
 
 def log_of(run):
     """The rows of a run's log."""
@@ -351,29 +349,27 @@ def argv_of(cache, run, *argv):
                              *TINY_FLAGS, *argv)]
 
 
-def run_train(cache, run, *argv):
-    """Train in this process."""
-    train.train(train.get_args(argv_of(cache, run, *argv)))
+def run_train(cache, run, *argv, stop=None):
+    """Train in this process; stop: the so-manieth step to ask, from 1, is told to stop."""
+    asked = itertools.count(1)
+    train.train(train.get_args(argv_of(cache, run, *argv)), lambda device: next(asked) == stop)
 
 
 class Killed(BaseException):
     pass
 
 
-def run_cut_short(monkeypatch, saves, *argv):
+def run_cut_short(saves, *argv):
     """Train in this process; as it is about to write last.pt once more, it is as if killed."""
-    save, done = train.RunFolder.save, []
+    write, done = data.write_atomic, itertools.count()
 
-    def save_or_die(*args):
-        if len(done) == saves:
+    def write_or_die(path, how):
+        if path.name == "last.pt" and next(done) == saves:
             raise Killed
-        save(*args)
-        done.append(args)
+        write(path, how)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.RunFolder, "save", save_or_die)
-        with pytest.raises(Killed):
-            run_train(*argv)
+    with mock.patch.object(train, "write_atomic", write_or_die), pytest.raises(Killed):
+        run_train(*argv)
 
 
 SAME = "--view", "interleaved", "--epochs", 2
@@ -388,6 +384,7 @@ def finished(cache, tmp_path_factory):
 
 # Evaluations
 
+
 def run_evaluate(*argv):
     """Evaluate, or compare, in this process."""
     evaluate.main(evaluate.get_args([str(a) for a in argv]))
@@ -399,22 +396,12 @@ def quick(run, *more):
             *more)
 
 
-def metrics_of(run):
-    """The values of metrics.csv by protocol, row, labels, seed and metric."""
-    return pd.read_csv(run / "metrics.csv").set_index(evaluate.KEYS)
-
-
-def numbers_of(run):
-    """The same, without what depends on the clock."""
-    return metrics_of(run).drop(index="seconds", level="metric")
-
-
 @pytest.fixture(scope="session")
 def evaluated(finished, cache):
     """The finished run, evaluated without the slow rows; its encoder's bytes before; what it said.
     """
     before = (finished[0] / "model.pt").read_bytes()
-    return finished[0], before, said(run_evaluate, *quick(finished[0]))
+    return finished[0], before, said(run_evaluate, *quick(finished[0], "--cv", "--seeds", 2))
 
 
 def random_scores(n=200, seed=0):
@@ -427,6 +414,7 @@ def random_scores(n=200, seed=0):
 
 # Figures
 
+
 def run_attention(*argv):
     """Draw in this process."""
     attention.main(attention.get_args([str(a) for a in argv]))
@@ -438,6 +426,11 @@ def beats(rate, every=0.8, first=0.5):
     mv = sum(np.exp(-((t - r) / .012) ** 2 / 2) + .3 * np.exp(-((t - r - .25) / .05) ** 2 / 2)
              for r in times)
     return np.repeat(np.rint(1000 * mv).astype(np.int16)[:, None], 12, axis=1), times
+
+
+def read_signal(table, row, rate):
+    """A real record (T, C) in microvolt, of a table of load_tables()."""
+    return data.in_leads(data.read_recording(f"{PTBXL}/{table[data.RATES[rate]][row]}.hea"))[0]
 
 
 def figures_of(*argv):
@@ -478,147 +471,171 @@ class TestData:
                 for found in (c, pickle.loads(sent)):
                     np.testing.assert_allclose(found.signals[row], atol=1e-6,
                                                desired=wfdb.rdrecord(str(path)).p_signal * 1000)
-            assert list(c.index.ecg_id) == list(table.ecg_id) and c.meta["synthetic"]
+            assert list(c.index) == list(data.COLUMNS) and c.meta["synthetic"]
+            assert list(c.index.ecg_id) == list(table.ecg_id)
             assert c.signals.shape == (len(table), 10 * rate, 12)
-
-    def test_headers_are_parsed_as_wfdb_alone_parses_them(self, twenty, monkeypatch):
-        lines = ["r.dat 16", "r.dat 16x2:3+24 200.5(-7)/uV 12 5 -3 99 0 ECG lead I", "~r.dat 8 0",
-                 "r.dat 212 1e3/mV 16 -4", "r.mat 16+24 1000/mV 16 0 -12 0 0 v1",
-                 *(twenty / f"{RECORD}.hea").read_text().splitlines()[1:]]
-        for path in Path(PTBXL).rglob("*0_lr.hea") if PTBXL else ():
-            lines += path.read_text().splitlines()[1:]
-        parse, header = wfdb.io._header._parse_signal_lines, data.our_wfdb().io._header
-        quick = parse(lines)
-        monkeypatch.setattr(header, "SIGNAL_SPECS", header.FIELD_SPECS.loc[
-            header.SIGNAL_SPECS.index])
-        assert isinstance(header.SIGNAL_SPECS, pd.DataFrame) and parse(lines) == quick
-
-    def test_leads_are_found_by_name_in_any_case_and_order(self, tmp_path):
-        order = np.random.default_rng(0).permutation(12)
-        signal = write_record(tmp_path / "r", sig_name=[LEADS[i].lower() for i in order],
-                              comments=["age: 0 0 0", "x y 0"])  # which are no gains of zero
-        np.testing.assert_array_equal(data.read_record(tmp_path / "r", 100)[:, order], signal)
-
-    @pytest.mark.parametrize("old, new, says", [
-        (b"V6$", b"X", "leads .* X; needs"), (b"V6$", b"V5", "leads I .*V5 V5; needs"),
-        (b"^r 12 100", b"r 12 250", "1000 samples at 250 Hz; needs 1000 at 100 Hz"),
-        (b"/mV", b"/uV", "units uV; needs mV"),
-        (rb"(?s)\A.*", b"\x81\xc3\0{\x1f", "unreadable"),
-        (b"^r 12 100 1000", b"r 999999999 100 1000", "999999999 leads"),
-        (b"^r 12 100 1000", b"r 12 100 999999999999", "999999999999 samples at 100 Hz"),
-        (rb"(?s)\A.*", b"r/1 12 100 1000\ns 1000\n", "leads ; needs I II"),
-        (b"dat 16 1000.0(?=.* V6$)", b"dat 16 0.0", "gains 0; needs 1 to 1e6"),
-        (b"dat 16 1000.0", b"dat 16 -1000", r"gains \[-1000.0\]; needs 1 to 1e6 per mV"),
-        (b"dat 16 1000.0", b"dat 16 1e300", r"gains \[1e.300\]"),
-        (b"dat 16 1000.0", b"dat 17 1000.0", "unreadable"),
-        (rb"\(0\)", b"(%d)" % 10 ** 30, "unreadable"),
-        (rb"\(0\)", b"(1000000)", "a value exceeds 32.767 mV"),
-        (rb"r\.dat", b"s.dat", "samples in s.dat; needs r.dat"),
-        (rb"(?s).{24}\Z", b"", "header tells of 24000 bytes, the file has 23976"),  # of samples
-        (rb"(?s)\Z", bytes(24), "header tells of 24000 bytes, the file has 24024"),
-        (rb"(?s)\A.{4}", bytes(4), "checksum")])
-    def test_an_unusable_record_is_named_with_its_fault(self, tmp_path, monkeypatch, old, new,
-                                                        says):
-        write_record(tmp_path / "r")
-        shutil.copy(tmp_path / "r.dat", tmp_path / "s.dat")
-        path = tmp_path / ("r.dat" if "bytes" in says or says == "checksum" else "r.hea")
-        raw = path.read_bytes()
-        path.write_bytes(re.sub(old, new, raw, flags=re.M))
-        assert path.read_bytes() != raw
-        if "99999" in says:  # before memory is taken for so many
-            monkeypatch.delattr(wfdb, "rdrecord")
-        with pytest.raises(InputError, match=f"^r: .*({says})"):
-            data.read_record(tmp_path / "r", 100)
-
-    def test_unusable_records_stop_the_cache_all_named_or_are_left_out_and_flat_leads_counted(
-            self, small, capsys):
-        flat = np.random.default_rng(1).integers(-500, 500, (1000, 12)) * (np.arange(12) != 7)
-        write_record(small / RECORD, signal=flat)
-        for path in sorted((small / "records100").rglob("*.hea"))[4:16]:
-            write_record(path.with_suffix(""), fs=250)
-        invalid = np.where(np.arange(12000) == 77, -32768, flat.ravel()).reshape(1000, 12)
-        write_record(small / RECORD.replace("3_", "4_"), signal=invalid)
-        with pytest.raises(InputError, match="13 of 20 records cannot be used; .*--skip") as got:
-            cached(small)
-        assert len(str(got.value).splitlines()) == 11 and "00008_lr: 1000 samp" in str(got.value)
-        assert "00004_lr: 1 time points hold an invalid sample" in str(got.value)
-        assert not list(small.parent.glob("cache*"))
-        kept = cached(small, skip_bad=True)
-        assert len(kept.signals) == 7 and list(kept.index.ecg_id) == [1, 2, 3, *range(17, 21)]
-        assert kept.meta["records_with_a_flat_lead"] == 1
-        np.testing.assert_array_equal(kept.signals[2], flat)
-        assert capsys.readouterr().out.count("  left out: 000") == 13
-        cached(small)
-        assert "7 records at 100 Hz, 13 left out" in capsys.readouterr().out
 
     def test_the_cache_is_kept_until_its_source_or_format_changes(self, small, capsys, monkeypatch):
         first = cached(small).meta
-        assert cached(small).meta == first and "up to date" in capsys.readouterr().out
+        assert cached(small).meta == first and "up to date, 20 records" in capsys.readouterr().out
         os.utime(small / f"{RECORD}.dat", (1, 1))
         second = cached(small).meta
         assert second["source"] != first["source"]
-        assert second["fingerprint"] == first["fingerprint"]  # the samples are the same
+        assert second["fingerprint"] == first["fingerprint"]  # it covers samples and folds,
+        change_table(small, "scp_codes", "{'AFIB': 100.0}", lambda table: 3)
+        c = cached(small)  # but no statements
+        assert c.meta["fingerprint"] == first["fingerprint"]
+        assert c.index.statements[3] == '{"AFIB": 1}'
+        change_table(small, "strat_fold", 7, lambda table: table.patient_id == table.patient_id[3])
+        assert cached(small).meta["fingerprint"] != first["fingerprint"]
         monkeypatch.setattr(data, "FORMAT", 99)
-        with pytest.raises(InputError, match="format 1, this code reads 99"):
+        with pytest.raises(InputError, match="format 2, this code reads 99.*rm -r"):
             data.open_cache(small.parent / "cache")
-        assert cached(small).meta["format"] == 99
+        assert cached(small).meta["format"] == 99 and "made anew" in capsys.readouterr().out
 
-    def test_missing_and_half_downloaded_folders(self, small, tmp_path):
-        with pytest.raises(InputError, match="no tables of PTB-XL in .*nowhere.*data.py download"):
-            data.build_cache(tmp_path / "nowhere", 100, tmp_path / "c")
-        for path in list((small / "records100").rglob("*.dat"))[:5]:
-            path.unlink()
-        for command in ("synth", "download"):
-            with pytest.raises(InputError, match=f"5 of 40 record files are .*data.py {command}"):
-                cached(small)
-            (small / data.SYNTHETIC).unlink(missing_ok=True)
+    def test_missing_records_and_unusable_ones_stop_the_cache_or_are_left_out(self, small, capsys):
+        for path in sorted((small / "records100").rglob("*.hea"))[3:16]:
+            write_record(path.with_suffix(""), fs=250)
+        with pytest.raises(InputError, match="13 of 20 records cannot be used; .*--skip") as got:
+            cached(small)
+        assert len(str(got.value).splitlines()) == 11 and "00008_lr: 4 s long" in str(got.value)
+        assert not list(small.parent.glob("cache*"))
+        c = cached(small, skip_bad=True)
+        assert len(c.signals) == 7 and list(c.index.ecg_id) == [1, 2, 3, *range(17, 21)]
+        assert capsys.readouterr().out.count("  left out: 000") == 13
+        cached(small)
+        assert "7 records, 13 left out" in capsys.readouterr().out
+        (small / f"{RECORD}.hea").unlink()
+        for folder, says in ((small, "1 of 20 files of records are .*"), (small / "no", "/no/.*")):
+            with pytest.raises(InputError, match=f"{says}python data.py download"):
+                cached(folder)
 
-    def test_write_atomic_leaves_the_old_file_when_writing_fails(self, tmp_path):
-        path = tmp_path / "a" / "file"
-        data.write_atomic(path, lambda tmp: tmp.write_text("old"))
+    def test_files_are_synced_then_renamed_and_the_old_one_stays_when_writing_fails(
+            self, tmp_path, monkeypatch):
+        path, calls = tmp_path / "a" / "file", []
+        fsync, replace = os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda fd: (
+            calls.append(os.readlink(f"/proc/self/fd/{fd}").split("/")[-1][:8]), fsync(fd)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+        data.write_json(path, dict(a=[1, None], b="µ"))
+        assert calls == ["file.tmp", "rename", "a"]
 
-        def fail(tmp):
-            tmp.write_text("half")
-            raise KeyboardInterrupt
+        def fail(error):
+            def write(tmp):
+                tmp.write_text("half")
+                raise error
+            return write
 
         with pytest.raises(KeyboardInterrupt):
-            data.write_atomic(path, fail)
-        assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+            data.write_atomic(path, fail(KeyboardInterrupt()))
+        for error in (OSError(28, "No space left on device"), RuntimeError("iostream error")):
+            with pytest.raises(OSError, match="a/file cannot be written .*(No space|iostream).*"
+                               "is kept: make room, and give the same command again"):
+                data.write_atomic(path, fail(error))
+        assert json.loads(path.read_text()) == dict(a=[1, None], b="µ")
+        assert list(path.parent.iterdir()) == [path]
+        data.save_arrays(path, dict(x=np.arange(3), names=np.array(["µ", "b"])))
+        with np.load(path) as arrays:
+            assert [list(a) for a in arrays.values()] == [[0, 1, 2], ["µ", "b"]]
 
-    def test_info_counts_by_fold_and_class_whatever_rate_was_downloaded(self, small, capsys):
-        shutil.rmtree(small / "records100")
-        data.info(small)
-        out, table = capsys.readouterr().out, data.load_tables(small)
-        counts = " +".join(str(table[c].sum()) for c in CLASSES)
-        assert re.search(f"all +20 +{counts}", out), out
-        assert f"{table.patient_id.nunique()} patients" in out and "(synthetic)" in out
-
-    @real
-    def test_real_superclass_counts_are_table_1(self):
-        folder = Path(PTBXL).parent / "ptbxl_metadata"
-        if not folder.exists():
-            pytest.skip(f"no {folder} with the tables of all records")
-        table = data.load_tables(folder)
-        assert len(table) == 21799 and table.patient_id.nunique() == 18869
-        assert list(table[list(CLASSES)].sum()) == [9514, 5469, 5235, 4898, 2649]
+    def test_texts_name_folds(self):
+        for folds, name in ((10, "fold 10"), ([np.int64(3)], "fold 3"), ((9, 10), "folds 9 and 10"),
+                            (range(1, 9), "folds 1-8"), ({4, 1, 3}, "folds 1, 3 and 4")):
+            assert data.fold_names(folds) == name
 
     @real
-    def test_real_records_match_wfdb_and_obey_einthoven(self, real_cache):
+    def test_real_records_are_what_wfdb_reads(self, real_cache):
         table = data.load_tables(PTBXL)
         for row in range(0, len(table), 50):
             record = wfdb.rdrecord(f"{PTBXL}/{table.filename_lr[row]}")
             np.testing.assert_array_equal(real_cache.signals[row], np.rint(record.p_signal * 1000))
-            assert data.limb_leads_agree(data.read_record(f"{PTBXL}/{table.filename_hr[row]}", 500))
-        assert all(map(data.limb_leads_agree, real_cache.signals))
+            cut, there, notes = data.prepare(
+                data.read_recording(f"{PTBXL}/{table.filename_hr[row]}.hea"), 500)
+            record = wfdb.rdrecord(f"{PTBXL}/{table.filename_hr[row]}")
+            np.testing.assert_allclose(cut[0], record.p_signal * 1000, atol=1e-3)
+
+
+class TestLabels:
+    def labels(self, statements, spec, label_sets=(), vocabulary=()):
+        index = pd.DataFrame(dict(source="s", statements=list(map(json.dumps, statements))))
+        meta = dict(label_sets=dict(label_sets), vocabulary=dict(s=vocabulary))
+        return data.read_labels(data.Cache(None, None, index, meta), spec)
+
+    def test_a_class_is_any_of_its_codes_and_members_are_known(self):
+        records = [dict(A=1), dict(B=1), dict(A=0, B=0), dict(A=0), dict(C=1), {}]
+        for spec, vocabulary, y, member in (
+                ("A", (), [1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]),
+                ("X=A+B", (), [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]),  # one that is 1 is enough
+                ("X=A+B", "ABC", [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]),  # of {} nothing is known
+                ("X=C", "ABC", [0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 0])):
+            got = self.labels(records, spec, vocabulary=vocabulary)
+            assert got.y[:, 0].tolist() == y and got.member.astype(int).tolist() == member, spec
+        got = self.labels(records, "A X=B+C", vocabulary="ABC")
+        assert got.classes == ("A", "X") and got.y[:5].tolist() == [
+            [1, 0], [0, 1], [0, 0], [0, 0], [0, 1]]
+
+    def test_of_a_named_set_those_with_a_label_take_part_and_a_column_may_bear_its_name(self):
+        sets = dict(superclass=dict(NORM=["NORM"], MI=["IMI", "AMI"]))
+        records = [dict(IMI=1, NORM=1), dict(MI=1), dict(SR=1), dict(MI=0)]
+        got = self.labels(records, "superclass", sets, ("IMI", "AMI", "NORM", "SR"))
+        assert got.y.tolist() == [[1, 1], [0, 1], [0, 0], [0, 0]]
+        assert got.member.tolist() == [True, True, False, False]
+        got = self.labels(records, "superclass")  # of a source that is not PTB-XL's
+        assert got.classes == CLASSES and got.y.sum(0).tolist() == [1, 1, 0, 0, 0]
+
+    @pytest.mark.parametrize("spec", ["B", "X=A+B", "form", "", "A form"])
+    def test_unknown_words_are_refused_with_what_there_is(self, spec):
+        with pytest.raises(InputError, match=r"unknown; give a label set \(superclass, rhythm\).*"
+                           r"NAME=CODE\+CODE.*A \(2\), SR \(1\)"):
+            self.labels([dict(A=1, SR=1), dict(A=1)], spec, dict(rhythm=dict(SR=["SR"])))
+
+    def test_labels_of_a_cache_are_its_table_s(self, synth, cache, capsys):
+        c, table = data.open_cache(cache), data.load_tables(synth)
+        for spec, codes in (("rhythm", data.RHYTHMS), ("all", [*data.CHANGES, *data.RHYTHMS]),
+                            ("SR AMI", ["SR", "AMI"])):
+            got = data.read_labels(c, spec)
+            assert got.name == spec and got.classes == tuple(codes) and got.member.all()
+            want = [[int(f"'{code}'" in text) for code in codes] for text in table.scp_codes]
+            assert got.y.tolist() == want
+        data.info([synth], "SR")
+        out, is_sr = capsys.readouterr().out, table.scp_codes.str.contains("'SR'")
+        counts = is_sr.groupby(table.strat_fold).sum()
+        assert re.search(f"SR +{' +'.join(map(str, counts))} +{is_sr.sum()}\n", out), out
+        assert re.search(r"synth \(synthetic\): SR by fold(.|\n)*records .* 100\n", out)
+        assert f"{table.patient_id.nunique()} patients" in out
+
+    @real
+    def test_the_label_sets_of_all_of_ptb_xl_have_the_benchmark_s_records(self):
+        folder = Path(PTBXL).parent / "ptbxl_metadata"
+        if not folder.exists():
+            pytest.skip(f"no {folder} with the tables of all records")
+        table, meta = data.join_sources([folder], 100)
+        assert len(table) == 21799 and table.patient_id.nunique() == 18869
+        splits = [table.strat_fold.isin(list(data.TRAIN_FOLDS)),
+                  table.strat_fold == data.VAL_FOLD, table.strat_fold == data.TEST_FOLD]
+        for spec, classes, records in (
+                ("superclass", 5, [17084, 2146, 2158]), ("subclass", 23, [17084, 2146, 2158]),
+                ("diagnostic", 44, [17084, 2146, 2158]), ("form", 19, [7197, 901, 880]),
+                ("rhythm", 12, [16832, 2100, 2098]), ("all", 71, [17418, 2183, 2198])):
+            got = data.read_labels(data.Cache(None, None, table, meta), spec)
+            assert len(got.classes) == classes, spec
+            assert [int(got.member[split].sum()) for split in splits] == records, spec
+            if spec == "superclass":  # Table 1 of the paper
+                assert got.classes == CLASSES
+                assert got.y.sum(0).tolist() == [9514, 5469, 5235, 4898, 2649]
 
 
 class TestSynth:
-    def test_limb_leads_obey_einthoven_and_goldberger(self, cache):
-        x = np.asarray(data.open_cache(cache).signals, dtype=int)
-        I, II, III, aVR, aVL, aVF = np.moveaxis(x[..., :6], -1, 0)
+    def test_limb_leads_obey_einthoven_and_folds_patients_and_classes_are_as_in_ptb_xl(
+            self, synth, cache):
+        c = data.open_cache(cache)
+        I, II, III, aVR, aVL, aVF = np.moveaxis(np.asarray(c.signals, dtype=int)[..., :6], -1, 0)
         for left, right in ((III, II - I), (aVR, -(I + II) / 2), (aVL, I - II / 2),
                             (aVF, II - I / 2)):
             assert np.abs(left - right).max() <= 2  # microvolt, from rounding
+        assert (data.read_labels(c).y.sum(0) > 0).all() and {*c.index.strat_fold} == {*range(1, 11)}
+        assert 1 < len(c.index) / c.index.patient_id.nunique() < 1.6
+        assert "not patients" in (synth / data.SYNTHETIC).read_text()
 
     def test_the_same_seed_gives_the_same_files(self, twenty, synth, tmp_path):
         data.synthesize(tmp_path / "again", 20, seed=2)
@@ -627,47 +644,24 @@ class TestSynth:
         assert sums == again and sums[f"{RECORD}.dat"] != other[f"{RECORD}.dat"]
         assert all(data.sha256(twenty / name) == digest for name, digest in sums.items())
 
-    def beat(self, codes):
-        """A noiseless beat (T, C) in mV around its R peak at sample 250, at 500 Hz."""
-        rng, t = np.random.default_rng(0), (np.arange(500) - 250) / 500
+    def beat(self, codes, severity=1):
+        """A noiseless beat {lead: mV} around its R peak at sample 250, at 500 Hz."""
+        t = (np.arange(500) - 250) / 500
         dipole = sum(np.exp(-((t - at) / width) ** 2 / 2)[:, None] * vector
-                     for at, width, *vector in data.mild(data.diseased(codes, rng), 1))
+                     for at, width, *vector in data.change_waves(codes, severity).values())
         return dict(zip(LEADS, data.all_leads(dipole @ data.DOWER).T))
 
     def test_each_diagnosis_changes_what_it_changes_in_patients(self):
-        normal, st = self.beat([]), slice(300, 310)  # 100 to 120 ms after R
+        normal, st = self.beat(["NORM"]), slice(300, 310)  # 100 to 120 ms after R
         assert normal["V1"].min() < -.5 and normal["V5"].max() > .8  # rS in V1, tall R in V5
         assert self.beat(["AMI"])["V2"][235:245].min() < normal["V2"][235:245].min() - .3  # Q
         assert self.beat(["AMI"])["V2"][st].mean() > normal["V2"][st].mean() + .05  # ST elevation
-        assert self.beat(["IMI"])["aVF"][235:245].min() < normal["aVF"][235:245].min() - .2
         assert self.beat(["ISC_"])["V5"][st].mean() < normal["V5"][st].mean() - .05  # ST depression
         assert self.beat(["NDT"])["V5"][375:395].mean() < .5 * normal["V5"][375:395].mean()
         assert self.beat(["CRBBB"])["V1"][270:290].max() > .4 > normal["V1"][270:290].max()  # R'
-        assert self.beat(["CLBBB"])["V6"][270:280].min() > .4  # still up 50 ms after R: wide QRS
         lvh = self.beat(["LVH"])
         assert lvh["V5"].max() - lvh["V1"].min() > 3.5 > normal["V5"].max() - normal["V1"].min()
-
-    def test_severity_runs_from_the_normal_beat_to_the_diseased_one(self):
-        waves = data.diseased(["CRBBB", "IMI"], np.random.default_rng(0))
-        for none, full, (name, sick) in zip(data.mild(waves, 0), data.mild(waves, 1),
-                                            waves.items()):
-            np.testing.assert_allclose(none, data.WAVES.get(name, (*sick[:2], 0, 0, 0)))
-            np.testing.assert_allclose(full, sick)
-
-    def test_it_refuses_a_folder_of_something_else_and_too_few_records(self, tmp_path):
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(InputError, match="holds no synthetic data"):
-            data.synthesize(tmp_path, 20)
-        for flag, says in (("--records=3", "at least 20"), ("--seed=-1", "at least 0")):
-            with refused(says):
-                data.get_args(["synth", flag])
-
-    def test_every_fold_and_class_occurs_some_patients_return_and_it_says_what_it_is(self, synth):
-        table = data.load_tables(synth)
-        assert set(table.strat_fold) == set(range(1, 11))
-        assert (table[list(CLASSES)].sum() > 0).all()
-        assert 1 < len(table) / table.patient_id.nunique() < 1.6
-        assert "not patients" in (synth / data.SYNTHETIC).read_text()
+        np.testing.assert_allclose(self.beat(["LVH", "AMI"], 0)["V2"], normal["V2"])
 
 
 class TestDownload:
@@ -680,18 +674,11 @@ class TestDownload:
         names = sorted(n for n in data.read_sums(folder / "SHA256SUMS.txt") if "records100" in n)
         return Server(folder, {name: list(f) for name, f in zip(names, faults)})
 
-    def test_faults_that_pass_are_overcome(self, twenty, tmp_path):
-        server = self.faulty(twenty, ["cut"], ["wrong"], [503, 500], ["reset"], [429],
-                             ["cut", "wrong", 502])
-        data.download(tmp_path / "d", 100, server.url)
-        sums = data.read_sums(twenty / "SHA256SUMS.txt")  # all come but those of the other rate
-        got = {name: data.sha256(tmp_path / "d" / name) for name in sums
-               if (tmp_path / "d" / name).exists()}
-        assert got == {name: sums[name] for name in sums if "records500" not in name}
-
-    def test_a_second_run_fetches_what_is_missing_or_broken_and_nothing_else(self, twenty,
-                                                                             tmp_path):
-        server, folder = self.faulty(twenty, [404]), tmp_path / "d"
+    def test_faults_that_pass_are_overcome_and_a_second_run_fetches_what_is_missing_or_broken(
+            self, twenty, tmp_path):
+        server = self.faulty(twenty, [404], ["cut"], ["wrong"], [503, 500], ["reset"], ["busy 0"],
+                             ["cut", "wrong", 502], ["busy soon"])
+        folder, missing = tmp_path / "d", next(iter(server.faults))
         with pytest.raises(InputError, match="1 files could not be downloaded(.|\n)*HTTP 404"):
             data.download(folder, 100, server.url)
         assert not (folder / ".complete-100").exists()
@@ -699,215 +686,124 @@ class TestDownload:
         broken.write_bytes(b"half")
         server.asked.clear()
         data.download(folder, 100, server.url)
-        assert set(server.asked) == {str(broken.relative_to(folder)), "SHA256SUMS.txt",
-                                     *server.faults}
+        assert {*server.asked} == {str(broken.relative_to(folder)), "SHA256SUMS.txt", missing}
         assert (folder / ".complete-100").exists() and not list(folder.rglob("*.tmp*"))
+        sums = data.read_sums(twenty / "SHA256SUMS.txt")  # all come but those of the other rate
+        got = {name: data.sha256(folder / name) for name in sums if (folder / name).exists()}
+        assert got == {name: sums[name] for name in sums if "records500" not in name}
 
     @pytest.mark.parametrize("sums, says", [
         (b"<html>Sign in</html>", "not 'digest file'"), (b"\xff\xfe\x00", "not 'digest file'"),
-        (b"0" * 64 + b" README", "not a PTB-XL folder")])
-    def test_another_site_is_refused_before_records_come(self, tmp_path, sums, says):
+        (b"0" * 64 + b" README", "not a PTB-XL folder"), (b"0" * 64 + b" ../x", "within it"),
+        (b"0" * 64 + b" a/../../x", "within it"), (b"0" * 64 + b" /etc/x", "within it")])
+    def test_another_site_or_a_list_that_leads_elsewhere_is_refused_before_records_come(
+            self, tmp_path, sums, says):
         (tmp_path / "SHA256SUMS.txt").write_bytes(sums)
         with pytest.raises(InputError, match=says):
             data.download(tmp_path / "d", 100, Server(tmp_path).url)
 
-    def test_a_server_that_is_not_there_and_files_that_stay_wrong_are_named(self, twenty, tmp_path):
+    def test_a_server_that_is_not_there_and_files_that_stay_wrong_are_named(
+            self, twenty, tmp_path, monkeypatch):
+        monkeypatch.setattr(data, "TIMEOUT_S", .3)
         with pytest.raises(InputError, match="127.0.0.1"):
             data.download(tmp_path / "d", 100, "http://127.0.0.1:9/")
-        with pytest.raises(InputError, match="SHA-256 is .* SHA256SUMS.txt says"):
-            data.download(tmp_path / "d", 100, self.faulty(twenty, ["wrong"] * 9).url)
+        for fault, says in (("wrong", "SHA-256 is .* SHA256SUMS.txt says"), (503, "HTTP 503"),
+                            ("stall", "timed out")):
+            server = self.faulty(twenty, [fault] * 25)
+            with pytest.raises(InputError, match=f"1 files could not be downloaded(.|\n)*{says}"):
+                data.download(tmp_path / "d", 100, server.url)
 
-    def test_a_busy_server_is_waited_for_within_bounds_and_a_stall_ends(self, twenty, tmp_path,
-                                                                        monkeypatch):
-        def waits(*faults, stopped=False):
-            """The waits between tries of a file."""
-            server, seconds = Server(twenty, {data.TABLES[0]: [*faults]}), []
-            data.fetch_file(requests.Session(), f"{server.url}/{data.TABLES[0]}", tmp_path / "t",
-                            wait=lambda s: seconds.append(s) or stopped)
-            assert (tmp_path / "t").read_bytes() == (twenty / data.TABLES[0]).read_bytes()
-            return seconds
+    def test_both_schemes_wait_for_a_busy_server_but_not_for_long(self):
+        for url in ("http://a/b", "https://a/b"):
+            retry = data.open_session().get_adapter(url).max_retries
+            assert retry.total == data.TRIES and retry.parse_retry_after("7") == 7
+            assert retry.parse_retry_after("9" * 9) == data.PAUSE_S
+            assert retry.is_retry("GET", 429) and not retry.is_retry("GET", 404)
 
-        def date(seconds):
-            return "busy " + email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-        assert waits("busy 60") == [60] and waits("busy 9999") == [60]
-        assert 15 < waits(date(20))[0] <= 20 and waits(date(9999)) == [60]
-        for fault in (date(-9999), "busy soon", "busy " + "9" * 5000, 503):
-            assert waits(fault)[0] < .1
-        busy, reset = waits("busy 5", "reset")
-        assert busy == 5 and reset < .1  # a pause is of one answer
-        monkeypatch.setattr(data, "TIMEOUT_S", .3)
-        assert len(waits("stall")) == 1
-        with pytest.raises(InputError, match="HTTP 503"):
-            waits("busy 60", stopped=True)
-
-    def test_what_comes_is_said_and_room_for_records_or_a_cache_is_checked_before(
-            self, twenty, tmp_path, capsys, monkeypatch):
+    def test_room_for_what_comes_is_checked_before(self, twenty, tmp_path, capsys, monkeypatch):
         server = Server(twenty)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1e5))
-        with pytest.raises(InputError, match="d has no room for 0.6 MB: 0.1 MB are free; make roo"):
+        with pytest.raises(InputError, match="d has no room: 0.1 MB are free; make some"):
             data.download(tmp_path / "d", 100, server.url)
         assert server.asked == ["SHA256SUMS.txt"]
-        assert "43 files, 43 to come, 0.6 MB: at 5 MB/s some 1 min" in capsys.readouterr().out
-        with pytest.raises(InputError, match="has no room for 0.5 MB"):
-            data.build_cache(twenty, 100, tmp_path / "c")
-
-    def test_a_full_disk_ends_a_download_in_one_line_and_what_has_come_is_kept(
-            self, twenty, tmp_path, monkeypatch):
-        server, replace, written = Server(twenty), os.replace, set()
-
-        def full(tmp, path):
-            if len(written) > 9:
-                raise OSError(28, "No space left on device", str(path))
-            replace(tmp, path)
-            written.add(path)
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="^[^\n]*No space left[^\n]*same command again.*$"):
-            data.download(tmp_path / "d", 100, server.url, workers=2)
-        assert len(server.asked) < 40
-        assert {path for path in (tmp_path / "d").rglob("*") if path.is_file()} == written
-
-    @slow
-    def test_ctrl_c_ends_a_download_in_one_line_even_while_it_waits(self, twenty, tmp_path):
-        busy = [*data.read_sums(twenty / "SHA256SUMS.txt")][20:40]
-        server, began = Server(twenty, {name: ["busy 60"] for name in busy}), time.time()
-        process = begun(tmp_path / "words", "download", "--data", tmp_path / "d", "--rate", 100,
-                        "--url", server.url)
-        until(lambda: len(set(server.asked) & {*busy}) >= 8, process)
-        time.sleep(.3)
-        os.killpg(process.pid, signal.SIGINT)
-        process.join(50)
-        out = (tmp_path / "words").read_text()
-        assert process.exitcode == 1 and time.time() - began < 55
-        assert out.endswith("stopped; the same command goes on from here\n"), out
-        assert "Traceback" not in out and not list((tmp_path / "d").rglob("*.tmp*"))
+        assert "43 files, 43 to come, 0.6 MB" in capsys.readouterr().out
 
 
 class TestHostileData:
-    @pytest.mark.parametrize("name", ["../x", "records100/../../x", "/etc/x", "records100\\..\\x",
-                                      "records100/link/x", "..", "./", "a\0/x"])
-    def test_a_list_cannot_name_files_outside_its_folder(self, tmp_path, name):
-        (tmp_path / "d/records100").mkdir(parents=True)
-        (tmp_path / "d/records100/link").symlink_to(tmp_path)
-        path = tmp_path / "d/SHA256SUMS.txt"
-        path.write_text("0" * 64 + f" {name}\n")
-        with pytest.raises(InputError, match="SHA256SUMS.txt: .* of a file within its folder"):
-            data.read_sums(path)
-        path.write_text("0" * 64 + " records100/x\n")
-        (tmp_path / "link").symlink_to(tmp_path / "d")  # a link to the folder itself is fine
-        assert list(data.read_sums(tmp_path / "link/SHA256SUMS.txt")) == ["records100/x"]
+    @pytest.mark.parametrize("column, cell, says", [
+        ("strat_fold", 11, "'11' in lines 6; needs an integer from 1 to 10"),
+        ("strat_fold", "x", "'x' in lines 6; needs an integer from 1 to 10"),
+        ("ecg_id", "x", "Error"), ("ecg_id", 1.5, "Error"), ("patient_id", "inf", "Error"),
+        ("ecg_id", 4, "lines 5, 6; needs each once"),
+        ("patient_id", 11, "needs a patient in one fold alone"),
+        ("scp_codes", "5", "Error"), ("scp_codes", "{'NORM': 1", "Error"),
+        ("scp_codes", "[" * 9999, "Error"), ("scp_codes", None, "Error"),
+        ("filename_lr", None, "lines 6; needs a path within"),
+        ("filename_lr", "../records100/x", "lines 6; needs a path within"),
+        ("filename_hr", "/etc/passwd", "lines 6; needs a path within"),
+        ("filename_lr", RECORD, "lines 4, 6; needs another record in"),
+        ("filename_lr", RECORD.replace("/", "//./"), "lines 4, 6; needs another record in")])
+    def test_a_table_with_an_impossible_cell_is_refused(self, twenty, tmp_path, column, cell, says):
+        shutil.copy(twenty / data.TABLES[0], tmp_path)
+        change_table(tmp_path, column, cell, lambda table: 4)
+        with pytest.raises(InputError, match=f"database.csv cannot be read.*{says}.*download"):
+            data.load_tables(tmp_path)
 
-    @pytest.mark.parametrize("column, cells, says", [
-        ("strat_fold", [11, 0, 2.5, "x"], "6; needs an integer from 1 to 10"),
-        ("ecg_id", ["x", 1.5], "6; needs an integer"), ("ecg_id", [4], "5, 6; needs each once"),
-        ("patient_id", ["abc", 1e30, "inf"], "6; needs an integer"),
-        ("patient_id", [11], "6, 16; needs a patient in one fold alone"),
-        ("age", ["x"], "6; needs a number"), ("sex", ["M"], "6; needs 0 for male"),
-        ("scp_codes", ["5", "{'NORM': 1", "[" * 9999, "{1: 2}", "{[]: 2}", "-" * 9999 + "1"],
-         "6; needs a dict such"),
-        ("filename_lr", [None, "../records100/x"], "6; needs a path within"),
-        ("filename_hr", ["/etc/passwd"], "6; needs a path within"),
-        ("filename_lr", [RECORD, RECORD.replace("/", "//./")], "4, 6; needs another record in")])
-    def test_a_table_with_impossible_cells_is_refused_by_line(self, tables, column, cells, says):
-        for cell in cells:
-            change_table(tables, column, cell, lambda table: 4)
-            with pytest.raises(InputError, match=f"database.csv is damaged .{column} is .* in . row"
-                               f"s, lines {says}.*mend it, or get it again") as caught:
-                data.load_tables(tables)
-            assert str(cell or "")[:40] in str(caught.value)
-        change_table(tables, column, cell, lambda table: range(9))
-        with pytest.raises(InputError, match="lines 2, 3, 4, 5, 6; needs") as caught:
-            data.load_tables(tables)
-        assert len(str(caught.value)) < 700
+    def test_a_statement_s_cell_that_is_no_number_costs_that_cell_alone(self, twenty, tmp_path):
+        path, want = tmp_path / "s.csv", data.read_label_sets(twenty / data.TABLES[1])
+        codes = pd.read_csv(twenty / data.TABLES[1]).astype({"diagnostic": object})
+        codes.loc[7, "diagnostic"] = "?"  # of a rhythm
+        codes.to_csv(path, index=False)
+        assert data.read_label_sets(path) == want
+        pd.concat([codes, codes[:1]]).to_csv(path, index=False)
+        with pytest.raises(InputError, match="s.csv cannot be read.*a code has two rows"):
+            data.read_label_sets(path)
 
-    @pytest.fixture
-    def tables(self, twenty, tmp_path):
-        """A folder with the tables alone."""
-        for name in data.TABLES:
-            shutil.copy(twenty / name, tmp_path)
-        return tmp_path
-
-    def test_what_one_cell_can_and_cannot_do(self, tables):
-        want = data.load_tables(tables)
-        codes = pd.read_csv(tables / data.TABLES[1])
-        junk = codes.assign(diagnostic=codes.diagnostic.astype(object).where(codes.index != 9, "?"))
-        junk.to_csv(tables / data.TABLES[1], index=False)  # of SR, which has no class
-        pd.testing.assert_frame_equal(data.load_tables(tables), want)
-        pd.concat([codes, codes[:1]]).to_csv(tables / data.TABLES[1], index=False)
-        with pytest.raises(InputError, match="scp_statements.csv is damaged .*'NORM'.* each once"):
-            data.load_tables(tables)
-        codes.to_csv(tables / data.TABLES[1], index=False)
-        change_table(tables, "filename_lr", np.arange(20) + .5, lambda table: table.index)
-        assert data.load_tables(tables).filename_lr[4] == "4.5"  # a name, missing when it is read
-
-    def test_records_may_lie_behind_a_link_of_the_user(self, small, tmp_path):
-        (small / "records100").rename(tmp_path / "disk")
-        (small / "records100").symlink_to(tmp_path / "disk")
-        (tmp_path / "link").symlink_to(small)
-        assert cached(tmp_path / "link").meta["records"] == 20
-
-    def test_exchanged_limb_leads_are_said(self, small, capsys):
-        cached(small)
-        assert "warning" not in capsys.readouterr().out
-        signal = data.read_record(small / RECORD, 100)
-        spike = signal.copy()
-        spike[7, 3] += 2560  # as in a real record at 500 Hz
-        assert data.limb_leads_agree(signal) and data.limb_leads_agree(spike)
-        for i, j in [(i, j) for i in range(6) for j in range(i + 1, 12)]:
-            swapped = signal.copy()
-            swapped[:, [i, j]] = signal[:, [j, i]]
-            assert not data.limb_leads_agree(swapped), (i, j)
-        write_record(small / RECORD, signal=swapped.astype(int))
-        assert cached(small).meta["records"] == 20  # it is used all the same
-        assert re.search("warning: in 1 records limb leads do not .* records100.*00003_lr\n",
-                         capsys.readouterr().out)
-
-    @pytest.mark.parametrize("change", [
-        b"", b"{", b"{}", b"[]", b"null", b"7", b"[" * 99999, b'{"format": ' + b"9" * 5000,
-        b"\xff\xfe", dict(rate=None), dict(rate=250), dict(rate=100.), dict(rate=[100]),
-        dict(records=-5), dict(records=10 ** 4000), dict(records=100.), dict(records="100"),
-        dict(rate=500, records=20), dict(records=100 * 10 ** 300, rate=10 ** 300),
-        dict(fingerprint=None), dict(left_out=None), "lacks",
-        ("index.csv", b"ecg_id\n"), ("signals.int16", b"short")])
-    def test_a_damaged_cache_is_refused(self, cache, tmp_path, change):
+    @pytest.mark.parametrize("name", ["meta.json", "index.csv", "signals.int16"])
+    @pytest.mark.parametrize("how", ["cut", "empty", "junk"])
+    def test_a_damaged_cache_is_refused(self, cache, tmp_path, name, how):
         out = Path(shutil.copytree(cache, tmp_path / "c"))
-        if change == "lacks":
-            with changed_json(out / "meta.json") as meta:
-                del meta["fingerprint"]
-            change = (out / "meta.json").read_bytes()
-        if isinstance(change, dict):
-            change = json.dumps(json.loads((out / "meta.json").read_text()) | change).encode()
-        name, content = change if isinstance(change, tuple) else ("meta.json", change)
-        (out / name).write_bytes(content)
-        with pytest.raises(InputError, match="damaged or old: .*make it again: rm -r") as caught:
+        raw = (out / name).read_bytes()
+        (out / name).write_bytes({"cut": raw[:-100], "empty": b"", "junk": b"\xff\xfe" * 50}[how])
+        with pytest.raises(InputError, match="c cannot be read.*; make it again: rm -r") as caught:
             data.open_cache(out)
         assert len(str(caught.value)) < 700
 
-    def test_what_is_no_cache_is_kept_and_a_damaged_one_replaced_also_behind_a_link(
+    @pytest.mark.parametrize("how", ["cut", "empty", "junk"])
+    def test_a_damaged_recording_or_table_is_named_and_what_to_do(self, tmp_path, how):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
+        files = write_forms(tmp_path / "f", x, 100)
+        for file, flags in files.items():
+            victim = file.with_suffix(".dat") if file.suffix == ".hea" and how != "junk" else file
+            raw = victim.read_bytes()
+            victim.write_bytes({"cut": raw[:len(raw) // 2 + 1], "empty": b"",
+                                "junk": b"\x81\xc3\0{\x1f" * 50}[how])
+            with pytest.raises(InputError, match=f"^{file.stem}.*(mend it|need|--)"):
+                (path, row), *_ = data.list_recordings([file])
+                data.prepare(data.read_recording(path, row, **flags), 100)
+        for name in data.TABLES:
+            (tmp_path / name).write_bytes({"cut": b"a,", "empty": b"", "junk": b"\x81\xc3\0"}[how])
+        for read, source in ((data.load_tables, tmp_path),
+                             (data.read_label_sets, tmp_path / data.TABLES[1])):
+            with pytest.raises(InputError, match="csv cannot be read, it may be damaged.*download"):
+                read(source)
+
+    def test_what_is_no_cache_is_kept_and_another_replaced_also_behind_a_link(
             self, cache, synth, tmp_path):
-        (tmp_path / "disk").mkdir()
-        (tmp_path / "c").symlink_to(tmp_path / "disk")
-        with pytest.raises(InputError, match="no cache in"):
-            data.open_cache(tmp_path / "c")
-        with pytest.raises(InputError, match="exists and is no cache"):
-            data.build_cache(synth, 100, tmp_path / "c")
-        (tmp_path / "disk/meta.json").write_bytes(b"\xff\xfe")
-        data.build_cache(synth, 100, tmp_path / "c", workers=1)
+        out, meta = tmp_path / "c", tmp_path / "disk" / "meta.json"
+        meta.parent.mkdir()
+        out.symlink_to(meta.parent)
+        with refused("no cache in"):
+            data.open_cache(out)
+        with refused("exists and is no cache"):
+            data.build_cache(synth, 100, out)
+        meta.write_bytes(b"\xff\xfe")
+        with refused("remove it: rm -r"):
+            data.build_cache(synth, 100, out)
+        meta.write_text('{"format": 1}')
+        data.build_cache(synth, 100, out, workers=1)
         assert data.open_cache(tmp_path / "disk").meta == data.open_cache(cache).meta
         assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "disk"]
-
-    def test_a_flipped_bit_is_found_when_the_cache_is_asked_for_again(self, cache, synth, tmp_path):
-        out = Path(shutil.copytree(cache, tmp_path / "c"))
-        data.open_cache(out, check=True)
-        raw = bytearray((out / "signals.int16").read_bytes())
-        raw[12345] ^= 4
-        (out / "signals.int16").write_bytes(raw)
-        data.open_cache(out)  # costs seconds for all of PTB-XL: not at each open
-        for ask in (lambda: data.open_cache(out, check=True),
-                    lambda: data.build_cache(synth, 100, out)):
-            with pytest.raises(InputError, match="signals.int16 is not what was written.*rm -r"):
-                ask()
 
     @slow
     @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
@@ -917,72 +813,56 @@ class TestHostileData:
         change_table(folder, "age", 50, lambda table: 0)
         process = begun(tmp_path / "words", "cache", "--data", folder, "--rate", 100, "--out", out,
                         "--workers", 1)
-        until(lambda: any(path.stat().st_size for path in tmp_path.glob("cache.tmp-*/signals*")),
+        until(lambda: any(path.stat().st_size for path in tmp_path.glob("cache.new-*/signals*")),
               process)
         os.killpg(process.pid, kill)
         process.join(60)
-        assert data.open_cache(out, check=True).meta == data.open_cache(cache).meta
+        assert data.open_cache(out).meta == data.open_cache(cache).meta
         if kill == signal.SIGINT:
-            said_ = (tmp_path / "words").read_text()
-            assert said_ == "stopped; the same command goes on from here\n"
+            assert (tmp_path / "words").read_text().endswith(
+                "made anew\nstopped; the same command goes on from here\n")
             assert not list(tmp_path.glob("cache.*"))
         data.build_cache(folder, 100, out, workers=1)
         assert data.open_cache(out).index.age[0] == 50
 
-    @slow
-    def test_two_builds_at_once_do_not_spoil_each_other(self, synth, cache, tmp_path):
-        both = [begun(tmp_path / name, "cache", "--data", synth, "--rate", 100, "--out",
-                      tmp_path / "c", "--workers", 1) for name in ("one", "two")]
-        for process in both:
-            process.join(60)
-        assert [process.exitcode for process in both] == [0, 0]
-        assert data.open_cache(tmp_path / "c", check=True).meta == data.open_cache(cache).meta
-        assert {path.name for path in tmp_path.iterdir()} == {"c", "one", "two"}
-
-    def test_what_a_dead_build_left_is_removed_after_two_days(self, tmp_path):
-        for name, hours in (("dead", 49), ("busy", 47)):
-            (tmp_path / f"c.tmp-{name}").mkdir()
-            os.utime(tmp_path / f"c.tmp-{name}", (time.time() - 3600 * hours,) * 2)
-        for _ in range(2):  # the second takes the place of the first
-            with data.new_folder(tmp_path / "c") as new:
-                (new / "file").touch()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.tmp-busy"]
-
 
 class TestViews:
-    def test_a_view_without_a_function_is_named(self, monkeypatch):
-        monkeypatch.setitem(views.VIEWS, "hollow", views.View(None, words="-", color="k"))
-        with pytest.raises(InputError, match="hollow in VIEWS has no function that cuts"):
-            views.ViewConfig(view="hollow")
-
     def test_streams_are_numpys_spawned_ones_and_never_coincide(self):
-        keys = (), (0,), (1,), (5,), (0, 0), (0, 1), (1, 0), (5, 1), (5, 1, 0)
-        names = [*itertools.product(enumerate(("order", "dropout", "mask", "shift", "augment")),
-                                    (0, 1, 5), keys)]
-        drawn = [tuple(views.generator(purpose, seed, *key).integers(2 ** 63, size=2))
-                 for (_, purpose), seed, key in names]
-        assert drawn == [tuple(np.random.default_rng(np.random.SeedSequence(
-            seed, spawn_key=(i, *key))).integers(2 ** 63, size=2)) for (i, _), seed, key in names]
-        assert len(set(drawn)) == len(names)
+        purposes = "order", "dropout", "mask", "shift", "augment", "disturb", "equal"
+        keys, drawn = ((), (0,), (1,), (5,), (0, 0), (0, 1), (1, 0), (5, 1), (5, 1, 0)), []
+        for (i, purpose), seed, key in itertools.product(enumerate(purposes), (0, 1, 5), keys):
+            stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i, *key)))
+            drawn.append(views.generator(purpose, seed, *key).integers(2 ** 63))
+            assert drawn[-1] == stream.integers(2 ** 63)
+        assert len(set(drawn)) == len(drawn)
 
-    def test_segments_glue_back_to_the_record(self):
+    def test_segments_glue_back_to_the_record_and_the_others_are_all_of_it(self):
         x = torch.randn(3, 10, 12)
-        a, b = views.split(x, "contig")
-        torch.testing.assert_close(torch.cat([a, b], 1), x)
-        a, b = views.split(x, "noncontig")
-        torch.testing.assert_close(torch.stack([a, b], 2).flatten(1, 2), x)
-        assert views.split(x, "stochastic")[0] is x
+        a, b = views.ViewConfig("contig").split(x)
+        assert torch.equal(torch.cat([a, b], 1), x)
+        a, b = views.ViewConfig("noncontig").split(x)
+        assert torch.equal(torch.stack([a, b], 2).flatten(1, 2), x)
+        assert all(views.ViewConfig(view).split(x) == (x,) for view in ("stochastic", "masking"))
+        assert [views.view_duration(view) for view in views.VIEWS] == [
+            (1, 1), (.5, .5), (1, .5), (1, 1)]
 
-    def test_names_are_resolved_and_masking_is_on_for_segments_unless_told(self):
+    @pytest.mark.parametrize("view, p, masked", [
+        ("stochastic", .5, False), ("contig", 0, True), ("noncontig", 0, True),
+        ("masking", 0, True)])
+    def test_a_view_has_its_masking_and_pool_unless_asked_otherwise(self, view, p, masked):
+        config = views.ViewConfig(view=view)
+        assert views.ViewConfig(view=view, mask_leads=not masked).mask_leads != masked
+        assert (config.augment_p, config.mask_leads) == (p, masked)
+        assert config.describe() == (f"{view}: {views.VIEWS[view].words}; leads masked with "
+                                     f"p = {.5 if masked else 0:g}, pool with p = {p}")
+
+    def test_aliases_are_resolved_and_what_does_nothing_is_refused(self):
         assert views.ViewConfig(view="interleaved").view == "noncontig"
-        with pytest.raises(InputError) as error:
-            views.ViewConfig(view="zigzag")
-        assert all(name in str(error.value) for name in [*views.VIEWS, *ALIASES])
-        for view, p, masked in (("stochastic", .5, False), ("contig", 0, True),
-                                ("noncontig", 0, True), ("masking", 0, True)):
-            config = views.ViewConfig(view=view)
-            assert (config.augment_p, config.mask_leads) == (p, masked)
-            assert views.ViewConfig(view=view, mask_leads=not masked).mask_leads != masked
+        for name in [*views.VIEWS, *ALIASES]:
+            with refused(f"zigzag.*{name}"):
+                views.ViewConfig(view="zigzag")
+        with refused("--mask-p 0.3 does nothing.*--mask-leads"):
+            views.ViewConfig(view="stochastic", mask_p=.3)
 
     @pytest.mark.parametrize("p", [0, 0.5, 0.9])
     def test_lead_masks_follow_the_distribution_without_the_empty_mask(self, p):
@@ -994,18 +874,13 @@ class TestViews:
             assert abs(counts[k] - want) < 0.015, (k, counts[k], want)
 
     @pytest.mark.parametrize("rate", data.RATES)
-    def test_a_tone_stays_in_its_lead_and_leaks_through_the_shipped_filter(self, rate):
-        for shipped in (False, True):
-            config = views.ViewConfig("stochastic", augment_p=1, noise=0, shipped_filter=shipped)
-            out = views.augment(tone(rate), views.pool(config, rate), np.random.default_rng(0))[0]
-            others, own = np.abs(np.delete(out, 3, axis=1)).max(), out[:, 3].std()
-            assert others > 0.1 if shipped else others == 0 and 0.6 < own < 0.8, (others, own)
-
-    @pytest.mark.parametrize("rate", data.RATES)
-    def test_the_filter_passes_its_band_without_delay(self, rate):
+    def test_the_filter_keeps_a_tone_in_its_lead_and_its_band_without_delay(self, rate):
+        band_pass = views.BandPassFilter(views.POOL["band"], rate)
         for hz, low, high in ((0.05, 0, .1), (10, .99, 1.01), (20, .99, 1.01)):
-            x, y = (a[2 * rate:8 * rate, 3] for a in (  # away from the edges
-                tone(rate, hz), views.BandPassFilter((0.5, 47.), rate).apply(tone(rate, hz))))
+            x = tone(rate, hz)
+            y = band_pass.apply(x)
+            assert not np.delete(y, 3, axis=1).any()
+            x, y = x[2 * rate:8 * rate, 3], y[2 * rate:8 * rate, 3]  # away from the edges
             assert low <= abs(x @ y / (x @ x)) <= high, (hz, x @ y / (x @ x))
 
     def test_a_crop_is_a_stretched_part_of_the_record(self):
@@ -1014,46 +889,57 @@ class TestViews:
         at = (0.3 + 0.6 * np.arange(500) / 500) * 499
         want = scipy.ndimage.map_coordinates(x[:, 3], [at], order=3, mode="mirror")
         np.testing.assert_allclose(y[5:-5, 3], want[5:-5], atol=1e-2)
-        np.testing.assert_allclose(views.TimeCropResize(1).apply(x, share=1, start=0)[0], x[0])
+        drawn = [views.TimeCropResize(0.5).get_params() for _ in range(500)]
+        shares, starts = (np.array([d[name] for d in drawn]) for name in ("share", "start"))
+        assert .5 <= shares.min() < .51 and .99 < shares.max() <= 1
+        assert (starts >= 0).all() and (starts + shares <= 1).all()
 
-    @pytest.mark.parametrize("limit", [.05, 1.])
-    def test_the_time_warp_is_the_librarys(self, limit):
-        x = noise(500)
-        for seed in range(20):
-            found = []
-            for warp in (views.TimeWrap, ecgmentations.RandomTimeWrap):
-                np.random.seed(seed)
-                found.append(warp(wrap_limit=limit, p=1)(ecg=x)["ecg"])
-            np.testing.assert_allclose(*found, atol=1e-4)
-            assert found[0].dtype == np.float32 and np.abs(found[0] - x).max() > .01
-
-    def test_strengths_do_what_they_say(self):
-        config = views.ViewConfig("stochastic", augment_p=1, noise=.25, scale=.5)
-        *_, noisy, scaled = views.pool(config, 100).transformations
+    def test_the_pool_is_its_five_transforms_in_turn_with_the_strengths_of_the_table(
+            self, monkeypatch):
+        monkeypatch.setattr(views, "POOL", views.POOL | dict(noise=.25, scale=.5, warp=1.))
+        transforms = views.pool(views.ViewConfig("stochastic", augment_p=1), 100)
+        warp, crop, band, noisy, scaled = transforms.transformations
+        assert type(crop) is views.TimeCropResize and type(band) is views.BandPassFilter
         ratios = [scaled(ecg=noise())["ecg"][0, 0] / noise()[0, 0] for _ in range(200)]
         assert .5 <= min(ratios) < .6 and 1.4 < max(ratios) <= 1.5
         assert abs((noisy(ecg=noise())["ecg"] - noise()).std() - .5) < .02
+        warped = warp(ecg=np.repeat(np.arange(1000.)[:, None], 12, 1))["ecg"]
+        assert 5 < np.abs(warped[:, 0] - np.arange(1000)).max() < 90  # samples, of the 8 %
+        got = views.augment(noise(), transforms, np.random.default_rng(3))
+        np.random.seed(np.random.default_rng(3).integers(2 ** 32, size=4))
+        for one in got:  # the library's order of draws: its sequence, then each transform
+            want = noise()
+            np.random.random()
+            for transform in (warp, crop, band, noisy, scaled):
+                want = transform(ecg=want)["ecg"]
+            np.testing.assert_array_equal(one, want.astype(np.float32))
+        assert got.dtype == np.float32 and not np.allclose(*got)
 
-    def test_equal_views_are_5_s_at_half_the_rate_whatever_the_strategy(self):
+    def test_equal_views_are_5_s_at_half_the_rate_whatever_the_strategy(self, monkeypatch):
         x, starts = torch.arange(80.).view(2, 40, 1), torch.tensor([3, 20])
-        a, b = x[0, 3:23, 0], x[1, 20:40, 0]
-        for view, want in (("noncontig", [(a[::2], b[::2]), (a[1::2], b[1::2])]),
-                           ("masking", [(a[::2], b[::2])]),
-                           ("contig", [(x[0, 0:20:2, 0], x[1, 0:20:2, 0]),
-                                       (x[0, 20::2, 0], x[1, 20::2, 0])])):
-            got = views.equal_pair(x, view, starts)
-            assert [part[..., 0].tolist() for part in got] == [
-                [one.tolist() for one in pair] for pair in want]
-            seen = views.ViewConfig(view=view, equal=True)
-            assert seen.timing() == (.5, .25)
-            for part, half in zip(seen.split(x), (x[:, 0:20:2], x[:, 20::2])):
+        cut = torch.stack([x[0, 3:23], x[1, 20:40]])
+        for view, want in (("noncontig", [cut[:, ::2], cut[:, 1::2]]), ("masking", [cut[:, ::2]]),
+                           ("contig", [x[:, 0:20:2], x[:, 20::2]])):
+            for got, one in zip(views.equal_pair(x, view, starts), want, strict=True):
+                assert torch.equal(got, one)
+            config = views.ViewConfig(view=view, equal=True)
+            assert config.timing() == (.5, .25) and config.samples(40) == 10
+            for part, half in zip(config.split(x), (x[:, 0:20:2], x[:, 20::2])):
                 assert torch.equal(part, half)
-        assert views.lasts("contig") == (.5, .5) and views.lasts("noncontig") == (1, .5)
+        short = views.View(lambda x: (x[:, :8],), words="-", color="k")
+        monkeypatch.setitem(views.VIEWS, "short", short)
+        with pytest.raises(InputError, match="--equal needs views of 5 s or more"):
+            views.ViewConfig("short", equal=True)
 
 
 class TestDisturb:
+    """Each strength by itself: the others are set to what changes nothing."""
+
+    NONE = dict(window=1, speed=0, lead_gain=0, wander=0, max_noise=0)
+
     def views(self, x, **strengths):
-        return views.disturb(x, views.ViewConfig(**strengths), torch.Generator().manual_seed(0))
+        with mock.patch.dict(views.DISTURB, self.NONE | strengths):
+            return views.disturb(x, torch.Generator().manual_seed(0))
 
     def test_a_window_is_a_stretch_of_the_view_at_its_own_place_and_speed(self):
         ramp = torch.arange(400.)[None, :, None].expand(64, 400, 12)  # each sample is its own time
@@ -1066,6 +952,8 @@ class TestDisturb:
         assert .79 < speed.min() < .85 and 1.15 < speed.max() < 1.21
         assert first.min() >= 0 and last.max() <= 399 and first.std() > 60  # anywhere
         torch.testing.assert_close(self.views(ramp), ramp)  # all strengths 0: the view itself
+        with mock.patch.dict(views.DISTURB, window=.25):
+            assert views.ViewConfig("contig", disturb=True).samples(800) == 100
 
     def test_each_strength_does_what_it_says_and_no_more(self):
         x = 1 + torch.rand(400, 200, 12, generator=torch.Generator().manual_seed(1))
@@ -1080,52 +968,23 @@ class TestDisturb:
         ratio = (wave[:, 2:] - 2 * wave[:, 1:-1] + wave[:, :-2]) / wave[:, 1:-1]
         want = 2 * torch.cos(2 * math.pi * torch.linspace(0, 1.2, 99) / 199) - 2
         middle = ratio[wave[:, 1:-1].abs() > .3]  # elsewhere it is rounding
-        assert want.min() - 2e-4 < middle.min() and middle.max() < 2e-4
-        lost = (self.views(x, time_out=.3) == 0).all(2)
-        assert lost.sum(1).max() <= 61 and 20 < lost.sum(1).float().mean() < 40
-        assert ((lost[:, 1:] != lost[:, :-1]).sum(1) <= 2).all()  # in one piece
+        assert want.min() - 2e-4 < middle.min() < .9 * want.min() and middle.max() < 2e-4
+        top = wave.abs().amax(1) / .5  # at least a third of a period is seen of most
+        assert .5 < top.square().mean() < 1 and 2 < top.max() < 5  # a normal amplitude
 
 
 class TestModel:
-    @pytest.mark.parametrize("shape", [(64, 50, 96), (7, 3, 5), (1, 1)])
-    def test_dropout_is_that_of_torch_in_law(self, shape):
-        def dropped(p):
-            torch.manual_seed(3)
-            return model.Dropout(p)(x)
-
-        x = torch.ones(shape)
-        kept = dropped(.1) != 0
-        torch.testing.assert_close(dropped(.1), kept / (1 - round(.1 * 2 ** 16) / 2 ** 16))
-        if x.numel() > 1e5:  # a share within 5 standard deviations, also of each of 4 neighbours,
-            flat = ~kept.flatten()  # which come from one draw, and of pairs of them
-            parts = [flat, *(flat[i::4] for i in range(4))]
-            pairs = [flat[i::4] & flat[j::4] for i in range(4) for j in range(i)]
-            for p, drops in [(.1, d) for d in parts] + [(.01, d) for d in pairs]:
-                assert abs(drops.float().mean() - p) < 5 * (p * (1 - p) / len(drops)) ** .5
-        assert torch.equal(model.Dropout(.1).eval()(x), x) and torch.equal(dropped(0.), x)
-        assert dropped(.999999).isfinite().all()
-
     def test_the_default_is_the_papers_size(self):
-        with torch.device("meta"):
-            plain, mixed = (model.n_parameters(model.Contrastive(model.Config(mix_leads=mix)))
-                            for mix in (False, True))
+        plain, mixed = (model.n_parameters(model.Contrastive(model.Config(mix_leads=mix)))
+                        for mix in (False, True))
         assert mixed == 21_477_233 and plain == mixed - 2 * 13 * 12  # the paper's 21.5 million
 
     @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
     def test_nt_xent_is_the_double_loop_and_ln_2b_1_at_chance(self, tau):
         z1, z2 = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=-1)
-        for decoupled in (False, True):
-            got = float(model.nt_xent(z1, z2, tau, decoupled))
-            assert got == pytest.approx(double_loop(z1, z2, tau, decoupled))
+        assert float(model.nt_xent(z1, z2, tau)) == pytest.approx(double_loop(z1, z2, tau))
         same = torch.ones(6, 4) / 2
         assert math.isclose(model.nt_xent(same, same, tau), math.log(11), rel_tol=1e-6)
-
-    def test_barlow_twins_is_what_its_paper_writes(self):
-        z1, z2 = F.normalize(torch.randn(2, 9, 5, dtype=torch.float64), dim=-1)
-        c = np.corrcoef(z1.T, z2.T)[:5, 5:]
-        want = sum((1 - c[i, i]) ** 2 if i == j else .005 * c[i, j] ** 2
-                   for i in range(5) for j in range(5)) / 5
-        assert float(model.barlow_twins(z1, z2)) == pytest.approx(want)
 
     def test_attention_is_torchs(self):
         ours, theirs = model.Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
@@ -1136,45 +995,24 @@ class TestModel:
             want, weights = theirs(x, other, other, average_attn_weights=False)
             torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
             seen = []
-            ours.see = lambda head, w: seen.append(w)
+            ours.watch = lambda head, w: seen.append(w)
             torch.testing.assert_close(ours(*args), want, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(torch.stack(seen, 1), weights, atol=1e-5, rtol=1e-5)
-            ours.see = None
+            ours.watch = None
 
-    def test_torchs_own_layer_is_ours(self):
-        config, x = model.Config(**TINY), torch.randn(3, 50, 24)
-        ours, theirs = model.Layer(config).eval(), model.torch_layer(config).eval()
+    def test_a_layer_is_torchs_pre_norm_layer_and_drops_its_branches(self):
+        config, x = model.Config(**TINY | dict(dropout=.5)), torch.randn(3, 50, 24)
+        ours = model.Layer(config).eval()
+        theirs = nn.TransformerEncoderLayer(24, 2, 48, 0, "gelu", batch_first=True,
+                                            norm_first=True).eval()
         parts = ours.attention, ours.ff, ours.norm1, ours.norm2
         values = [p for part in parts for p in part.parameters()]
         theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
-        assert {*map(type, tiny(arch="torchnn").encoder.time_layers)} == {type(theirs)}
-
-    def test_operations_are_counted_as_by_hand(self):
-        D, W, N, C, bins = 24, 12, 25, 12, 16  # TINY, at 500 samples
-        linear = [(N, W, W), (N, W, D), (C, bins, D)]  # of the stems: rows, from, to
-        for n in (N, C):  # of the layers: queries, keys, values; output; feed-forward
-            linear += [(n, D, 3 * D), (n, D, D), (n, D, 2 * D), (n, 2 * D, D)]
-        for n, m in ((N, C), (C, N)):  # of the cross-attention
-            linear += [(n, D, D), (m, D, 2 * D), (n, D, D)]
-        linear += [(1, 2 * D, 32), (1, 32, 16), (1, 2 * D, 16), (1, 16, 16), (1, 16, 8)]
-        attention = sum(2 * 2 * n * m * D for n, m in ((N, N), (C, C), (N, C), (C, N)))
-        linear = sum(2 * a * b * c for a, b, c in linear)
-        pool, lift = 2 * C * 125 * bins, 2 * N * C * 22 * W
-        down = 2 * C * 250 * 5, 2 * C * 125 * 5
-        forward = linear + attention + pool + lift + sum(down)
-        # each product twice more in the backward pass, but for what leads to the signal or to the
-        # matrix that pools; PyTorch counts a depthwise convolution's weights as a dense one's
-        backward = 2 * (linear + attention) + pool + lift + 12 * sum(down) + down[1]
-        for arch in ("dualview", "torchnn"):
-            config = model.Config(**TINY | dict(arch=arch))
-            assert model.count_flops(config, 500) == (forward, forward + backward)
-
-    def test_positions_are_sines_and_cosines(self):
-        got = model.positions(50, 8, "cpu")
-        angle = np.arange(50)[:, None] / 10000 ** (np.arange(4) / 4)
-        np.testing.assert_allclose(got[:, 0::2], np.sin(angle), atol=1e-4)
-        np.testing.assert_allclose(got[:, 1::2], np.cos(angle), atol=1e-4)
+        kept = (ours.train()(x) == x).float().mean()  # both branches of an element dropped
+        assert .2 < kept < .3
+        layers = [module.p for module in tiny(dropout=.5).modules() if type(module) is nn.Dropout]
+        assert layers == [.5] * 3  # of two layers and the cross-attention
 
     @pytest.mark.parametrize("T, config", [
         (600, dict(time_stride=1)), (503, dict(time_stride=4)), (1000, dict(time_stride=7)),
@@ -1182,12 +1020,6 @@ class TestModel:
     def test_a_view_has_a_time_token_for_each_whole_stride(self, T, config):
         tokens = tiny(**config).encoder.time_stem(torch.randn(2, T, 12))
         assert tokens.shape == (2, T // config["time_stride"], 24)
-
-    @pytest.mark.parametrize("n, bins", [(625, 512), (125, 128), (625, 64), (10, 10), (7, 3)])
-    def test_pooling_is_torchs_adaptive_average(self, n, bins):
-        x = torch.randn(2, 3, n)
-        torch.testing.assert_close(x @ model.pooling(n, bins, x.device),
-                                   F.adaptive_avg_pool1d(x, bins), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("config, tokens", [({}, 1), (CONV, 1), (dict(mix_leads=True), 12)])
     def test_a_channel_token_sees_its_lead_alone_unless_leads_are_mixed(self, config, tokens):
@@ -1206,28 +1038,57 @@ class TestModel:
         tokens, later = time(beat)[:, 8:16], time(beat.roll(64, 1))
         moved, stayed = ((later[:, i:i + 8] - tokens).abs().max() for i in (16, 8))
         assert moved < .1 * stayed  # the ends of the record are a little seen everywhere
-        same = channel(torch.zeros(1, 256, 12)) - channel.lead
-        torch.testing.assert_close(same, same[:, :1].expand_as(same))  # one net for all leads
         assert channel(torch.randn(0, 256, 12)).shape == (0, 12, 24)  # no record of one class
+        for lead, got in enumerate(channel(beat).unbind(1)):  # one net for all leads
+            h = channel.net(beat[:, None, :, lead])
+            want = channel.out(torch.cat([h.mean(2), h.max(2).values], 1)) + channel.lead[lead]
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        assert .4 < channel.lead.std() < .6
 
-    def test_streams_hand_on_mean_and_maximum_and_lead_tokens_and_the_readout_takes_them(self):
-        m, t, c = tiny(**CONV).eval(), torch.randn(3, 31, 24), torch.randn(3, 12, 24)
-        time, channel = m.encoder.hand_on(t, c)
-        for i in range(3):
-            mean, top = zip(*[(sum(column) / 31, max(column)) for column in t[i].T.tolist()])
-            assert time[i].tolist() == pytest.approx([*mean, *top], abs=1e-6)
-            assert channel[i].tolist() == sum(c[i].tolist(), [])
-        x = torch.randn(3, 256, 12)
-        output = m.encoder(x)
-        for m.readout, want in (("z", output[:1]), ("streams", output[1:]), ("all", output)):
-            got = m.represent(x)
-            assert torch.equal(got, torch.cat(want, -1)) and got.shape == (3, m.width)
+    @pytest.mark.parametrize("config", [{}, CONV])
+    def test_streams_are_joined_crosswise_and_z_has_a_gated_share_of_early_features(self, config):
+        """Linear stems: places of sines and cosines, means. Conv: none; maxima, tokens, streams."""
+        m, x, linear = tiny(**config).eval(), torch.randn(2, 256, 12), not config
 
-    def test_masking_zeroes_the_signal_or_late_the_features_of_both_streams(self):
-        m, x, keep = tiny().eval(), torch.randn(2, 500, 12), torch.ones(2, 12).bool()
-        keep[0, 3], other = False, x.clone()
-        torch.testing.assert_close(m(x, keep)[0].z, m(x * keep[:, None])[0].z)
-        m, other[0, :, 3] = tiny(late_masking=True, stem_width=24).eval(), torch.randn(500)
+        def pool(t, c):
+            parts = [t.mean(1), c.mean(1)] if linear else [t.mean(1), t.amax(1), c.flatten(1)]
+            return torch.cat(parts, 1)
+
+        e = m.encoder
+        t, c = e.time_stem(x), e.channel_stem(x)
+        early = pool(t, c)
+        if linear:
+            angle = torch.arange(t.shape[1])[:, None] / 1e4 ** (torch.arange(12) / 12)
+            t = t + torch.stack([angle.sin(), angle.cos()], 2).flatten(1)
+        t, c = e.time_layers[0](t), e.channel_layers[0](c)
+        late = pool(t + e.cross(t, c)[0], c + e.cross(t, c)[1])
+        z = e.fusion(late) + e.shortcut(early) / (1 + math.exp(-.1))
+        output, _ = m(x)
+        want = z if linear else torch.cat([z, late], 1)
+        for got, want in ((output.z, z), (torch.cat(output[1:], 1), late), (m.represent(x), want)):
+            torch.testing.assert_close(got, want)
+        assert m.width == want.shape[1]
+
+    def test_weights_are_glorots_and_bfloat16_is_of_the_arithmetic_alone(self):
+        m, x = tiny().eval(), torch.randn(2, 500, 12)
+        for layer in (module for module in m.modules() if isinstance(module, nn.Linear)):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert .9 * bound < layer.weight.abs().max() <= bound
+        z, m.precision = m.represent(x), "bfloat16"
+        rounded = m.represent(x)
+        assert rounded.dtype == m(x)[1].dtype == torch.float32
+        assert 1e-4 < (rounded - z).abs().max() < .2
+
+    def test_masking_zeroes_the_signal_or_late_the_features_of_both_views_and_streams(self):
+        m, x, keep = tiny().eval(), torch.randn(3, 1000, 12), torch.arange(12).expand(3, -1) < 6
+        for leads, seen in ((None, x), (keep, x * keep[:, None])):
+            got = model.embed(m, x, views.ViewConfig(view="noncontig"), leads)
+            want = torch.stack([m.encoder(seen[:, i::2]).z for i in (0, 1)], dim=1)
+            torch.testing.assert_close(got, want)
+        got = model.embed(m, x, views.ViewConfig(view="stochastic"))
+        torch.testing.assert_close(got[:, 0], m.encoder(x).z)
+        m, other = tiny(late_masking=True, stem_width=24).eval(), x.clone()
+        other[:, :, 6:] = torch.randn(3, 1000, 6)
         for got, want in zip(m.encoder(x, keep), m.encoder(other, keep)):
             assert torch.equal(got, want)
         lifted = F.gelu(m.encoder.time_stem.lift(x.transpose(1, 2)))
@@ -1235,48 +1096,35 @@ class TestModel:
         assert not torch.equal(m.encoder(x)[1], m.encoder(other)[1])
 
     def test_channel_dropout_drops_whole_tokens_in_training_only(self):
-        m, seen = tiny(channel_dropout=.5), []
+        m, x, seen = tiny(channel_dropout=.5), torch.randn(64, 500, 12), []
         m.encoder.channel_dropout.register_forward_hook(lambda _, a, out: seen.append(out == 0))
-        m(torch.randn(64, 500, 12))
-        m.eval()(torch.randn(64, 500, 12))
-        assert .4 < seen[0].all(-1).float().mean() < .6 and not seen[1].any()
-        assert torch.equal(seen[0].all(-1), seen[0].any(-1))
+        m(x)
+        m.eval()(x)
+        dropped, never = seen  # (B, C, D)
+        assert .4 < dropped.float().mean() < .6 and not never.any()
+        assert torch.equal(dropped.all(-1), dropped.any(-1))
 
     def test_gates_scale_the_residual_branches_of_the_channel_stream(self):
         m, x = tiny(gate_channel=True).eval(), torch.randn(2, 12, 24)
-        layer = m.encoder.channel_layers[0]
+        layer, plain = m.encoder.channel_layers[0], model.Layer(m.config).eval()
         assert m.encoder.time_layers[0].gates is None
-        layer.gates.data.fill_(-100)  # closed
-        torch.testing.assert_close(layer(x), x)
-        layer.gates.data.fill_(100)
-        plain = model.Layer(m.config).eval()
         plain.load_state_dict(layer.state_dict(), strict=False)
-        torch.testing.assert_close(layer(x), plain(x))
+        for gate, want in ((-100, x), (100, plain(x))):  # closed, open
+            layer.gates.data.fill_(gate)
+            torch.testing.assert_close(layer(x), want)
 
-    def test_the_objective_adds_a_share_of_the_streams_nt_xent_and_averages_windows(self):
-        m = tiny(aux_losses=True).eval()
-        output, p = m(torch.randn(6, 500, 12))
-        assert p.shape == (3, 6, 8)
-        torch.testing.assert_close(p[1], F.normalize(m.heads[1](output.time), dim=-1))
-        p = p.detach().unflatten(1, (2, -1))
-        want = [double_loop(z1.double(), z2.double(), .2) for z1, z2 in p]
-        for terms, total in ((p, want[0] + .5 * sum(want[1:])), (p[:1], want[0])):
-            got = float(train.Objective(tau=.2, aux_weight=.5)(terms))
-            assert got == pytest.approx(total, abs=1e-5)
-        four = F.normalize(torch.randn(4, 5, 8), dim=-1)  # windows: the mean over all pairs
-        pairs = [double_loop(a.double(), b.double(), .2)
-                 for a, b in itertools.combinations(four, 2)]
-        assert float(train.Objective(tau=.2)(four[None])) == pytest.approx(
-            np.mean(pairs), abs=1e-4)
-
-    def test_the_representation_of_a_record_has_its_views_and_fewer_leads_are_zeros(self):
-        m, x, keep = tiny().eval(), torch.randn(3, 1000, 12), torch.arange(12).expand(3, -1) < 6
-        for leads, seen in ((None, x), (keep, x * keep[:, None])):
-            got = train.embed(m, x, views.ViewConfig(view="noncontig"), leads)
-            want = torch.stack([m.encoder(seen[:, i::2]).z for i in (0, 1)], dim=1)
-            torch.testing.assert_close(got, want)
-        whole = views.ViewConfig(view="stochastic")
-        torch.testing.assert_close(train.embed(m, x, whole)[:, 0], m.encoder(x).z)
+    def test_projections_are_of_z_and_with_aux_losses_of_each_stream_whose_loss_counts_less(self):
+        x = torch.randn(6, 500, 12)
+        for aux, n in ((False, 1), (True, 3)):
+            m = tiny(aux_losses=aux).eval()
+            output, p = m(x)
+            assert p.shape == (n, 6, 8)
+            for got, head, h in zip(p, m.heads, output):
+                torch.testing.assert_close(got, F.normalize(head(h), dim=-1))
+            p = p.detach().double().unflatten(1, (2, -1))
+            want = [double_loop(z1, z2, .2) * share for (z1, z2), share in zip(p, (1, .5, .5))]
+            loss = float(train.Objective(tau=.2, aux_weight=.5)(p))
+            assert loss == pytest.approx(sum(want), abs=1e-6)
 
     def test_watched_attention_is_that_of_each_module_and_changes_nothing(self):
         m, x, seen, out = tiny(depth=2).eval(), torch.randn(2, 500, 12), {}, []
@@ -1286,53 +1134,176 @@ class TestModel:
         m.encoder.register_forward_hook(lambda module, args, output: out.append(output.z))
         model.watch_attention(m, x, lambda *key: seen.update({key[:3]: key[3]}))
         torch.testing.assert_close(out[0], want, atol=1e-5, rtol=1e-5)
-        sizes = dict(time=(25, 25), channel=(12, 12), time_to_channel=(25, 12),
-                     channel_to_time=(12, 25))
-        assert {key: (*weights.shape,) for key, weights in seen.items()} == {
-            (name, layer, head): (2, *size) for name, size in sizes.items() for head in (0, 1)
-            for layer in range(1 if "_to_" in name else 2)}
+        sizes = {("time", 0): (25, 25), ("time", 1): (25, 25), ("channel", 0): (12, 12),
+                 ("channel", 1): (12, 12), ("time_to_channel", 0): (25, 12),
+                 ("channel_to_time", 0): (12, 25)}
+        assert {key: weights.shape for key, weights in seen.items()} == {
+            (*key, head): (2, *size) for key, size in sizes.items() for head in (0, 1)}
         even = {key[:2] for key, w in seen.items() if w.std() < 1e-6}
         assert even == {("time", 0), ("channel", 0)}
-        assert all(a.see is None for a in m.modules() if isinstance(a, model.Attention))
+        assert all(a.watch is None for a in m.modules() if isinstance(a, model.Attention))
 
     def test_resnet_goes_through_the_same_interface(self):
         m, x, keep = tiny(arch="resnet18").eval(), torch.randn(2, 500, 12), torch.arange(12) < 6
         torch.testing.assert_close(m(x, keep[None])[0].z, m(x * keep)[0].z)
+        assert torch.equal(m.represent(x), m(x)[0].z) and m.width == TINY["rep_dim"]
         kernels = [c.kernel_size[0] for c in m.modules() if isinstance(c, nn.Conv1d)]
         assert sum(k > 1 for k in kernels) + 1 == 18  # and one linear layer
         with pytest.raises(InputError, match="no attention"):
             model.watch_attention(m, torch.randn(1, 500, 12), print)
 
+    @pytest.mark.parametrize("config, says", [
+        (dict(width=25), "--heads 2 does not divide --width 25"),
+        (CONV | dict(time_stride=12), "--time-stride 12: --stems conv needs 2, 4, 8"),
+        (CONV | dict(mix_leads=True), "leave out --mix-leads and --late-masking"),
+        (CONV | dict(late_masking=True), "leave out --mix-leads and --late-masking"),
+        (dict(arch="resnet18", aux_losses=True), "no streams.*--stems linear --no-aux-losses"),
+        (CONV | dict(arch="resnet18", aux_losses=False), "no streams.*--stems linear")])
+    def test_settings_that_cannot_be_are_refused_where_torch_would_be_silent(self, config, says):
+        with pytest.raises(InputError, match=says):
+            model.Config(**TINY | config)
+        assert model.Config(**TINY | config | model.NO_STREAMS | dict(arch="resnet18", width=24))
+
+
+class TestEncoder:
+    @pytest.fixture
+    def run(self, tmp_path):
+        """A run folder as train.py and evaluate.py leave it."""
+        m, K, rng = tiny(), 3, np.random.default_rng(0)
+        config = dataclasses.asdict(m.config)
+        data.write_json(tmp_path / "args.json", dict(
+            args=dict(view="contig", equal=False), config=config, data=dict(rate=100)))
+        torch.save(dict(model=m.state_dict(), config=config), tmp_path / "model.pt")
+        shapes = dict(weights=(K, m.width), biases=K, thresholds=K)
+        self.probe = {prefix + name: rng.normal(size=shape) for prefix in ("", "masked_")
+                      for name, shape in shapes.items()}
+        data.save_arrays(tmp_path / "eval" / "probe.npz",
+                         self.probe | dict(classes=np.array(["A", "B", "C"])))
+        return tmp_path
+
+    def test_probabilities_are_the_probes_and_with_missing_leads_those_of_the_masked_one(self, run):
+        encoder = model.load_encoder(run)
+        assert encoder.classes == ["A", "B", "C"] and (encoder.rate, encoder.shortest) == (100, 5)
+        z, keep = torch.randn(2, encoder.model.width), torch.ones(2, 12).bool()
+        keep[1, 4] = False
+        got = encoder.probabilities(z, keep)
+        for i, prefix in enumerate(("", "masked_")):
+            w, b = (self.probe[prefix + name] for name in ("weights", "biases"))
+            want = scipy.special.expit(w @ z[i].double().numpy() + b)
+            for p in (got[i], encoder.probabilities(z[i], keep[i])):
+                np.testing.assert_allclose(p, want)
+        assert torch.equal(encoder.probabilities(z)[0], got[0])
+        with changed_json(run / "args.json") as saved:
+            saved["args"]["equal"] = True
+        assert model.load_encoder(run).views.timing() == (.5, .25)
+
+    def test_missing_leads_are_masked_as_in_training_and_windows_are_of_one_view_or_two(self, run):
+        encoder, rng = model.load_encoder(run), np.random.default_rng(0)
+        x, keep = encoder.prepare(rng.normal(0, .3, (1000, 2)), 100, "mV", ["v5", "Lead II"])
+        assert [LEADS[c] for c in np.flatnonzero(keep[0])] == ["II", "V5"]
+        assert x.shape == (1, 1000, 12) and not x[:, :, ~keep[0]].any()
+        with torch.no_grad():
+            other = torch.where(keep[:, None], x, torch.randn(1, 1000, 12))
+            views_ = [encoder.model.represent(half) for half in (x[:, :500], x[:, 500:])]
+            torch.testing.assert_close(encoder(other, keep), torch.stack(views_).mean(0))
+            x, keep = encoder.prepare(rng.normal(0, 1, (620, 12)), 100, "mV", LEADS)
+            assert x.shape == (2, 500, 12) and keep.all()
+            torch.testing.assert_close(encoder(x, keep), encoder.model.represent(x))
+            encoder.views = views.ViewConfig("contig", equal=True)
+            torch.testing.assert_close(encoder(x), encoder.model.represent(x[:, ::2]))
+
+    def test_a_run_opens_without_the_data_pandas_wfdb_or_ecgmentations(self, run, tmp_path):
+        code = (f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+                "for name in 'pandas', 'wfdb', 'ecgmentations', 'h5py', 'sklearn':\n"
+                "    sys.modules[name] = None\n"  # to import it is an error
+                "import model, numpy as np\n"
+                "encoder = model.load_encoder(sys.argv[1])\n"
+                "x, keep = encoder.prepare(np.load(sys.argv[2]), 100, 'mV', ['I', 'V1'])\n"
+                "np.save(sys.argv[2], encoder.probabilities(encoder(x, keep), keep))")
+        x, path = np.random.default_rng(0).normal(0, .3, (1000, 2)), tmp_path / "x.npy"
+        np.save(path, x)
+        subprocess.run([sys.executable, "-c", code, run, path], cwd=tmp_path, check=True)
+        encoder = model.load_encoder(run)
+        x, keep = encoder.prepare(x, 100, "mV", ["I", "V1"])
+        want = encoder.probabilities(encoder(x, keep), keep)
+        np.testing.assert_allclose(np.load(path), want, rtol=1e-6)
+
+    def test_a_log_is_a_table_by_epoch_and_what_is_missing_is_named_with_what_to_do(self, run):
+        with refused("log.jsonl .*one epoch"):
+            model.read_log(run)
+        rows = [dict(epoch=1, loss=2.5, silhouette=None), dict(epoch=2, loss=1.5, silhouette=.1)]
+        (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        log = model.read_log(run)
+        assert log.loss.to_dict() == {1: 2.5, 2: 1.5} and math.isnan(log.silhouette[1])
+        (run / "eval" / "probe.npz").unlink()
+        with refused("no probe: make eval"):
+            model.load_encoder(run).probabilities(torch.randn(1, 16))
+        (run / "model.pt").unlink()
+        with refused("model.pt .*the run's command again"):
+            model.load_run(run)
+        for config in (dict(time_stem="conv"), 5, dict(width=25)):
+            with changed_json(run / "args.json") as saved:
+                saved["config"] = config
+            with refused("args.json .*make pretrain|--heads 6 does not divide --width 25"):
+                model.read_args(run)
+        with refused("args.json .*make pretrain"):
+            model.read_args(run / "none")
+
 
 CASES = [(6, "batch"), (2, "batch"), (2, "micro")]  # micro-batch, negatives
 
 
-def step_of(m, micro, negatives="batch", loss="ntxent", **more):
-    """(gradient, loss, norms) of one step of a model with dropout."""
-    m.zero_grad()
-    objective = train.Objective(negatives=negatives, loss=loss)
-    loss, norms = train.backward(m, big_batch(**more), objective, micro)
+def step_of(m, micro, negatives="batch", batch=None):
+    """(gradient, loss, norms) of one step of a model."""
+    loss, norms = train.STEPS[negatives](m, batch or big_batch(), train.Objective(), micro)
     return gradient(m), loss, norms
 
 
-TWO = dict(contig=["--view", "contig", "--epochs", 8],
-           stochastic=["--view", "stochastic", "--workers", 0, "--epochs", 2],
-           resnet=["--view", "contig", "--arch", "resnet18", "--epochs", 2])
+def step_with_graph(m, micro, negatives, *shares):
+    """The same by its definition, every graph kept; shares: the batches of the processes."""
+    outputs, projections = zip(*[train.project(m, batch, slice(i, i + micro)) for batch in shares
+                                 for i in range(0, batch.views.shape[1], micro)])
+    sizes, objective = [p.shape[2] for p in projections], train.Objective()
+    loss = objective(torch.cat(projections, dim=2))
+    if negatives == "micro":
+        loss = sum(n * objective(p) for n, p in zip(sizes, projections)) / sum(sizes)
+    streams = [h for output in outputs for h in (output.time, output.channel)]
+    grads = torch.autograd.grad(loss, streams, retain_graph=True)
+    m.zero_grad()
+    loss.backward()
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in grads[i::2])) for i in (0, 1)]
+    return gradient(m), loss.item(), norms
+
+
+def assert_close_steps(got, want):
+    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose([got[1], *got[2]], [want[1], *want[2]], rtol=1e-4)
+
+
+def process_batches():
+    """The shares of two processes of a batch, each with a seed of its own."""
+    whole = big_batch()
+    return [train.Batch(whole.views[:, at], whole.keep[:, at], 5, seed)
+            for at, seed in ((slice(0, 6), 0), (slice(6, 12), 1))]
+
+
+TWO = dict(contig=["--view", "contig", "--epochs", 3, "--no-mask-leads", "--dropout", 0],
+           stochastic=["--view", "stochastic", "--workers", 0, "--max-steps", 2])
 
 
 def work_of_a_process(rank, port, cache, folder):
-    """One of two: each of TWO trained; step_of each case; BatchNorm's averages after two steps; how
-    often it was asked whether to stop, until the second process got a SIGTERM; threads in the end.
+    """One of two: each of TWO trained; step_of each case; BatchNorm's averages after a step; how
+    often it was asked whether to stop, until the second process got a SIGTERM.
     """
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # as torchrun does
     told, asked = train.listen(), []
     train.join_processes = functools.lru_cache(train.join_processes)  # one group for all runs
     for name, flags in TWO.items():
         run_train(cache, folder / name, *flags)
-    found, m = [step_of(with_dropout(), *case) for case in CASES], tiny(arch="resnet18")
-    for step in range(2):
-        step_of(m, 6, key=(0, step), masked=False)
+    batch = process_batches()[rank]
+    found, m = [step_of(with_dropout(), *case, batch) for case in CASES], tiny(arch="resnet18")
+    step_of(m, 6, batch=batch._replace(keep=None))
     with pytest.raises(InputError, match="made with other arguments"):  # by each of them
         run_train(cache, folder / "contig", *TWO["contig"], "--tau", .2)
 
@@ -1343,9 +1314,10 @@ def work_of_a_process(rank, port, cache, folder):
         return told(device)
 
     train.train(train.get_args(argv_of(cache, folder / "told")), one_is_told)
-    train.leave_processes()
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    torch.save((found, m.encoder.body[1].running_mean, len(asked), threads), folder / f"{rank}.pt")
+    config, order = views.ViewConfig(view="noncontig"), [(0, np.arange(6))]
+    drawn = next(train.batches(data.open_cache(cache), config, 0, order, CPU))
+    torch.distributed.destroy_process_group()
+    torch.save((found, m.encoder.body[1].running_mean, len(asked), drawn), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="session")
@@ -1356,62 +1328,60 @@ def two(cache, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work_of_a_process, (port, cache, folder), 2)
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 class TestTrain:
-    @pytest.mark.parametrize("micro, negatives, name", [
-        (3, "batch", "ntxent"), (4, "batch", "ntxent"), (12, "batch", "ntxent"),
-        (4, "batch", "decoupled"), (6, "batch", "barlow"), (3, "micro", "ntxent")])
+    def test_the_objective_is_nt_xent_and_a_share_of_that_of_the_streams(self):
+        p = F.normalize(torch.randn(3, 2, 5, 8), dim=-1)
+        want = [double_loop(z1.double(), z2.double(), .2) for z1, z2 in p]
+        for terms, total in ((p, want[0] + .5 * sum(want[1:])), (p[:1], want[0])):
+            got = float(train.Objective(tau=.2, aux_weight=.5)(terms))
+            assert got == pytest.approx(total, abs=1e-4)
+
+    @pytest.mark.parametrize("micro, negatives", [
+        (3, "batch"), (5, "batch"), (12, "batch"), (3, "micro"), (5, "micro"), (12, "micro")])
     def test_the_gradient_is_that_of_the_whole_batch_or_of_the_mean_over_micro_batches(
-            self, micro, negatives, name):
-        m, batch, objective = with_dropout(), big_batch(), train.Objective(loss=name)
-        got, loss, norms = step_of(m, micro, negatives, name)
-        m.zero_grad()
-        outputs, projections = zip(*[train.project(m, batch, slice(i, i + micro))
-                                     for i in range(0, 12, micro)])  # every graph is kept
-        whole = objective(torch.cat(projections, dim=2)) if negatives == "batch" else sum(
-            map(objective, projections)) / len(projections)
-        pooled = [h for output in outputs for h in (output.time, output.channel)]
-        grads = torch.autograd.grad(whole, pooled, retain_graph=True)
-        whole.backward()
-        torch.testing.assert_close(got, gradient(m), atol=1e-5, rtol=1e-5)
-        assert abs(loss - whole.item()) < 1e-5
-        for i, norm in enumerate(norms):
-            want = math.sqrt(sum(float(g.square().sum()) for g in grads[i::2]))
-            assert abs(norm - want) < 1e-4 * want
+            self, micro, negatives):
+        m = with_dropout()
+        for _ in range(2):  # gradients of the step before are gone
+            got = step_of(m, micro, negatives)
+        assert_close_steps(got, step_with_graph(m, micro, negatives, big_batch()))
+
+    def test_micro_batches_change_neither_views_nor_gradient(self, cache):
+        """Of `conv` with all that is random but dropout."""
+        config = views.ViewConfig(view="contig", disturb=True, shift=True)
+        (batch,) = train.batches(data.open_cache(cache), config, 0, [(3, np.arange(8))], CPU)
+        m = model.Contrastive(model.Config(**TINY | dict(stems="conv", stem_width=16,
+                                                         time_stride=4, dropout=0.)))
+        assert_close_steps(step_of(m, 8, batch=batch), step_of(m, 4, batch=batch))
 
     def test_the_second_pass_repeats_the_first_under_autocast(self):
         m = with_dropout()
         m.precision = "bfloat16"
-        first, second, other = (train.project(m, big_batch(key=key), slice(3, 6))[1]
-                                for key in ((0, 5), (0, 5), (0, 6)))
+        first, second, other = (train.project(m, big_batch(step=step), slice(3, 6))[1]
+                                for step in (5, 5, 6))
         assert torch.equal(first, second) and first.dtype == torch.float32
         m.precision = "float32"
         exact = train.project(m, big_batch(), slice(3, 6))[1]
         assert 0 < (first - exact).abs().max() < .1 < (first - other).abs().max()
+        alike = train.Batch(big_batch().views[:, :1].expand(-1, 12, -1, -1), None, 5)
+        a, b = (train.project(m, alike, slice(i, i + 3))[1] for i in (0, 3))
+        assert (a - b).abs().max() > .1  # each micro-batch has dropout of its own
 
     @slow
     def test_two_processes_give_the_gradient_of_one(self, two):
-        (found, mean, _, threads), (others, *_) = two[1]
+        (found, mean, *_), (others, *_) = two[1]
         for case, got, other in zip(CASES, found, others):
-            want = step_of(with_dropout(), *case)
-            torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
+            assert_close_steps(got, step_with_graph(with_dropout(), *case, *process_batches()))
             assert torch.equal(got[0], other[0])
-            np.testing.assert_allclose([got[1], *got[2]], [want[1], *want[2]], rtol=1e-4)
-        halves, x = [], torch.cat(big_batch().cut(slice(0, 12)))  # BatchNorm's averages: both
-        for at in (slice(0, 6), slice(6, 12)):  # processes count, in both steps
-            seen = x.unflatten(0, (2, 12))[:, at].flatten(0, 1)
-            halves.append(tiny(arch="resnet18").encoder.body[0](seen.mT).mean((0, 2)))
-        torch.testing.assert_close(mean, (1 - .9 ** 2) * sum(halves) / 2)
-        assert not [name for name in threads if "gloo" in name]  # see leave_processes
+        stem = tiny(arch="resnet18").encoder.body[0]  # BatchNorm's averages: of both
+        halves = [stem(batch.views.flatten(0, 1).mT).mean((0, 2)) for batch in process_batches()]
+        torch.testing.assert_close(mean, .1 * sum(halves) / 2)
 
     @slow
-    @pytest.mark.parametrize("on_a_gpu", [False, True])
-    def test_a_compiled_block_gives_the_same_and_repeats_its_dropout(self, on_a_gpu):
+    def test_a_compiled_block_gives_the_same_and_repeats_its_dropout(self):
         layer, x = with_dropout().encoder.channel_layers[0], torch.randn(4, 12, 24)
-        if on_a_gpu:  # dropout is torch's, fused into the rest
-            layer.dropout = nn.Dropout(.3)
 
         def seeded(seed):
             torch.manual_seed(seed)
@@ -1419,25 +1389,22 @@ class TestTrain:
 
         plain = seeded(0)
         model.compile_blocks(nn.ModuleList([layer]))
-        if on_a_gpu:
-            torch._inductor.config.fallback_random = False
         first = seeded(0)
         with torch.no_grad():
             second, other = seeded(0), seeded(1)
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(first, plain, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(first, other, atol=1e-3)
-        assert on_a_gpu or torch.allclose(first, plain, atol=1e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("negatives", ["batch", "micro"])
     def test_batch_norm_counts_each_micro_batch_once(self, negatives):
-        m, want = tiny(arch="resnet18"), 0
+        m, batch, want = tiny(arch="resnet18"), big_batch(masked=False), 0
         stem = m.encoder.body[0]
         for i in range(0, 12, 4):
-            x = torch.cat(big_batch().cut(slice(i, i + 4)))
+            x = batch.views[:, i:i + 4].flatten(0, 1)
             want = .9 * want + .1 * stem(x.mT).mean((0, 2)).detach()
-        step_of(m, 4, negatives, masked=False)
+        step_of(m, 4, negatives, batch)
         torch.testing.assert_close(m.encoder.body[1].running_mean, want)
-        assert m.encoder.body[1].momentum == .1
 
     def test_stream_norms_are_those_at_the_token_tensors(self):
         tokens = [torch.randn(3, n, 8, requires_grad=True) for n in (50, 12)]
@@ -1451,6 +1418,15 @@ class TestTrain:
         norms = train.stream_norms([2., 2.], (2500, 12))
         assert abs(norms["grad_norm_ratio"] - 14.43) < .01  # the paper's logs read 14.6 to 14.8
         assert norms["grad_norm_ratio_corrected"] == 1
+
+    def test_parameter_norms_are_those_of_each_streams_stem_and_layers(self):
+        m = tiny()
+        step_of(m, 12)
+        got = train.stream_statistics(m, [1., 2.])
+        for name in ("time", "channel"):
+            squares = [float(p.grad.square().sum()) for key, p in m.encoder.named_parameters()
+                       if key.startswith((f"{name}_stem", f"{name}_layers"))]
+            assert got[f"param_grad_norm_{name}"] == pytest.approx(math.sqrt(sum(squares)))
 
     @pytest.mark.parametrize("total, warmup", [(100, 20), (37, 5), (1000, 20)])
     def test_the_schedule_is_a_warm_up_and_then_torchs_one_cycle(self, total, warmup):
@@ -1467,165 +1443,131 @@ class TestTrain:
             cycle.step()
         assert train.learning_rate(0, 1, 0, 3e-4, 3e-5) > 0  # a run of one step takes a real one
 
-    @pytest.mark.parametrize("argv, records, processes, want, notes", [
-        ("", (17418, 2183), 1, dict(batch=1024, micro=16, steps=17, warmup=20, val_batch=1024), []),
-        ("--micro-batch 24", (344, 78), 1, dict(batch=32, micro=16, steps=10, val_batch=32),
-         ["batch 32 instead of 1024", "micro-batch 16 instead of 24"]),
-        ("--epochs 3", (344, 78), 1, dict(total=30, warmup=6),
-         ["batch 32", "warm-up 6 instead of 20"]),
-        ("--batch-size 64 --max-steps 7", (344, 78), 1, dict(batch=64, total=7), ["warm-up 1"]),
-        ("--batch-size 512", (344, 78), 1, dict(batch=32), ["batch 32 instead of 512"]),
-        ("", (4, 2), 1, dict(batch=2, micro=2, val_batch=2), ["batch 2 instead"]),
-        ("--batch-size 64", (344, 78), 4, dict(micro=16, processes=4), []),
-        ("--batch-size 64 --micro-batch 32", (344, 78), 4, dict(micro=16),
-         ["micro-batch 16 instead of 32"]),
-        ("", (344, 78), 3, dict(batch=30, micro=10), ["batch 32", "micro-batch 10"])])
-    def test_settings_fit_the_data(self, argv, records, processes, want, notes):
-        plan, found = train.settle(train.get_args(argv.split()), *records, processes)
+    @pytest.mark.parametrize("argv, records, processes, want", [
+        ("", (17418, 2183), 1, dict(batch=1024, micro=16, steps=17, epochs=50, total=850,
+                                    warmup=20, val_batch=1024)),
+        ("--micro-batch 24", (344, 78), 1, dict(batch=32, micro=16, steps=10, val_batch=32)),
+        ("--epochs 3", (344, 78), 1, dict(total=30, warmup=6)),
+        ("--batch-size 64 --max-steps 7", (344, 78), 1, dict(batch=64, total=7, epochs=2,
+                                                             warmup=1)),
+        ("--batch-size 20 --micro-batch 8", (344, 78), 1, dict(micro=7)),  # 7, 7, 6
+        ("", (8 * 1024 - 1, 78), 1, dict(batch=512)), ("", (8 * 1024, 78), 1, dict(batch=1024)),
+        ("", (4, 2), 1, dict(batch=2, micro=2, val_batch=2)),
+        ("--batch-size 64 --micro-batch 32", (344, 78), 4, dict(micro=16, val_batch=64)),
+        ("", (344, 31), 3, dict(batch=30, micro=10, val_batch=30))])
+    def test_settings_fit_the_data(self, argv, records, processes, want):
+        plan = train.settle(train.get_args(argv.split()), *records, processes)
         assert {key: getattr(plan, key) for key in want} == want
-        assert len(found) == len(notes) and all(map(str.startswith, found, notes)), found
 
     @pytest.mark.parametrize("n, processes, argv, says", [
-        (3, 1, "", "3 records in folds 1-8"), (11, 3, "", "4 and 2 are needed for each process"),
-        (344, 3, "--batch-size 64", "3 processes cannot share a batch of 64 .*such as 63"),
+        (1, 1, "", "--batch-size 2: a batch holds at most the 1 records of folds 1-8"),
+        (2, 3, "", "equal parts for each of 3 processes, which needs 2 of the 50 of fold 9"),
+        (344, 3, "--batch-size 64", "--batch-size 64: .* in equal parts for each of 3 processes"),
+        (344, 1, "--batch-size 512", "--batch-size 512: a batch holds at most the 344 records"),
         *((99, 1, flag, f"argument {flag.split()[0]}") for flag in (
             "--epochs 0", "--batch-size 1", "--tau nan", "--workers -1", "--aux-weight nan",
-            "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--crop 0", "--warp 2",
-            "--scale 1")),
-        *((99, 1, *row) for row in (
-            ("--micro-batch 1 --negatives micro", "no negatives"),
-            ("--max-lr 1e-5", "--max-lr 1e-05 is below --final-lr"),
-            ("--heads 0", "heads: at least 1"), ("--depth -1", "depth: at least 1"),
-            ("--heads 5", "--heads 5 does not divide --width 384"), ("--arch vit", "--arch vit"),
-            ("--late-masking --stem-width 14", "--late-masking needs .*that 12 divides, .*14"),
-            ("--preset conv --mix-leads", "--mix-leads needs --channel-stem linear"),
-            ("--time-stem conv --width 12", "--width 12 --stem-width 192: conv stems need"),
-            ("--channel-stem conv --stem-width 24", "--width 384 --stem-width 24: conv stems need"),
-            ("--time-stem conv --time-stride 20", "--time-stride 20: a conv stem needs 2, 4, 8"),
-            ("--arch resnet18 --readout all", "--readout z, all that resnet18 has"),
-            ("--arch resnet18 --aux-losses", "no streams"), ("--dropout 1", "--dropout"),
-            ("--arch torchnn --gate-channel", "--arch torchnn has no gates"),
-            ("--view stochastic --band-high 60", "--band-high 60.0.*50.0 Hz at 100 Hz"),
-            ("--view contig --crop .9", "--crop 0.9 does nothing.*--augment-p"),
-            ("--view stochastic --augment-p 0 --noise .1", "--noise 0.1 does nothing"),
-            ("--view stochastic --mask-p .3", "--mask-p 0.3 does nothing.*--mask-leads"),
-            ("--speed .2", "--window 1.0 --speed 0.2: a window would not fit"),
-            ("--windows 2", "--windows 2 of whole views are the same")))])
-    def test_impossible_flags_and_those_that_do_nothing_are_refused(self, n, processes, argv, says):
+            "--seed -1", "--max-lr -1", "--micro-batch 1.5", "--mask-p 1", "--negatives none")),
+        (99, 1, "--micro-batch 1 --negatives micro", "no negatives"),
+        (99, 1, "--max-lr 1e-5", "--max-lr 1e-05 is below --final-lr")])
+    def test_impossible_settings_are_refused(self, n, processes, argv, says):
         with refused(says):
-            args = train.get_args(argv.split())
-            train.settle(args, n, 50, processes)
-            data.from_args(model.Config, vars(args))
-            views.pool(data.from_args(views.ViewConfig, vars(args)), 100)
+            train.settle(train.get_args(argv.split()), n, 50, processes)
 
     def test_an_epoch_shows_a_record_once_and_each_has_another_order(self):
-        rows, plan = np.arange(100, 150), train.Plan(8, 4, 1, 8, steps=6, total=14, warmup=0)
+        plan = train.settle(train.get_args(["--batch-size", "8", "--max-steps", "14"]), 50, 8)
+        rows = np.arange(100, 150)
         order = list(train.epoch_order(rows, plan, 0, 0))
         assert [step for step, _ in order] == list(range(14))
         for i in (0, 6):
             seen = np.concatenate([r for _, r in order[i:i + 6]])
             assert len(set(seen)) == 48 and set(seen) <= set(rows)
         assert not np.array_equal(order[0][1], order[6][1])
+        for (step, seen), (again, same) in zip(order[9:], train.epoch_order(rows, plan, 0, 9)):
+            assert step == again and np.array_equal(seen, same)
 
-    def feed(self, cache, *order, seed=0, workers=0, **config):
+    def batches(self, cache, *order, seed=0, workers=0, **config):
         """Batches of some steps and rows, as (step, rows)."""
-        return list(train.Feed(cache, views.ViewConfig(**config), seed, CPU, workers)(order))
+        config = views.ViewConfig(**config)
+        return list(train.batches(data.open_cache(cache), config, seed, order, CPU, workers))
 
     @pytest.mark.parametrize("view", ["contig", "noncontig"])
     def test_batches_are_normalised_views_of_their_rows_with_masks_of_their_step(self, cache, view):
         c, rows = data.open_cache(cache), np.array([5, 3, 40])
-        a, b = self.feed(c, (0, rows), (7, rows), view=view)
-        for got, want in zip(a.cut(slice(1, 3)), views.split(normalized(c, rows), view)):
-            torch.testing.assert_close(got, want[1:3])
-        assert (a.size, a.key, b.key) == (3, (0, 0), (0, 7)) and a.keep.shape == (2, 3, 12)
+        a, b = self.batches(cache, (0, rows), (7, rows), view=view)
+        torch.testing.assert_close(a.views, torch.stack(views.VIEWS[view].cut(normalized(c, rows))))
+        assert (a.step, b.step) == (0, 7) and a.keep.shape == (2, 3, 12)
+        assert torch.equal(b.keep, views.draw_leads((2, 3, 12), .5, views.generator("mask", 0, 7)))
         assert not torch.equal(a.keep, b.keep) and not torch.equal(*a.keep)
-        assert torch.equal(b.keep, self.feed(c, (7, rows), view=view)[0].keep)
-        assert self.feed(c, (0, rows), view=view, mask_leads=False)[0].keep is None
+        assert self.batches(cache, (0, rows), view=view, mask_leads=False)[0].keep is None
 
     def test_shifted_views_are_views_that_start_elsewhere_each(self, cache):
-        c, rows = data.open_cache(cache), np.arange(12)
-        (batch,) = self.feed(c, (3, rows), seed=5, view="noncontig", shift=True)
-        pair, found = batch.cut(slice(0, 12)), []
-        for got, view in zip(pair, views.split(normalized(c, rows), "noncontig")):
+        c, rows, found = data.open_cache(cache), np.arange(12), []
+        (batch,) = self.batches(cache, (3, rows), seed=5, view="noncontig", shift=True)
+        for got, view in zip(batch.views, views.noncontig(normalized(c, rows))):
             for a, b in zip(got, view):
                 found += [s for s in range(len(b)) if torch.equal(a, b.roll(-s, 0))]
         assert len(found) == 24 and len(set(found)) > 15  # independent of one another
-        for i in range(0, 12, 4):  # the second pass of a micro-batch sees the same
-            for whole, part in zip(pair, batch.cut(slice(i, i + 4))):
-                assert torch.equal(whole[i:i + 4], part)
+
+    def test_equal_views_start_where_the_step_says(self, cache):
+        c, rows = data.open_cache(cache), np.arange(12)
+        (batch,) = self.batches(cache, (3, rows), view="noncontig", equal=True)
+        starts = views.generator("equal", 0, 3).integers(501, size=12)
+        want = views.equal_pair(normalized(c, rows), "noncontig", torch.from_numpy(starts))
+        assert torch.equal(batch.views, torch.stack(want)) and len(set(starts)) > 8
 
     @pytest.mark.parametrize("view", views.VIEWS)
-    def test_disturbed_views_repeat_in_the_second_pass_and_differ(self, cache, view):
-        (batch,) = self.feed(data.open_cache(cache), (3, np.arange(8)), view=view, windows=2,
-                             window=.5, speed=.2, lead_gain=.4, wander=.5, max_noise=.5,
-                             time_out=.3)
-        seen, again, other = (batch.cut(part) for part in (
-            slice(0, 4), slice(0, 4), slice(4, 8)))
-        assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
-        assert seen[0].shape == (4, 500 if views.VIEWS[view].cut is views.whole else 250, 12)
-        assert all(map(torch.equal, seen, again)) and not torch.equal(seen[0], other[0])
+    def test_disturbed_views_repeat_and_differ_from_each_other_and_from_step_to_step(self, cache,
+                                                                                    view):
+        order = [(step, np.arange(8)) for step in (3, 3, 4)]
+        seen, again, other = (batch.views for batch in self.batches(
+            cache, *order, view=view, disturb=True, augment_p=0, mask_leads=False))
+        (plain,) = self.batches(cache, order[0], view=view, augment_p=0, mask_leads=False)
+        assert torch.equal(seen, again) and not torch.equal(seen, other)
+        assert not torch.equal(*seen) and seen.shape[2] <= plain.views.shape[2]
 
     def test_the_pool_on_segment_views_cuts_each_from_its_own_pass(self, cache):
-        batch, passed = (self.feed(data.open_cache(cache), (3, np.arange(6)), augment_p=.9,
-                                   mask_leads=True, view=view)[0]
-                         for view in ("noncontig", "stochastic"))
-        (a, b), (x, y) = (one.cut(slice(0, 6)) for one in (batch, passed))
+        batch, passed = (self.batches(cache, (3, np.arange(6)), augment_p=.9, mask_leads=True,
+                                      view=view)[0] for view in ("noncontig", "stochastic"))
+        (a, b), (x, y) = batch.views, passed.views
         assert torch.equal(a, x[:, ::2]) and torch.equal(b, y[:, 1::2])
         assert torch.equal(batch.keep, passed.keep)
 
     def test_stochastic_batches_are_augmented_records_whatever_the_workers(self, cache):
         c, config = data.open_cache(cache), views.ViewConfig(view="stochastic")
         order = (0, np.array([5, 3])), (1, np.resize(np.array([5, 8]), 18))
-        state = np.random.get_state()[1].copy()
-        runs = [[batch.cut(slice(0, 2)) for batch in self.feed(
-            c, *order, seed=4, workers=workers, view="stochastic")] for workers in (0, 2)]
-        np.testing.assert_array_equal(np.random.get_state()[1], state)  # it is put back
+        runs = [[batch.views for batch in self.batches(
+            cache, *order, seed=4, workers=workers, view="stochastic")] for workers in (0, 2)]
         for (step, rows), alone, parallel in zip(order, *runs):
-            for j, x in enumerate(normalized(c, rows[:2]).numpy()):
+            assert torch.equal(alone, parallel) and alone.shape == (2, len(rows), 1000, 12)
+            for j, x in enumerate(normalized(c, rows).numpy()):
                 want = views.augment(x, views.pool(config, 100),
                                      views.generator("augment", 4, step, rows[j]))
-                for i in range(2):
-                    np.testing.assert_array_equal(alone[i][j], want[i])
-                    assert torch.equal(alone[i][j], parallel[i][j])
-        (first, second), (later, _) = runs[0]  # of record 5, ...
-        assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], later[0])
+                np.testing.assert_array_equal(alone[:, j], want)
+        (first, second), (later, _) = (found[:, 0] for found in runs[0])  # of record 5
+        assert not torch.equal(first, second) and not torch.equal(first, later)
 
     def test_clustering_is_none_where_it_cannot_be_computed(self):
-        z, two = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6) % 2
-        for got in (train.clustering(z, np.zeros(6)), train.clustering(z * 0, two)):
+        z, classes = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6) % 2
+        for got in (train.clustering(z, np.zeros(6)), train.clustering(z * 0, classes)):
             assert set(got.values()) == {None}
-        assert train.clustering(z + 100 * two[:, None], two)["silhouette"] > .9
+        assert train.clustering(z + 100 * classes[:, None], classes)["silhouette"] > .9
 
     @slow
     def test_one_batch_is_overfitted(self):
         m = with_dropout()
         optimizer = torch.optim.Adam(m.parameters(), lr=2e-3)
         for step in range(100):
-            optimizer.zero_grad(set_to_none=False)
-            loss, _ = train.backward(m, big_batch(8, (0, step), masked=False),
-                                     train.Objective(aux_weight=0), 4)
+            batch = big_batch(8, step, masked=False)
+            loss, _ = train.exact_step(m, batch, train.Objective(aux_weight=0), 4)
             optimizer.step()
         assert loss < .3 < math.log(15), loss
-
-    @slow
-    def test_a_batch_of_128_takes_the_memory_of_a_micro_batch(self):
-        code = ("import torch, model, train\n"
-                "m = model.Contrastive(model.Config(width=96, heads=4, depth=1, time_stride=2))\n"
-                "x, cpu = torch.randn(16, 500, 12), torch.device('cpu')\n"
-                "before = train.peak_mib(cpu)\n"
-                "for n, times in ((16, 4), (128, 1)):\n"  # the heap grows for a while
-                "    batch = train.Batch(n, lambda part: (x[:, :250], x[:, 250:]), None, (0, 0))\n"
-                "    for _ in range(times):\n"
-                "        train.backward(m, batch, train.Objective(), 16)\n"
-                "    print('peak', train.peak_mib(cpu) - before)")
-        small, large = map(float, re.findall(r"peak (\S+)", script("-c", code)))
-        assert 0 < large < 1.3 * small, (small, large)
 
 
 class TestRun:
     def test_a_run_folder_holds_what_it_should(self, finished, cache):
         run, out = finished
         assert "noncontig: even and odd samples" in out and "SYNTHETIC" in out
+        assert re.search(rf"finished, \d+ steps; next: make eval RUN={run}", out)
         assert {path.name for path in run.iterdir()} - {"eval", "figures"} >= {
             ".lock", "args.json", "log.jsonl", "last.pt", "model.pt", "tensorboard"}
         m, saved = model.load_run(run)
@@ -1635,11 +1577,10 @@ class TestRun:
 
     def test_the_log_has_every_number_and_tensorboard_shows_the_same(self, finished):
         rows, shown = log_of(finished[0]), scalars(finished[0])
-        assert [row["epoch"] for row in rows] == [1, 2]
-        assert all(0 < row[key] < 1 for row in rows for key in ("of_peak", "data_share"))
+        assert [row["epoch"] for row in rows] == [1, 2] and MEASURED <= set(rows[0])
+        assert all(0 < row["data_share"] < 1 for row in rows)
         for key in LOGGED:
             np.testing.assert_allclose(shown[key], [(r["epoch"], r[key]) for r in rows], rtol=1e-5)
-        assert MEASURED <= set(rows[0])
 
     def test_the_last_validation_numbers_follow_from_the_saved_model(self, finished, cache):
         m, c, last = model.load_run(finished[0])[0], data.open_cache(cache), log_of(finished[0])[-1]
@@ -1647,30 +1588,68 @@ class TestRun:
         x = normalized(c, rows)
         with torch.no_grad():
             z = (m.encoder(x[:, 0::2]).z + m.encoder(x[:, 1::2]).z) / 2
-            for i in range(len(rows) // 8):  # batches of 8; the step is one that training never has
+            for i in range(0, len(rows) - 7, 8):  # the step is one that training never has
                 keep = views.draw_leads((2, 8, 12), .5, views.generator("mask", 0, 2 ** 31 + i))
-                losses.append(double_loop(*(m(x[8 * i:8 * i + 8, j::2], keep[j])[1][0]
-                                            for j in (0, 1)), .1))
+                losses.append(double_loop(*(m(x[i:i + 8, j::2], keep[j])[1][0] for j in (0, 1)),
+                                          .1))
         assert last["val_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-        labels = c.index.loc[rows, list(CLASSES)].to_numpy()
+        labels = data.read_labels(c).y[rows]
         one = labels.sum(1) == 1
         want = metrics.silhouette_score(z[one], labels[one].argmax(1))
         assert last["silhouette"] == pytest.approx(want, abs=1e-4)
 
+    def test_a_run_is_adam_on_clipped_gradients_with_the_rates_of_the_schedule(self, cache,
+                                                                               tmp_path):
+        run_train(cache, tmp_path, "--view", "contig", "--epochs", 2, "--dropout", 0, "--warmup", 3,
+                  "--weight-decay", 1, "--clip", .05, "--max-lr", 1e-3)
+        c, m = data.open_cache(cache), tiny(dropout=0.)
+        rows = c.rows(data.TRAIN_FOLDS)
+        optimizer, steps = torch.optim.AdamW(m.parameters(), weight_decay=1), len(rows) // 8
+        for epoch, logged in enumerate(log_of(tmp_path)):
+            order, losses = views.generator("order", 0, epoch).permutation(rows), []
+            for i in range(steps):
+                step, x = epoch * steps + i, normalized(c, order[8 * i:8 * i + 8])
+                keep = views.draw_leads((2, 8, 12), .5, views.generator("mask", 0, step))
+                z1, z2 = (m(view, k)[1][0] for view, k in zip(views.contig(x), keep))
+                loss = model.nt_xent(z1, z2, .1)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), .05)
+                optimizer.param_groups[0]["lr"] = train.learning_rate(step, 2 * steps, 3, 1e-3,
+                                                                      3e-5)
+                optimizer.step()
+                losses.append(loss.item())
+            assert logged["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        for got, want in zip(model.load_run(tmp_path)[0].parameters(), m.parameters()):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+    def test_without_superclasses_training_goes_on_without_clustering(self, cache, tmp_path):
+        c = data.open_cache(cache)
+        c.meta["label_sets"] = {}
+        with mock.patch.object(train, "open_cache", lambda folder: c):
+            run_train(cache, tmp_path / "r", "--max-steps", 1)
+        assert log_of(tmp_path / "r")[0]["silhouette"] is None
+
     def test_the_same_command_is_finished_and_another_is_refused_by_name(
-            self, finished, cache, small, tmp_path, capsys):
+            self, finished, cache, tmp_path, capsys):
         run = shutil.copytree(finished[0], tmp_path / "r")
-        with changed_json(run / "args.json") as saved:  # a run older than a flag had its default
-            for name in ("clip", "windows", "max_noise"):
-                del saved["args"][name]
         run_train(cache, run, *SAME, "--view", "noncontig", "--workers", 0)
-        assert "finished, nothing to do" in capsys.readouterr().out
-        with pytest.raises(InputError, match="(?s)--epochs: 2 then, 3 now.*--loss: ntxent then, bar"
-                           "low now.*--tau: 0.1 then, 0.2 now") as error:
-            run_train(cache, run, "--epochs", 3, "--tau", .2, "--loss", "barlow")
+        assert f"finished, nothing to do; next: make eval RUN={run}" in capsys.readouterr().out
+        with pytest.raises(InputError, match="(?s)--epochs: 2 then, 3 now.*--tau: 0.1 then, 0.2 now"
+                           ) as error:
+            run_train(cache, run, "--epochs", 3, "--tau", .2)
         assert "--seed" not in str(error.value)
-        with pytest.raises(InputError, match="data: .* then, .* now"):
-            run_train(cached(small).folder, run, *SAME)
+        other = data.open_cache(cache)
+        other.meta["fingerprint"] = "another"
+        with mock.patch.object(train, "open_cache", lambda folder: other), pytest.raises(
+                InputError, match="data: .* then, .* fingerprint another now"):
+            run_train(cache, run, *SAME)
+        for name in ("POOL", "DISTURB"):
+            strengths = getattr(views, name)
+            key = next(iter(strengths))
+            with mock.patch.dict(strengths, {key: .123}), pytest.raises(
+                    InputError, match=rf"{name}\['{key}'\] in views.py: .* then, 0.123 now"):
+                run_train(cache, run, *SAME)
         assert (run / "model.pt").read_bytes() == (finished[0] / "model.pt").read_bytes()
 
     def test_a_second_process_is_kept_out_of_a_run_in_progress(self, cache, tmp_path):
@@ -1683,102 +1662,76 @@ class TestRun:
                 run_train(cache, tmp_path, "--max-steps", 1)
             other.communicate("\n")
 
-    def test_flags_younger_than_a_run_have_the_values_of_its_preset(self):
-        saved = vars(train.get_args(["--preset", "conv", "--tau", ".2"]))
-        assert train.with_defaults({key: saved[key] for key in ("preset", "tau")}) == saved
-        with pytest.raises(InputError, match="damaged .preset: 'huge'"):
-            train.with_defaults(dict(preset="huge"))
-
-    def test_several_processes_cannot_share_a_gpu(self, monkeypatch):
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            monkeypatch.setenv(name, "2")
-        with pytest.raises(InputError, match="--device cuda:1"):
-            train.join_processes("cuda:1")
-
-    def test_the_chance_line_counts_the_negatives_and_losses_that_there_are(self, finished):
-        assert f"a loss of {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
-        args = dict(loss="ntxent", aux_weight=.5, aux_losses=True, negatives="micro")
+    def test_the_loss_at_chance_counts_the_negatives_and_losses_that_there_are(self, finished):
+        assert f"at chance {math.log(15):.2f}, in validation {math.log(15):.2f}" in finished[1]
+        args = dict(aux_weight=.5, aux_losses=True, negatives="micro")
         got = train.chance(args, dict(batch=64, micro=4, val_batch=8))
         assert got == pytest.approx([2 * math.log(2 * 4 - 1), 2 * math.log(2 * 8 - 1)])
 
     @pytest.mark.parametrize("argv", [["--view", "contig", "--negatives", "micro", "--shift"],
                                       ["--view", "stochastic", "--mask-leads", "--workers", 1],
-                                      ["--arch", "torchnn", "--clip", 0, "--precision", "tf32"],
+                                      ["--equal", "--clip", 0, "--precision", "tf32"],
                                       ["--late-masking", "--precision", "bfloat16"],
-                                      ["--preset", "conv", "--stem-width", 16, "--time-stride", 8],
-                                      ["--loss", "barlow", "--windows", 2, "--window", .5]])
+                                      ["--preset", "conv", "--stem-width", 16, "--time-stride", 8]])
     def test_each_option_trains_also_where_another_run_saved_nothing(self, finished, cache,
                                                                      tmp_path, argv):
         shutil.copy(finished[0] / "args.json", tmp_path)
         run_train(cache, tmp_path, "--max-steps", 2, *argv)
         (row,) = log_of(tmp_path)
         assert LOGGED <= set(row) and row["step"] == 2 and (tmp_path / "model.pt").exists()
-        saved = json.loads((tmp_path / "args.json").read_text())
-        forward, both = model.count_flops(model.Config(**saved["config"]), saved["samples"])
-        want = 2 * (both + forward * ("micro" not in argv))  # plain accumulation has one pass
-        want *= saved["args"]["windows"]
-        assert row["gflop_per_record"] == pytest.approx(want / 1e9)
 
     def test_errors_come_before_work_and_leave_no_folder(self, cache, small, tmp_path):
-        for argv, says in ((["--view", "zigzag"], "unknown VIEW"), (["--heads", 7], "--heads 7"),
+        for argv, says in ((["--view", "zigzag"], "unknown VIEW"),
                            (["--device", "cuda:9"], "--device cuda:9"),
                            (["--time-stride", 501], "a view has only 500 samples"),
-                           (["--view", "stochastic", "--band-high", "80"], "--band-high"),
-                           (["--cache", tmp_path / "none"], "no cache in")):
+                           (["--cache", tmp_path / "none"], "no cache in"),
+                           (["--batch-size", 999], "--batch-size 999: a batch holds at most")):
             with pytest.raises(InputError, match=says):
                 run_train(cache, tmp_path / "r", *argv)
+        with mock.patch.dict(views.POOL, band=(.5, 80)), pytest.raises(ValueError, match="fs/2=50"):
+            run_train(cache, tmp_path / "r", "--view", "stochastic")
         change_table(small, "strat_fold", 10, lambda table: table.strat_fold == 9)
         with pytest.raises(InputError, match="no records in fold 9"):
             run_train(cached(small).folder, tmp_path / "r")
         assert not (tmp_path / "r").exists()
 
-    def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(self, cache, tmp_path):
-        run, wild = tmp_path / "r", ("--max-lr", "1e30", "--clip", 0)
-        with pytest.raises(FloatingPointError, match=r"loss \S+, .* at epoch \d, step \d+"):
-            run_train(cache, run, "--epochs", 4, "--save-minutes", 0, *wild)
-        state, m = torch.load(run / "last.pt"), tiny()
-        assert state["step"] >= 1 and not (run / "model.pt").exists()
-        m.load_state_dict(state["model"])
-        assert m(torch.randn(2, 500, 12))[1].isfinite().all()  # the last good one
-        with pytest.raises(FloatingPointError, match="in validation at epoch 1, step 0"):
+    def test_a_non_finite_loss_stops_the_run_and_names_epoch_and_step(self, cache, tmp_path):
+        wild = "--max-lr", "1e30", "--clip", 0
+        with pytest.raises(FloatingPointError, match=r"(loss|norm) nan at epoch \d, step \d+; try"):
+            run_train(cache, tmp_path / "r", "--epochs", 4, *wild)
+        assert not (tmp_path / "r" / "model.pt").exists()
+        with pytest.raises(FloatingPointError, match="in validation nan at epoch 1, step 0"):
             run_train(cache, tmp_path / "v", "--max-steps", 1, *wild)
         assert not (tmp_path / "v" / "last.pt").exists()
 
-    @pytest.mark.parametrize("saves, argv", [
-        (1, ["--view", "contig", "--shift"]),  # the save at the end of an epoch
-        pytest.param(8, ["--view", "stochastic", "--workers", 1, "--save-minutes", 0], marks=slow),
-        (8, ["--arch", "resnet18", "--save-minutes", 0])])  # the save within one
-    def test_a_killed_run_told_to_stop_ends_bit_for_bit_like_an_undisturbed_one(
-            self, cache, tmp_path, saves, argv, monkeypatch, capsys):
+    @pytest.mark.parametrize("argv", [
+        ["--view", "contig", "--shift"], ["--arch", "resnet18"],
+        pytest.param(["--view", "stochastic", "--workers", 1], marks=slow)])
+    def test_a_run_killed_at_a_random_save_and_told_to_stop_ends_bit_for_bit_like_another(
+            self, cache, tmp_path, argv, capsys):
         whole, cut, argv = tmp_path / "whole", tmp_path / "cut", (*argv, "--epochs", 2)
+        saves = int(np.random.default_rng().integers(1, 14))
         run_train(cache, whole, *argv)
-        run_cut_short(monkeypatch, saves, cache, cut, *argv)
-        step = torch.load(cut / "last.pt")["step"] + 4
-        train.train(train.get_args(argv_of(cache, cut, *argv)), stopped_at(4))
-        assert f"stopped at step {step} of 20; the same command goes on" in capsys.readouterr().out
+        run_cut_short(saves, cache, cut, *argv, "--save-minutes", 0)
+        run_train(cache, cut, *argv, stop=4)
+        assert f"stopped at step {saves + 4} of " in capsys.readouterr().out, saves
         assert not (cut / "model.pt").exists()
         run_train(cache, cut, *argv)
-        assert f"resumed at step {step}" in capsys.readouterr().out
+        assert f"from step {saves + 4}" in capsys.readouterr().out
         assert_same(whole, cut)
 
     def test_a_run_killed_between_its_last_save_and_its_end_is_finished(self, finished, cache,
                                                                         tmp_path):
         run = Path(shutil.copytree(finished[0], tmp_path / "r"))
         (run / "model.pt").unlink()
-        log = (run / "log.jsonl").read_text()
-        (run / "log.jsonl").write_text(log.splitlines(keepends=True)[0])
         run_train(cache, run, *SAME)
-        assert same_weights(run, finished[0]) and (run / "log.jsonl").read_text() == log
+        assert_same(run, finished[0])
 
-    @slow
-    def test_kept_weights_are_a_run_of_their_own_and_bf16_ones_are_rounded(self, cache, tmp_path):
-        run_train(cache, tmp_path / "r", "--view", "contig", "--epochs", 2, "--keep-every", 1,
-                  "--bf16-weights")
-        last, early = (model.load_run(tmp_path / "r" / f"epoch-00{n}")[0] for n in (2, 1))
-        for a, b in zip(last.parameters(), model.load_run(tmp_path / "r")[0].parameters()):
-            assert torch.equal(a, b)
-        assert all(torch.equal(p, p.bfloat16().float()) for p in last.parameters())
-        assert any(not torch.equal(p, q) for p, q in zip(last.parameters(), early.parameters()))
+    def test_kept_weights_are_a_run_of_their_own(self, cache, tmp_path):
+        run_train(cache, tmp_path / "r", "--view", "contig", "--epochs", 2, "--keep-every", 1)
+        assert same_weights(tmp_path / "r" / "epoch-002", tmp_path / "r")
+        assert not same_weights(tmp_path / "r" / "epoch-001", tmp_path / "r")
+        assert model.load_run(tmp_path / "r" / "epoch-001")[1]["args"]["view"] == "contig"
 
     @slow
     def test_a_run_that_was_really_killed_ends_like_an_undisturbed_one(self, cache, tmp_path):
@@ -1793,20 +1746,20 @@ class TestRun:
         assert_same(tmp_path / "cut", tmp_path / "whole")
 
     @slow
-    def test_two_processes_train_as_one_does(self, cache, two, tmp_path):
-        for name, flags in TWO.items():
-            run_train(cache, tmp_path / name, *flags)
-            for a, b in zip(log_of(tmp_path / name), log_of(two[0] / name), strict=True):
-                # BatchNorm's averages move once a step, not once for each of its parts
-                for key, rel in (("val_loss", .05 if name == "resnet" else 1e-3), ("loss", 1e-3),
-                                 ("grad_norm", .01)):
-                    assert a[key] == pytest.approx(b[key], rel=rel), (name, key)
+    def test_two_processes_share_the_rows_and_draw_masks_of_their_own(self, cache, two):
+        a, b = (drawn for *_, drawn in two[1])
+        x = normalized(data.open_cache(cache), np.arange(6))
+        assert torch.equal(torch.cat([a.views, b.views], 1), torch.stack(views.noncontig(x)))
+        assert a.keep.shape == b.keep.shape == (2, 3, 12) and not torch.equal(a.keep, b.keep)
 
-    def test_an_unfinished_run_cannot_be_loaded(self, tmp_path):
-        for name, says in (("none", "make pretrain"), ("last.pt", "not finished")):
-            (tmp_path / name).write_text("")
-            with pytest.raises(InputError, match=says):
-                model.load_run(tmp_path)
+    @slow
+    def test_two_processes_train_as_one_does(self, cache, two, tmp_path):
+        """Each draws its own views, which only a run without chance can be compared in."""
+        run_train(cache, tmp_path, *TWO["contig"])
+        for a, b in zip(log_of(tmp_path), log_of(two[0] / "contig"), strict=True):
+            for key in ("loss", "val_loss", "grad_norm", "silhouette"):
+                assert a[key] == pytest.approx(b[key], rel=.01), key
+        assert len(log_of(two[0] / "stochastic")) == 1
 
     @real
     @slow
@@ -1818,12 +1771,47 @@ class TestRun:
         assert rows[-1]["loss"] < rows[0]["loss"], rows
 
 
+def settings_of(run, **more):
+    """The arguments of a quick evaluation."""
+    return argparse.Namespace(**dict(run=run, cache=None, device="cpu", cv=True, labels=["3shot"],
+                                     labels_of="superclass", seeds=2, label_lr=None, fast=True,
+                                     bootstrap=200) | more)
+
+
+@pytest.fixture(scope="session")
+def measured(evaluated):
+    """The evaluated run as an evaluate.Run with its encoders, its metrics.csv, {Key: Scores}."""
+    run = evaluate.open_run(settings_of(evaluated[0]))
+    evaluate.add_models(run, [])
+    blank = dict.fromkeys(("value", "low", "high"), [""])
+    table = pd.read_csv(run.out / "metrics.csv", keep_default_na=False, na_values=blank)
+    return run, table, evaluate.read_scores(run.out / "eval" / "scores.npz")
+
+
+def protocol(y, fold=None, table3=False):
+    """A Protocol of records of ten patients each: folds 1-8 / 9 / 10, or, by `fold`, all ten."""
+    n = len(y)
+    if fold is None:
+        folds = [evaluate.Fold(*np.split(np.arange(n), [n // 2, 3 * n // 4]))]
+    else:
+        folds = [evaluate.Fold(np.flatnonzero((fold != f) & (fold != f % 10 + 1)),
+                               np.flatnonzero(fold == f % 10 + 1), np.flatnonzero(fold == f))
+                 for f in range(1, 11)]
+    return evaluate.Protocol("some", y, np.arange(n) // 10, folds, table3)
+
+
+def fit(z, y, strength, single=False):
+    """A probe as a function z (n, d) -> scores (n, K)."""
+    pipeline = evaluate.fit_pipeline(z, y, strength, single)
+    return lambda new: evaluate.predict(pipeline, new, y.shape[1])
+
+
 class TestScores:
     @pytest.mark.parametrize("rest", [[0, 1, 2, 3, 4], [0, 1, 2, 4]])
     def test_scores_are_scikit_learns_and_leave_out_a_class_without_positives(self, rest):
         y, p, predicted, _ = random_scores()
         y *= np.isin(range(5), rest)
-        got = evaluate.score(y, p, predicted)
+        got = evaluate.score(y, p, predicted, CLASSES)
         assert got["accuracy"] == (y == predicted).all(1).mean()
         assert math.isnan(got["auroc/CD"]) == math.isnan(got["f1/CD"]) == (3 not in rest)
         y, p, predicted = (a[:, rest] for a in (y, p, predicted))
@@ -1831,68 +1819,50 @@ class TestScores:
         assert got["macro_f1"] == pytest.approx(metrics.f1_score(y, predicted, average="macro"))
         assert got["f1/HYP"] == pytest.approx(metrics.f1_score(y[:, -1], predicted[:, -1]))
 
-    def test_each_bootstrap_draw_is_the_score_of_the_repeated_records_of_patients(self):
-        y, p, predicted, patients = random_scores(60)
+    @pytest.mark.parametrize("K", [1, 5])
+    def test_each_bootstrap_draw_is_the_score_of_the_repeated_records_of_patients(self, K):
+        *arrays, patients = random_scores(60)
+        y, p, predicted = (a[:, :K] for a in arrays)
+        y[:, -1] = patients == patients[0]  # many draws lack the class
         draws = evaluate.bootstrap(y, p, predicted, patients, 50, seed=3)
+        assert 5 < np.isnan(draws[:, 0]).sum() < 45
         who = np.unique(patients)
         counts = np.random.default_rng(3).multinomial(len(who), np.full(len(who), 1 / len(who)), 50)
         for draw, count in zip(draws, counts):
             at = np.concatenate([np.flatnonzero(patients == w) for w, n in zip(who, count)
                                  for _ in range(n)])
-            want = evaluate.score(y[at], p[at], predicted[at])
+            want = evaluate.score(y[at], p[at], predicted[at], CLASSES[:K])
             if y[at].any(0).all():
                 np.testing.assert_allclose(draw, [want[m] for m in evaluate.MEASURES])
             else:  # the mean of fewer classes is another number
                 assert np.isnan(draw[:2]).all() and draw[2] == pytest.approx(want["accuracy"])
 
     @pytest.mark.parametrize("sides", [1, 2])
-    @pytest.mark.parametrize("runs, spread", [(1, 0), (2, 1), (2, 4), (3, 1), (3, 4)])
+    @pytest.mark.parametrize("spread", [0, .5, 2, 8])
+    @pytest.mark.parametrize("runs", [2, 3, 5])
     def test_intervals_over_patients_and_runs_hold_the_truth_in_19_of_20(self, runs, spread, sides):
-        """spread: of runs over that of patients; the truth is 0, of one group or of two."""
-        rng, held, n = np.random.default_rng(runs), 0, 500
+        """spread: deviation of runs over that of patients. The truth is 0."""
+        rng, held, n = np.random.default_rng(runs), 0, 800
         for _ in range(n):
-            drawn = []
+            groups = []
             for _ in range(sides):
-                values = rng.normal() + spread * rng.normal(size=(runs, 1))
-                drawn.append(evaluate.resample_runs(values + rng.normal(size=300), rng, sides))
-            low, high = evaluate.interval(sum(drawn))
+                values = rng.normal() + spread * rng.normal(size=runs) + .3 * rng.normal(size=runs)
+                noise = rng.normal(size=200) + .3 * rng.normal(size=(runs, 200))
+                groups.append((values, values[:, None] + noise))
+            low, high = evaluate.interval_over_runs(*groups[0], *groups[1:])
             held += low <= 0 <= high
-        assert .92 < held / n < .99
+        assert .93 < held / n < .985
 
-    def test_clustering_has_the_variance_of_the_jackknife_over_patients(self):
-        rng = np.random.default_rng(0)
-        labels, patients = rng.integers(0, 3, 120), rng.integers(0, 60, 120)
-        z = rng.normal(size=(120, 4)) + labels[:, None]
-        drawn = evaluate.cluster_draws(z, labels, patients, 40_000, groups=len(set(patients)))
-        without = np.array([metrics.silhouette_score(z[patients != one], labels[patients != one])
-                            for one in set(patients)])
-        n, spread = len(without), ((without - without.mean()) ** 2).sum()
-        assert drawn[:, 0].mean() == pytest.approx(metrics.silhouette_score(z, labels), abs=1e-3)
-        assert drawn[:, 0].var() == pytest.approx((n - 1) / n * spread, rel=.03)
-
-    def test_cka_is_that_of_centred_kernels_and_1_for_a_rotation(self):
-        rng, n = np.random.default_rng(0), 30
-        a, b = rng.normal(size=(n, 4)), rng.normal(size=(n, 6))
-        centre = np.eye(n) - 1 / n
-        k, m = (centre @ x @ x.T @ centre for x in (a, b))
-        want = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
-        assert evaluate.cka(a, b) == pytest.approx(want)
-        assert evaluate.cka(a, 3 * a @ np.linalg.qr(rng.normal(size=(4, 4)))[0] + 1) == (
-            pytest.approx(1))
-
-    @pytest.mark.parametrize("rate", [100, 500])
-    def test_the_heart_rate_is_that_of_the_beats(self, rate):
-        every = [.4, .6, .8, 1., 1.3]
-        found = evaluate.heart_rates(np.stack([beats(rate, s)[0] for s in every]), rate)
-        np.testing.assert_allclose(found, 60 / np.array(every), rtol=.03)
-
-    @real
-    def test_the_heart_rate_of_real_records_is_that_of_their_r_peaks(self, real_cache):
-        signals = real_cache.signals[:40]
-        peaks = [attention.r_peaks(x, 100) for x in signals]
-        want = np.array([60 / np.diff(p).mean() if len(p) > 2 else np.nan for p in peaks])
-        off = np.abs(evaluate.heart_rates(signals, 100) / want - 1)
-        assert np.nanmedian(off) < .03 and np.nanmean(off < .1) > .8
+    def test_two_runs_that_agree_have_an_interval_as_wide_as_either_alone(self):
+        noise = np.random.default_rng(0).normal(0, .0025, 4000)
+        values = np.array([.009, .010])
+        low, high = evaluate.interval_over_runs(values, values[:, None] + noise)
+        assert low == pytest.approx(.004, abs=.001) and high == pytest.approx(.015, abs=.001)
+        one = noise + .009
+        one[:5] = np.nan  # draws that lacked a class
+        assert evaluate.interval_over_runs(values[:1], one[None]) == evaluate.interval(one)
+        apart = evaluate.interval_over_runs(values[:1], one[None], (values[1:], one[None] ** 2))
+        assert apart == evaluate.interval(one - one ** 2)
 
     def test_thresholds_have_the_best_f1(self):
         y, p, _, _ = random_scores(80)
@@ -1902,14 +1872,6 @@ class TestScores:
             f1 = [metrics.f1_score(y[:, k], p[:, k] >= t) for t in np.unique(p[:, k])]
             assert metrics.f1_score(y[:, k], p[:, k] >= got[k]) == pytest.approx(max(f1))
         assert got[2] == 0.5
-
-    def test_alignment_and_uniformity_are_their_double_loops(self):
-        z1, z2 = np.random.default_rng(0).standard_normal((2, 9, 4))
-        a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z1, z2))
-        want = np.mean([sum((u - v) ** 2) for u, v in zip(a, b)])
-        assert evaluate.alignment(z1, z2) == pytest.approx(want)
-        pairs = [math.exp(-2 * sum((a[i] - a[j]) ** 2)) for i in range(9) for j in range(i)]
-        assert evaluate.uniformity(z1) == pytest.approx(math.log(np.mean(pairs)))
 
     def test_rankme_counts_equal_directions(self):
         q = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 8)))[0]
@@ -1923,47 +1885,70 @@ class TestScores:
         three = np.array([[0., 0], [3, 4], [0, 8]])  # 5, 8 and 5 apart
         assert evaluate.shift_distance(three, three + [0, 2]) == pytest.approx(2 / 6)
 
+    def test_scores_come_back_as_they_were_written_and_damage_is_named(self, tmp_path):
+        path, scores = tmp_path / "scores.npz", evaluate.Scores(*random_scores(9))
+        keys = [evaluate.Key("official", "rocket", "10%", draw=1),
+                evaluate.Key("cv", "both streams", leads="12")]
+        evaluate.write_scores(path, {key: scores._replace(p=scores.p + i)
+                                     for i, key in enumerate(keys)})
+        back = evaluate.read_scores(path)
+        assert list(back) == keys and np.array_equal(back[keys[1]].p, scores.p + 1)
+        assert all(map(np.array_equal, back[keys[0]], scores))
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(InputError, match="scores.npz .*evaluate the run again"):
+            evaluate.read_scores(path)
+
 
 class TestProbe:
     def test_protocols_keep_patients_and_folds_apart(self, cache):
-        index = data.open_cache(cache).index
-        y, fold, patient = (index[c].to_numpy() for c in (list(CLASSES), "strat_fold",
-                                                          "patient_id"))
-        for name, task in evaluate.protocols(index).items():
-            parts = [set(patient[rows]) for rows in (task.train, task.choose, task.test)]
-            assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-            assert set(fold[task.test]) == ({9, 10} if name == "table3" else {10})
-            used = np.concatenate([task.train, task.choose, task.test])
-            assert (y[used].sum(1) == 1).all() if task.single else (y[used].sum(1) > 0).all()
-            if name != "table3":
-                assert set(fold[task.train]) == set(range(1, 9)) and set(fold[task.choose]) == {9}
-                assert len(used) == ((y.sum(1) == 1) if task.single else y.any(1)).sum()
+        c = data.open_cache(cache)
+        labels, fold, patient = data.read_labels(c), c.index.strat_fold, c.index.patient_id
+        tasks = evaluate.protocols(c.index, labels, cv=True)
+        assert list(tasks) == ["official", "table3", "cv"] and len(tasks["cv"].folds) == 10
+        for name, task in tasks.items():
+            one = labels.y.sum(1) == 1
+            member = one if name == "table3" else labels.member
+            for part in task.folds:
+                people = [set(patient[rows]) for rows in part]
+                assert not (people[0] & people[1] or people[0] & people[2]
+                            or people[1] & people[2])
+                assert len(np.concatenate(part)) == member.sum()
+            tested = {"official": [10], "table3": [9, 10], "cv": range(1, 11)}[name]
+            np.testing.assert_array_equal(task.tested, np.flatnonzero(member & fold.isin(tested)))
+        (official,), (table3,) = tasks["official"].folds, tasks["table3"].folds
+        assert set(fold[official.choose]) == {9} and set(fold[table3.choose]) == {8}
+        other = dataclasses.replace(labels, name="rhythm", member=labels.y[:, 0] > 0)
+        tasks = evaluate.protocols(c.index, other)
+        assert list(tasks) == ["official"] and other.member[tasks["official"].tested].all()
 
-    def test_a_part_without_records_or_a_class_is_named(self, cache):
-        index = data.open_cache(cache).index
-        with pytest.raises(InputError, match="none in fold 10 has a superclass"):
-            evaluate.protocols(index[index.strat_fold != 10])
-        few = index.copy()
-        few.loc[few.strat_fold == 10, "HYP"] = 0
-        few.loc[few.strat_fold == 9, "CD"] = 0
-        notes = "\n".join(note for t in evaluate.protocols(few).values() for note in
-                          evaluate.gaps(t))
-        assert re.search("official: 0 of the .* to test on have HYP: its AUROC and F1", notes)
-        assert re.search("0 of the .* to choose on have CD: its threshold is 0.5", notes)
-        assert re.search("official: only .* test records have MI", notes)
+    def test_a_part_without_records_or_a_rare_class_is_named(self, cache):
+        c = data.open_cache(cache)
+        labels = data.read_labels(c)
+        with pytest.raises(InputError, match="fold 10 has none with a label for the protocol off"):
+            evaluate.protocols(c.index, dataclasses.replace(
+                labels, member=labels.member & (c.index.strat_fold < 10)))
+        labels.y[c.index.strat_fold == 10, 4] = 0
+        note = evaluate.note_rare(evaluate.protocols(c.index, labels), CLASSES)
+        n = labels.y[(c.index.strat_fold == 10) & labels.member, 1].sum()
+        assert f"MI {n} (official)" in note and "HYP 0 (official)" in note and "\n" not in note
 
-    @pytest.mark.parametrize("budget", ["3shot", "10shot", "10%", "1%", "100%"])
+    @pytest.mark.parametrize("budget", ["3shot", "10shot", "10%", "1%", "100%", "10"])
     def test_few_labels_are_of_training_records_and_of_each_class(self, cache, budget):
-        task = evaluate.protocols(data.open_cache(cache).index)["official"]
-        drawn = [evaluate.draw_labels(task, budget, seed) for seed in (0, 1, 2, 2)]
-        for rows in drawn:
-            assert set(rows) <= set(task.train) and len(set(rows)) == len(rows)
+        c = data.open_cache(cache)
+        y = data.read_labels(c).y
+        rows = np.flatnonzero(y.any(1) & (c.index.strat_fold < 9))
+        drawn = [evaluate.draw_labels(y, rows, budget, seed) for seed in (0, 1, 2, 2)]
+        for some in drawn:
+            assert set(some) <= set(rows) and len(set(some)) == len(some)
             if budget.endswith("shot"):
-                held, n = task.y[task.train].sum(0), int(budget[:-4])
-                assert (task.y[rows].sum(0) >= np.minimum(held, n)).all() and len(rows) <= 5 * n
+                n = int(budget[:-4])
+                assert (y[some].sum(0) >= np.minimum(y[rows].sum(0), n)).all()
+                assert len(some) <= 5 * n
             else:
-                assert len(rows) == max(1, round(len(task.train) * int(budget[:-1]) / 100))
-        assert len({tuple(rows) for rows in drawn}) == (1 if budget == "100%" else 3)
+                count = int(budget.removesuffix("%"))
+                want = max(1, round(len(rows) * count / 100)) if "%" in budget else count
+                assert len(some) == want
+        assert len({tuple(some) for some in drawn}) == (1 if budget == "100%" else 3)
 
     @pytest.mark.parametrize("single", [True, False])
     def test_a_probe_is_scikit_learns_logistic_regression(self, single):
@@ -1974,18 +1959,33 @@ class TestProbe:
         want = [LogisticRegression(C=0.1).fit(x, target).predict_proba(x)
                 for target in ([y.argmax(1)] if single else y.T)]
         np.testing.assert_allclose(
-            evaluate.fit_probe(z, y, 0.1, single)(z), atol=1e-3,
+            fit(z, y, 0.1, single)(z), atol=1e-3,
             desired=want[0] if single else np.stack([p[:, 1] for p in want], axis=1))
+
+    def test_one_class_alone_is_scored_like_one_of_several(self):
+        rng = np.random.default_rng(0)
+        z, y = rng.standard_normal((80, 6)), rng.integers(0, 2, (80, 2))
+        one, both = fit(z, y[:, :1], 0.1, False)(z), fit(z, y, 0.1, False)(z)
+        np.testing.assert_allclose(one, both[:, :1], atol=1e-6)
 
     @pytest.mark.parametrize("single", [True, False])
     def test_a_class_that_training_lacks_or_always_has_gets_a_constant(self, single):
         z = np.random.default_rng(0).standard_normal((30, 4))
         y = np.eye(5, dtype=int)[np.arange(30) % 2 + 1]  # MI and STTC alone
         y[:, 4] = not single
-        p = evaluate.fit_probe(z, y, 1.0, single)(z)
+        p = fit(z, y, 1.0, single)(z)
         assert (p[:, [0, 3, 4]] == [0, 0, not single]).all() and np.ptp(p[:, 1]) > 0
-        one = evaluate.fit_probe(z, np.eye(5, dtype=int)[[2] * 30], 1.0, single)(z)
+        one = fit(z, np.eye(5, dtype=int)[[2] * 30], 1.0, single)(z)
         assert (one == np.eye(5)[2]).all()
+
+    def test_the_weights_of_a_probe_give_its_probabilities(self):
+        z, y = self.blurred(80)
+        y[:, 0], y[:, 1] = 0, 1
+        pipeline = evaluate.fit_pipeline(z[:, 0], y, .1, False)
+        weights, biases = evaluate.weights_of(pipeline)
+        logits = z[:, 0] @ weights.T + biases
+        np.testing.assert_allclose(scipy.special.expit(logits),
+                                   evaluate.predict(pipeline, z[:, 0], 5), atol=1e-9)
 
     def blurred(self, n=300):
         """Features (n, 1, 20) from which one of five classes can nearly be told, and labels."""
@@ -1993,66 +1993,62 @@ class TestProbe:
         y = np.eye(5, dtype=int)[rng.integers(0, 5, n)]
         return (y @ rng.standard_normal((5, 20)) + 2 * rng.standard_normal((n, 20)))[:, None], y
 
-    def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self):
+    @pytest.mark.parametrize("single", [True, False])
+    @mock.patch.object(evaluate, "STRENGTHS", [.01, .1, 1, 10, 100])
+    def test_the_penalty_is_the_one_with_the_least_cross_entropy_on_fold_9(self, single):
         z, y = self.blurred()
-        train_, choose, test = np.split(np.arange(300), [150, 220])
-        task = evaluate.Task("t", y, np.arange(300), train_, choose, test, single=True)
-        loss = [metrics.log_loss(y[choose].argmax(1), evaluate.fit_probe(
-            z[train_, 0], y[train_], c, True)(z[choose, 0])) for c in evaluate.STRENGTHS]
-        assert evaluate.choose_probe(z, task, train_)[1] == evaluate.STRENGTHS[np.argmin(loss)]
+        task = protocol(y, table3=single)
+        (fold,), loss = task.folds, []
+        for strength in evaluate.STRENGTHS:
+            p, true = fit(z[fold.train, 0], y[fold.train], strength, single)(z[fold.choose, 0]), (
+                y[fold.choose])
+            loss.append(metrics.log_loss(true.argmax(1), p) if single else
+                        sum(metrics.log_loss(true[:, k], p[:, k]) for k in range(5)))
+        got = evaluate.choose_probe(z, task, fold, fold.train)[1]
+        assert got == evaluate.STRENGTHS[np.argmin(loss)] and 0 < np.argmin(loss) < 4
 
     @mock.patch.object(evaluate, "STRENGTHS", [.1])
-    def test_cross_validation_scores_a_record_by_a_probe_that_never_saw_its_label(self):
-        (z, y), fold, rows = self.blurred(200), np.arange(200) % 10 + 1, np.arange(5, 200)
-        task = evaluate.Task("cv", y, np.arange(200), rows, rows[:0], rows)
-        cache = types.SimpleNamespace(index=pd.DataFrame(dict(strat_fold=fold)))
-        run = evaluate.Run(None, None, {}, {}, None, cache, CPU, dict(cv=task), None, {},
-                           features=dict(row=dict(z=z, seconds=0)))
-        got = evaluate.cross_validate(run, "row", task, "100%", 0)
+    def test_each_record_is_scored_by_the_probe_of_a_fold_that_never_saw_its_label(self):
+        (z, y), fold = self.blurred(200), np.random.default_rng(1).integers(1, 11, 200)
+        got, learned = evaluate.score_probe(z, protocol(y, fold))
         for f in (1, 10):
-            at, next_ = rows[fold[rows] == f], rows[fold[rows] == {1: 2, 10: 1}[f]]
-            learn = np.setdiff1d(rows, [*at, *next_])
-            probe = evaluate.fit_probe(z[learn, 0], y[learn], .1, False)
-            p, cut = probe(z[at, 0]), evaluate.best_thresholds(y[next_], probe(z[next_, 0]))
-            np.testing.assert_allclose(got["test"][fold[rows] == f], p)
-            np.testing.assert_array_equal(got["predicted"][fold[rows] == f], p >= cut)
+            at, following = fold == f, fold == {1: 2, 10: 1}[f]
+            learn = ~(at | following)
+            probe = fit(z[learn, 0], y[learn], .1)
+            p = probe(z[at, 0])
+            cut = evaluate.best_thresholds(y[following], probe(z[following, 0]))
+            np.testing.assert_allclose(got.p[at], p)
+            np.testing.assert_array_equal(got.predicted[at], p >= cut)
+            assert learned[f - 1]["records"] == learn.sum()
+        assert np.array_equal(got.y, y) and np.array_equal(got.patients, np.arange(200) // 10)
 
-    def test_a_probe_for_fewer_leads_learns_from_masked_copies_of_other_folds(self, cache):
-        c = data.open_cache(cache)
-        rows, fold = np.flatnonzero(c.index[list(CLASSES)].any(axis=1)), c.index.strat_fold
-        task = evaluate.Task("cv", c.index[list(CLASSES)].to_numpy(), fold, rows, rows, rows)
+    @mock.patch.object(evaluate, "STRENGTHS", [.1])
+    def test_of_table_3_each_view_is_a_sample_and_the_choosing_fold_trains_too(self):
+        z, y = self.blurred(80)
+        z = np.concatenate([z, z + np.random.default_rng(1).normal(size=z.shape)], axis=1)
+        task = protocol(y, table3=True)
+        (fold,), (got, _) = task.folds, evaluate.score_probe(z, task)
+        learn = np.append(fold.train, fold.choose)
+        probe = fit(z[learn].reshape(-1, 20), np.repeat(y[learn], 2, axis=0), .1, True)
+        want = probe(z[fold.test].reshape(-1, 20))
+        np.testing.assert_allclose(got.p, want, atol=1e-3)
+        assert np.array_equal(got.predicted, np.eye(5)[got.p.argmax(1)])
+        assert np.array_equal(got.y, np.repeat(y[fold.test], 2, axis=0))
 
-        def encoder(x, keep=None):  # a lead's features tell whether it is there
-            return (x if keep is None else x * keep[:, None]).abs().mean(1)[:, None]
-
-        run = evaluate.Run(None, None, {}, dict(micro_batch=16, seed=0), None, c, CPU,
-                           dict(cv=task), None, {}, encoders=dict(row=encoder))
-        z = run.see(encoder, np.arange(len(c.index)))
-        run.features = dict(row=dict(z=z))
-        got = evaluate.cross_validate_leads(run, "row", [.1] * 10)
-        copies = [z[rows, 0], *(run.represent("row", rows, run.mask(rows, p))
-                                for p in evaluate.MASKED)]
-        for copy, p in zip(copies, (0, *evaluate.MASKED)):
-            assert abs((copy == 0).mean() - p) < .05
-        f, y = fold.to_numpy()[rows], task.y[rows]
-        learn = (f != 3) & (f != 4)
-        probe = evaluate.fit_probe(np.concatenate([copy[learn] for copy in copies]),
-                                   np.concatenate([y[learn]] * 3), .1 / 3, False)
-        three = z[rows, 0] * [lead in evaluate.LEAD_SETS[3] for lead in LEADS]
-        np.testing.assert_allclose(got["3"][f == 3], probe(three[f == 3]), rtol=1e-5)
-
-    def test_amplitudes_stand_beside_what_a_probe_sees_and_are_0_without_the_lead(self, cache):
-        c, z = data.open_cache(cache), np.random.default_rng(0).random((4, 2, 3), np.float32)
-        run = evaluate.Run(None, None, {}, {}, None, c, CPU, {}, None, {})
-        assert run.beside(z, slice(4)) is z
-        run.amplitude = np.log1p(np.stack([x.std(0) for x in c.signals]))
-        got = run.beside(z, np.arange(4), np.isin(LEADS, ("I", "II")))
-        assert got.shape == (4, 2, 15) and np.array_equal(got[:, :, :3], z)
-        millivolt = wfdb.rdrecord(f"{c.meta['data']}/records100/00000/00003_lr").p_signal
-        (row,) = np.flatnonzero(c.index.ecg_id == 3)
-        want = np.log1p(1000 * millivolt[:, 1].std())
-        assert run.beside(z, [row] * 4)[0, 0, 4] == pytest.approx(want, rel=1e-5)
-        assert (got[:, :, 3:5] > 0).all() and (got[:, :, 5:] == 0).all()
+    def test_a_probe_for_fewer_leads_learns_from_masked_copies_of_other_folds(self):
+        (z, y), fold = self.blurred(200), np.random.default_rng(1).integers(1, 11, 200)
+        z, masked, six = z[:, 0], z[:, 0] * .5, z[:, 0] * (np.arange(20) < 10)
+        got, learned = evaluate.score_masked_probe([z, masked], {12: z, 6: six},
+                                                   protocol(y, fold), [.1] * 10)
+        at, following = fold == 3, fold == 4
+        learn = ~(at | following)
+        probe = fit(np.concatenate([z[learn], masked[learn]]), np.tile(y[learn], (2, 1)), .1 / 2)
+        np.testing.assert_allclose(got[6].p[at], probe(six[at]))
+        np.testing.assert_allclose(got[12].p[at], probe(z[at]))
+        cut = evaluate.best_thresholds(np.tile(y[following], (2, 1)), probe(
+            np.concatenate([z[following], masked[following]])))
+        np.testing.assert_allclose(learned[2]["thresholds"], cut)
+        np.testing.assert_array_equal(got[6].predicted[at], probe(six[at]) >= cut)
 
     def test_rocket_is_its_double_loop(self):
         T, n = 60, 40
@@ -2072,399 +2068,450 @@ class TestProbe:
             at += 2 * m
 
     @slow
-    def test_training_with_labels_finds_the_classes(self, cache, monkeypatch):
-        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 15)
-        c = data.open_cache(cache)
-        task, net = evaluate.protocols(c.index)["official"], evaluate.Classifier(
-            tiny(), views.ViewConfig(view="contig"))
-        run = types.SimpleNamespace(
-            cache=c, device=CPU, trained=dict(micro_batch=16),
-            see=lambda function, rows: train.extract(function, c, rows, CPU))
-        evaluate.fit_network(net, run, task, task.train, (1e-2, 1e-2), seed=0)
+    def test_training_with_labels_finds_the_classes(self, cache, finished, monkeypatch):
+        monkeypatch.setattr(evaluate, "LABEL_EPOCHS", 40)
+        run = evaluate.open_run(settings_of(finished[0]))
+        task, net = run.protocols["official"], evaluate.Classifier(tiny(), run.views, 5)
+        (fold,) = task.folds
+        evaluate.fit_network(net, run, task, fold.train, (1e-2, 1e-2), seed=0)
         with torch.no_grad():
-            p = net(normalized(c, task.train))[:, 0]
-        assert metrics.roc_auc_score(task.y[task.train], p) > 0.75
+            p = net(normalized(run.cache, fold.train))[:, 0]
+        assert metrics.roc_auc_score(task.y[fold.train], p) > 0.8
 
 
 class TestEvaluate:
-    def test_the_numbers_follow_from_the_cached_embeddings(self, evaluated):
-        run, _, out = evaluated
-        at = metrics_of(run)
-        with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
+    def value(self, table, metric="macro_auroc", **facts):
+        """The one line of a table for a metric and other columns."""
+        facts = dict(row="pretrained", minus="", protocol="official", labels="100%", leads="all",
+                     metric=metric) | facts
+        (line,) = table[(table[list(facts)] == pd.Series(facts)).all(axis=1)].itertuples()
+        return line
+
+    def test_the_numbers_follow_from_the_saved_embeddings(self, measured):
+        run, table, scores = measured
+        with np.load(run.out / "eval" / "embeddings-pretrained.npz") as saved:
             z, y, fold = (saved[k] for k in ("z", "labels", "strat_fold"))
         assert z.shape == (100, 2, 16)
         z, known = z.mean(1).astype(float), y.any(1)
         learn, test = known & (fold <= 8), known & (fold == 10)
         x = (z - z[learn].mean(0)) / z[learn].std(0)
-        row = at.loc["official", "pretrained", "100%", 0]
-        p = np.stack([LogisticRegression(C=row.value.strength, max_iter=5000).fit(
+        strength = self.value(table, "strength").value
+        p = np.stack([LogisticRegression(C=strength, max_iter=5000).fit(
             x[learn], y[learn, k]).predict_proba(x)[:, 1] for k in range(5)], axis=1)
         present = np.flatnonzero(y[test].any(0))
         aurocs = [metrics.roc_auc_score(y[test, k], p[test, k]) for k in present]
-        assert row.value.macro_auroc == pytest.approx(np.mean(aurocs), abs=.01)
-        assert row.value.records == learn.sum()
-        with np.load(run / "eval" / "draws.npz") as draws:
-            np.testing.assert_allclose(row.loc["macro_auroc", ["low", "high"]].astype(float),
-                                       np.nanpercentile(
-                                           draws["official/pretrained/100%/0/macro_auroc"],
-                                           (2.5, 97.5)))
+        line = self.value(table)
+        assert line.value == pytest.approx(np.mean(aurocs), abs=.01)
+        assert self.value(table, "records").value == learn.sum()
+        draws = {row: evaluate.bootstrap(*scores["official", row, "100%", "all", 0], 200)[:, 0]
+                 for row in ("pretrained", "rocket")}
+        assert (line.low, line.high) == evaluate.interval(draws["pretrained"])
+        minus = self.value(table, minus="rocket")
+        assert minus.value == pytest.approx(line.value - self.value(table, row="rocket").value)
+        assert (minus.low, minus.high) == evaluate.interval(draws["pretrained"] - draws["rocket"])
         one = (y.sum(1) == 1) & (fold >= 9)
         want = metrics.silhouette_score(z[one], y[one].argmax(1))
-        assert at.value["clustering", "pretrained", "100%", 0, "silhouette"] == pytest.approx(
+        assert self.value(table, "silhouette", protocol="clustering").value == pytest.approx(
             want, rel=1e-3)
-        assert "SYNTHETIC" in (run / "report.md").read_text() and "SYNTHETIC" in out
 
-    def test_always_answering_the_most_frequent_classes_is_the_majority_row(self, evaluated, cache):
-        index = data.open_cache(cache).index
-        row = metrics_of(evaluated[0]).value["official", "majority", "100%", 0]
-        y = index.loc[index[list(CLASSES)].any(axis=1) & (index.strat_fold == 10), list(CLASSES)]
-        assert row["accuracy"] == pytest.approx((y == [1, 0, 0, 0, 0]).all(axis=1).mean())
-        assert row["macro_auroc"] == 0.5
+    def test_each_number_has_one_line_and_every_row_has_its_numbers(self, measured):
+        run, table, scores = measured
+        assert list(table) == evaluate.COLUMNS and set(table.group) == {"one"}
+        assert not table.duplicated(evaluate.COLUMNS[:-3]).any()
+        probed = {"rocket", "untrained", "pretrained"}
+        for protocol_ in ("official", "cv"):
+            part = table[(table.protocol == protocol_) & (table.minus == "")]
+            assert set(part.row) == probed | {"majority"}
+            for leads in ("12", "6", "3", "2", "1"):
+                assert set(part[part.leads == leads].row) == probed
+            assert set(part[part.labels == "3shot"].row) == probed
+        draws = {(key.protocol, key.draw) for key in scores if key.labels == "3shot"}
+        assert draws == {("official", 0), ("official", 1), ("cv", 0)}
+        assert 3 < self.value(table, "records", labels="3shot").value <= 15
+        few = [metrics.roc_auc_score(s.y, s.p) for key, s in scores.items()
+               if key[:3] == ("official", "pretrained", "3shot") and s.y.any(0).all()]
+        if few:
+            assert self.value(table, labels="3shot").value == pytest.approx(np.mean(few))
+        n = len(data.read_labels(run.cache).member.nonzero()[0])
+        assert len(scores["cv", "pretrained", "100%", "all", 0].y) == n
 
-    def test_the_run_is_untouched_and_its_representations_are_of_its_model(self, evaluated, cache):
-        run, before, _ = evaluated
-        assert (run / "model.pt").read_bytes() == before
+    def test_always_answering_the_most_frequent_classes_is_the_majority_row(self, measured):
+        run, table, _ = measured
+        y = run.labels.y[run.labels.member & (run.cache.index.strat_fold == 10)]
+        assert self.value(table, "accuracy", row="majority").value == pytest.approx(
+            (y == [1, 0, 0, 0, 0]).all(axis=1).mean())
+        assert self.value(table, row="majority").value == 0.5
+
+    def test_representations_are_of_the_runs_model_with_the_leads_that_are_there(self, measured):
+        run, rows, keep = measured[0], np.arange(4), np.isin(LEADS, ("I", "II", "V2"))
         torch.manual_seed(0)  # the run's own beginning
         begun = model.Contrastive(model.Config(**TINY)).eval()
-        x = normalized(data.open_cache(cache), slice(4))
-        for row, m in (("pretrained", model.load_run(run)[0]), ("untrained", begun)):
-            with torch.no_grad(), np.load(run / "eval" / f"embeddings-{row}.npz") as saved:
-                np.testing.assert_allclose(
-                    saved["z"][:4], train.embed(m, x, views.ViewConfig(view="noncontig")),
-                    atol=1e-5)
+        x = normalized(run.cache, rows)
+        there = torch.from_numpy(keep).expand(4, 12)
+        for row, m in (("pretrained", model.load_run(run.folder)[0]), ("untrained", begun)):
+            with torch.no_grad():
+                whole, three = (model.embed(m, signal, run.views, mask).numpy() for signal, mask in
+                                ((x, None), (x * there[:, None], there)))
+            np.testing.assert_allclose(run.represent(row, rows), whole, atol=1e-5)
+            np.testing.assert_allclose(run.represent(row, rows, keep), three, atol=1e-5)
+            assert np.abs(three - whole).max() > .01
+        later = run.represent("rocket", rows, change="later")
+        rocket = evaluate.Rocket(1000, seed=0)
+        np.testing.assert_allclose(later, rocket(x.roll(-50, 1)), atol=1e-5)
 
-    def test_report_figures_and_numbers_are_there(self, evaluated):
-        run = evaluated[0]
-        text, at = (run / "report.md").read_text(), metrics_of(run)
-        for name in ("tsne", "confusion", "roc", "leads", "labels"):
-            assert f"(figures/{name}.png)" in text
-            assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
-            assert len(pd.read_csv(run / "figures" / f"{name}.csv")) > 3
-        assert at.index.is_unique
-        counts = pd.read_csv(run / "figures" / "confusion.csv")
-        right = counts[counts.true == counts.predicted].groupby("row").records.sum()
-        for row, share in (right / counts.groupby("row").records.sum()).items():
-            assert share == pytest.approx(at.value["paper", row, "100%", 0, "accuracy"])
-        rows = set(evaluate.ROWS) - evaluate.SLOW
-        for protocol in ("official", "paper", "table3", "leads"):
-            found = set(at.loc[protocol].index.get_level_values("row"))
-            assert {row for row in found if " - " not in row} == rows, protocol
-        value, low, high = at.loc["official", "pretrained", "100%", 0, "macro_auroc"]
-        assert at.value["leads", "pretrained", "100%", 0, "macro_auroc/12"] == pytest.approx(value)
-        for name in ("streams", "streams-masked"):
-            rows = at.loc[name].index.get_level_values("row").unique()
-            assert list(rows[:5]) == list(evaluate.STREAMS) and at.loc[name].value.nunique() > 1
-        head = [line for line in text.splitlines() if line.startswith("| this run, probed ")][0]
-        assert f"| {value:.3f} [{low:.3f}, {high:.3f}] |" in head
+    def test_a_stream_that_sees_nothing_changes_scores_and_leaves_the_model_alone(self, measured):
+        run, rows = measured[0], np.arange(8)
+        before = run.represent("pretrained", rows)
 
-    def test_no_panel_of_a_figure_stays_empty(self):
-        for n in (1, 4, 5, 8):
-            axes, corner = evaluate.panels(n, (1, 1), "title")
-            assert corner.figure.axes == axes and len(axes) == n and corner in axes
+        def encode(change):
+            return run.apply(lambda x, keep: run.encode("pretrained", x, keep, change), rows)
 
-    @slow
-    def test_a_second_time_nothing_is_done_again_nor_rocket_by_a_run(self, evaluated, cache,
-                                                                     tmp_path):
-        def stamps(folder):
-            return {f.name: f.stat().st_mtime_ns for f in folder.glob("*-*.npz")}
+        stem = run.models["pretrained"].encoder.channel_stem
+        with mock.patch.object(type(stem), "forward", lambda self, x, forward=type(stem).forward:
+                               forward(self, x * 0)):
+            want = encode(None)
+        got = encode("channel stream sees nothing")
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        other = encode("time stream sees another record")
+        assert np.abs(got - before).max() > .01 and np.abs(other - before).max() > .01
+        np.testing.assert_array_equal(encode(None), before)
+        assert {key.row for key in measured[2] if key.protocol == "streams"} == {
+            evaluate.BOTH_STREAMS, *evaluate.ONE_STREAM}
 
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        before, rocket, first = stamps(run / "eval"), stamps(cache / "rocket-s0"), numbers_of(run)
-        (run / "resnet18").mkdir()
-        (run / "resnet18" / "log.jsonl").touch()  # its pretraining was cut off in the first epoch
-        run_evaluate(*quick(run))
-        assert len(before) > 5 < len(rocket) and before == stamps(run / "eval")
-        pd.testing.assert_frame_equal(first, numbers_of(run))
-        run_evaluate(*quick(run, "--readout", "all"))  # as another run would
-        assert rocket == stamps(cache / "rocket-s0")
-        with np.load(run / "eval" / "embeddings-pretrained.npz") as saved:
-            assert saved["z"].shape[2] > 16
+    def test_the_probes_that_are_kept_give_the_scores_of_the_report(self, measured):
+        run, _, scores = measured
+        encoder, tested = model.load_encoder(run.folder), run.protocols["official"].tested
+        assert encoder.classes == list(CLASSES)
+        x = normalized(run.cache, tested)
+        p = encoder.probabilities(encoder(x)).numpy()
+        found = scores["official", "pretrained", "100%", "all", 0]
+        np.testing.assert_allclose(p, found.p, atol=1e-5)
+        np.testing.assert_array_equal(p >= encoder.probe["thresholds"].numpy(), found.predicted)
+        keep = torch.from_numpy(np.isin(LEADS, evaluate.LEAD_SETS[3])).expand(len(x), 12)
+        p = encoder.probabilities(encoder(x, keep), keep).numpy()
+        found = scores["official", "pretrained", "100%", "3", 0]
+        np.testing.assert_allclose(p, found.p, atol=1e-5)
+        np.testing.assert_array_equal(p >= encoder.probe["masked_thresholds"].numpy(),
+                                      found.predicted)
+
+    def test_the_probe_for_fewer_leads_learned_from_whole_and_from_masked_records(self, measured):
+        run, table, _ = measured
+        everything, y = np.arange(100), run.labels.y
+        copies = [run.represent("pretrained", everything).mean(1)]
+        for p in (.5, .8):
+            rng = views.generator("mask", 0, train.VAL_STEP)
+            keep = views.draw_leads((100, 12), p, rng).numpy()
+            assert keep.mean() == pytest.approx(1 - p, abs=.05)
+            copies.append(run.represent("pretrained", everything, keep).mean(1))
+        (fold,), strength = run.protocols["official"].folds, self.value(table, "strength").value
+        pipeline = evaluate.fit_pipeline(np.concatenate([z[fold.train] for z in copies]),
+                                         np.tile(y[fold.train], (3, 1)), strength / 3, False)
+        with np.load(run.out / "eval" / "probe.npz") as probe:
+            for name, want in zip(("weights", "biases"), evaluate.weights_of(pipeline)):
+                np.testing.assert_allclose(probe[f"masked_{name}"], want)
+
+    def test_a_piece_is_made_again_only_if_damaged_or_if_what_it_depends_on_changes(
+            self, measured, tmp_path):
+        folder = Path(shutil.copytree(measured[0].folder, tmp_path / "r"))
+        run = evaluate.open_run(settings_of(folder))
+        evaluate.add_models(run, [])
+        made, rows = [], np.arange(100)
+
+        def work(row="pretrained", rows=rows, keep=None):
+            with mock.patch.object(evaluate.Run, "apply", lambda *_: made.append(row) or z):
+                return run.represent(row, rows, keep)
+
+        z = measured[0].represent("pretrained", rows)
+        np.testing.assert_array_equal(work(), z)
+        work("rocket")  # of another run of this seed, in the cache's folder
+        assert made == []
+        work(rows=rows[:50])
+        work(keep=np.ones(12, bool))
+        run.weights["pretrained"] = "other"
+        work()
+        run.views = views.ViewConfig(view="contig")
+        work()
+        run.cache.meta["fingerprint"] = "other"
+        work("rocket")
+        assert made == ["pretrained"] * 4 + ["rocket"]
+        for path in (folder / "eval" / "pieces").rglob("output.pkl"):
+            path.write_bytes(path.read_bytes()[:100])
+        run = evaluate.open_run(settings_of(folder))
+        evaluate.add_models(run, [])
+        np.testing.assert_array_equal(work(), z)
+        assert made[5:] == ["pretrained"]
+
+    def test_other_data_have_a_folder_of_their_own_and_another_rate_is_refused(
+            self, measured, synth, small, tmp_path):
+        data.build_cache(small, 100, tmp_path / "c100", workers=1)
+        data.build_cache(small, 500, tmp_path / "c500", workers=1)
+        folder = measured[0].folder
+        with pytest.raises(InputError, match="was trained at 100 Hz, .* 500 Hz.*RATE=100"):
+            evaluate.open_run(settings_of(folder, cache=tmp_path / "c500"))
+        other = evaluate.open_run(settings_of(folder, cache=tmp_path / "c100", cv=False))
+        assert measured[0].out == folder and other.out == folder / "on-c100"
+        with pytest.raises(InputError, match="no model.pt|args.json"):
+            evaluate.open_run(settings_of(tmp_path))
 
     @slow
     @mock.patch.multiple(evaluate, LABEL_EPOCHS=1, LABEL_STEPS=10, LABEL_BATCH=8,
                          STRENGTHS=np.array([.1]))
-    def test_every_row_is_there_also_for_stochastic_few_labels_and_cross_validation(
-            self, cache, tmp_path):
-        own = shutil.copytree(cache, tmp_path / "cache")  # with ROCKET's pieces of these settings
-        run_train(own, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
-        run_evaluate("run", "--run", tmp_path / "r", "--seeds", 2, "--labels", "3shot", "100%",
-                     "--cv", "labels", "leads", "--amplitude", "--bootstrap", 100)
-        at = metrics_of(tmp_path / "r").value
-        rows = {protocol: {row for row in at[protocol].index.get_level_values("row")
-                           if " - " not in row} for protocol in ("official", "table3", "cv")}
+    def test_every_row_is_there_also_for_stochastic_views(self, cache, tmp_path):
+        run_train(cache, tmp_path / "r", "--view", "stochastic", "--max-steps", 2, "--workers", 0)
+        settings = settings_of(tmp_path / "r", cv=False, labels=["3shot", "100%"])
+        table = evaluate.measure(evaluate.open_run(settings), evaluate.ROWS)
+        rows = {name: set(part.row) for name, part in table[table.minus == ""].groupby("protocol")}
         assert rows["official"] == set(evaluate.ROWS)
         assert rows["table3"] == rows["official"] - {*evaluate.NETWORKS}
-        assert rows["table3"] == rows["cv"] | {"majority"}
-        for row in ("finetuned", "supervised"):
-            assert at["official", row, "3shot"][:, "macro_auroc"].nunique() == 2
-        for protocol, variants in (("labels-cv", {"3shot", "100%"}), ("leads-cv", set("12631"))):
-            for row in (*rows["cv"], "pretrained - rocket"):
-                found = at[protocol, row].index.get_level_values("metric").str.split("/").str[1]
-                assert set("".join(found)) == set("".join(variants)), (protocol, row)
-        assert at["labels-cv", "rocket", "100%", 0, "macro_auroc/100%"] == pytest.approx(
-            at["cv", "rocket", "100%", 0, "macro_auroc"])
         assert (tmp_path / "r" / "resnet18" / "model.pt").exists()
-        assert at["quality", "resnet18", "100%", 0, "alignment"] > 0
+        for row in ("finetuned", "supervised", "resnet18-supervised"):
+            assert 0 <= self.value(table, row=row, labels="3shot").value <= 1
+        with mock.patch.object(evaluate, "fit_network", None):  # it is not trained again
+            again = evaluate.measure(evaluate.open_run(settings), evaluate.ROWS)
+        pd.testing.assert_frame_equal(table, again)
 
-    @slow
-    def test_bad_input_is_named_and_other_data_are_noted(self, evaluated, small, tmp_path):
-        data.build_cache(small, 500, tmp_path / "c500", workers=1)
-        run_evaluate("export", "--run", evaluated[0], "--out", export := tmp_path / "export")
-        for argv, says in (
-                (["--run", tmp_path], "no model.pt in"),
-                (["--run", export], "is an export, without .* evaluate the run that it"),
-                (["--cache", tmp_path / "c500"], "was trained at 100 Hz, .* 500 Hz.*RATE=100"),
-                (["--labels", "ten"], "--labels: ten: give such as 10, for"),
-                (["--seeds", 0], "--seeds"), (["--label-lr", 0], "--label-lr")):
-            with refused(says):
-                run_evaluate("run", "--run", evaluated[0], *argv)
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with changed_json(run / "args.json") as saved:
-            del saved["args"]["shift"]  # as a run that is older than a flag
-            saved["data"]["fingerprint"] = "other"
-        before = (run / "report.md").read_text()
-        run_evaluate(*quick(run))
-        there = run / f"on-{Path(saved['args']['cache']).name}"  # the run's own results stay
-        assert "evaluated on other data" in (there / "report.md").read_text()
-        pd.testing.assert_frame_equal(numbers_of(run), numbers_of(there))  # it repeats
-        assert (run / "report.md").read_text() == before
 
-    def copy_of(self, run, to, **changes):
-        """A copy of an evaluated run, as if made with other arguments, data or settings."""
-        run = Path(shutil.copytree(run, to))
-        with changed_json(run / "args.json") as saved:
-            saved["args"] |= changes.get("args", {})
-        with changed_json(run / "eval" / "about.json") as about:
-            for name in ("data", "settings"):
-                about[name] |= changes.get(name, {})
-            about["seed"] = saved["args"]["seed"]
-        return run
+def write_results(folder, seed=0, view="contig", **changes):
+    """A run folder as evaluate() leaves it, from random scores, which are returned: {Key: Scores}.
 
-    def test_runs_of_one_name_are_a_group_and_differ_by_their_seed_alone(self, evaluated, tmp_path):
-        one, two = (self.copy_of(evaluated[0], tmp_path / f"r-s{i}", args=dict(seed=i))
-                    for i in (0, 1))
-        groups = evaluate.group_runs(evaluate.read_evaluated([two, evaluated[0], one]))
-        assert {name: len(some) for name, some in groups.items()} == {"r": 2, "one": 1}
-        for i, (changes, word) in enumerate((
-                (dict(args=dict(tau=.5, seed=2)), "tau 0.1 and 0.5"), ({}, "the same seed"),
-                (dict(args=dict(seed=2), data=dict(fingerprint="f" * 64)), "and ffffff"),
-                (dict(args=dict(seed=2), settings=dict(amplitude=True)), "amplitude False and"))):
-            other = self.copy_of(evaluated[0], tmp_path / str(i) / "r-s2", **changes)
-            with pytest.raises(InputError, match=f"of one name.*{word}.*another name"):
-                evaluate.group_runs(evaluate.read_evaluated([one, other]))
+    changes: of what args.json holds
+    """
+    rng, (y, _, _, patients) = np.random.default_rng(seed), random_scores()
+    keys = [evaluate.Key("official", row, *more) for row in ("rocket", "untrained", "pretrained")
+            for more in ((), ("10",), ("10", "all", 1), ("100%", "1"))]
+    scores = {}
+    for key in keys:
+        p = .5 * rng.random(y.shape) + .2 * y * (key.row == "pretrained")
+        scores[key] = evaluate.Scores(y, p, (p > .3).astype(int), patients)
+    found = evaluate.results(scores, CLASSES, 20)
+    table = pd.DataFrame(
+        evaluate.score_lines(found, {keys[9]: [dict(records=10)]})
+        + evaluate.lines(evaluate.Key("clustering", "pretrained"), dict(silhouette=seed / 10)))
+    folder.mkdir(parents=True)
+    table.assign(group="x")[evaluate.COLUMNS].to_csv(folder / "metrics.csv", index=False)
+    evaluate.write_scores(folder / "eval" / "scores.npz", scores)
+    data.write_json(folder / "args.json", dict(args=dict(view=view, tau=.1), config={},
+                                               strengths={}) | changes)
+    meta = dict(data="d/synth", rate=100, records=200, synthetic=True, fingerprint="f" * 64)
+    data.write_json(folder / "eval" / "about.json", dict(
+        format=evaluate.FORMAT, settings=dict(label_lr=None, seeds=3), view=view, seed=seed,
+        labels="superclass", classes=CLASSES, tested=dict(official=200), data=meta))
+    return scores
 
-    def test_compare_pools_seeds_pairs_groups_and_prints_the_papers_numbers(self, evaluated,
-                                                                            tmp_path):
-        rng, runs, draws = np.random.default_rng(0), [], []
-        for i, (name, seed) in enumerate((("a", 0), ("a", 1), ("tau", 0))):  # two groups
-            runs.append(self.copy_of(evaluated[0], tmp_path / f"{name}-s{seed}",
-                                     args=dict(seed=seed, tau=dict(a=.1, tau=.5)[name])))
-            table = pd.read_csv(runs[-1] / "metrics.csv")
-            table.value += i * rng.random(len(table))
-            if i == 1:  # a row that the other seed has not
-                table.loc[table.row == "majority", "row"] = "supervised"
-            table.to_csv(runs[-1] / "metrics.csv", index=False)
-            old = data.read_arrays(runs[-1] / "eval" / "draws.npz")
-            if i == 1:
-                old = {key.replace("majority", "supervised"): draw for key, draw in old.items()}
-            draws.append({key: draw + i * rng.random(draw.shape) for key, draw in old.items()})
-            np.savez(runs[-1] / "eval" / "draws.npz", **draws[-1])
+
+def read_lines(path):
+    """A table of metrics from its CSV file."""
+    numbers = dict.fromkeys(("value", "low", "high", "sd"), [""])
+    return pd.read_csv(path, dtype=dict(labels=str, leads=str), keep_default_na=False,
+                       na_values=numbers)
+
+
+def metric_lines(**numbers):
+    """A table of metrics of one run: {`row` or `row_minus_other`: (value, low, high)}."""
+    rows = []
+    for name, (value, low, high) in numbers.items():
+        row, _, minus = name.partition("_minus_")
+        for leads in ("all", "1"):
+            rows.append(("g", row, minus, "official", "100%", leads, "macro_auroc", value, low,
+                         high))
+    return pd.DataFrame(rows, columns=evaluate.COLUMNS)
+
+
+def about_of(**changes):
+    return dict(tested=dict(official=64), data=dict(synthetic=False)) | changes
+
+
+class TestReport:
+    @pytest.mark.parametrize("low, high, words", [
+        (.01, .09, "yes.* above the untrained"), (-.09, -.01, "no, it does harm.* below the untr"),
+        (-.01, .09, "these records do not tell.* not told apart from the untrained"),
+        (np.nan, np.nan, "these records do not tell")])
+    def test_the_answer_is_what_the_interval_of_the_difference_says(self, low, high, words):
+        table = metric_lines(pretrained=(.8, .7, .9), pretrained_minus_untrained=(.04, low, high),
+                             pretrained_minus_rocket=(-.02, -.031, -.01))
+        text = "\n".join(evaluate.answer(table, dict(g=about_of())))
+        assert re.search(words, text), text
+        for number in ("0.800 [0.700, 0.900]", "+0.040", "below ROCKET (-0.020 [-0.031, -0.010])",
+                       f"64 records (fold {data.TEST_FOLD})", "From lead II alone"):
+            assert number in text, (number, text)
+        assert "SYNTHETIC" not in text and 3 <= len(text.splitlines()) <= 6
+        real = about_of(data=dict(synthetic=True))
+        assert "SYNTHETIC" in "\n".join(evaluate.answer(table, dict(g=real)))
+
+    def test_of_groups_the_highest_is_named_and_stands_against_a_base(self):
+        parts = []
+        for group, value in dict(a=.7, b=.9, c=.8).items():
+            parts.append(metric_lines(
+                pretrained=(value, value, value), pretrained_minus_untrained=(.1, .05, .2),
+                pretrained_minus_rocket=(.1, .05, .2)).assign(group=group, minus_group=""))
+        between = metric_lines(pretrained_minus_pretrained=(-.1, -.2, -.05))
+        for one, other in (("a", "b"), ("c", "b"), ("b", "a")):
+            parts.append(between.assign(group=one, minus_group=other))
+        groups = {group: about_of() for group in "abc"}
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups))
+        assert "The highest is b. Against b: a is below it (-0.100 [-0.200, -0.050]), c is" in text
+        text = "\n".join(evaluate.answer(pd.concat(parts), groups, "a"))
+        assert "The highest is b. Against a: b is below it" in text
+        assert evaluate.headline(pd.concat([*parts, parts[0].assign(protocol="cv")])) == "official"
+        assert evaluate.headline(pd.concat([parts[0], parts[0].assign(protocol="cv")])) == "cv"
+
+    def test_a_table_holds_each_number_at_its_row_and_column(self):
+        rows = [("g", row, "", "official", "100%", "all", metric, value, np.nan, np.nan)
+                for row, value in (("rocket", .25), ("pretrained", .5))
+                for metric, value in (("macro_auroc", value), ("rankme", 100 * value))]
+        table = pd.DataFrame(rows[:-1], columns=evaluate.COLUMNS)
+        text = evaluate.pivot(table, ["row"], dict(rankme="R", macro_auroc="A", absent="X"))
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+        assert cells[0] == ["row", "R", "A"] and len({len(line) for line in text.splitlines()}) == 1
+        assert cells[2:] == [[evaluate.ROWS["rocket"], "25.0", "0.250"],
+                             [evaluate.ROWS["pretrained"], "-", "0.500"]]
+        assert evaluate.cell(None) == "-"
+
+    def test_a_report_answers_first_in_under_80_lines_and_holds_the_numbers(self, evaluated):
+        run, _, printed = evaluated
+        text, table = (run / "report.md").read_text(), pd.read_csv(run / "metrics.csv")
+        assert len(text.splitlines()) < 80
+        first = text.split("\n\n")[1]
+        assert first.startswith("Does pretraining help?") and first in printed
+        assert "SYNTHETIC" in first and "|" not in printed and "report.md" in printed
+        own = table[(table.protocol == "official") & (table.labels == "100%")
+                    & (table.leads == "all") & (table.metric == "macro_auroc")]
+        for line in own.itertuples():
+            assert f"{line.value:.3f} [{line.low:.3f}, {line.high:.3f}]" in text, line
+        for number in views.VIEWS["noncontig"].table3:  # the paper's, beside ours
+            assert f"{number:.3f}" in re.search(r"\| the paper .*0.820.*", text)[0]
+        assert text.count("the paper  ") == 2 and "6.424" in text
+
+    def test_figures_show_the_numbers_beside_them(self, evaluated, cache):
+        run = evaluated[0]
+        table = read_lines(run / "metrics.csv")
+        for name in ("fewer", "tsne"):
+            assert f"(figures/{name}.png)" in (run / "report.md").read_text()
+            assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
+        drawn = pd.read_csv(run / "figures" / "fewer.csv")
+        assert {*drawn.leads} == {"all", *map(str, evaluate.LEAD_SETS)}
+        for line in drawn.itertuples():
+            same = table[(table.protocol == evaluate.headline(table))
+                         & (table.metric == "macro_auroc")
+                         & (table.minus == "") & (table.row == line.row)
+                         & (table.labels == line.labels) & (table.leads == line.leads)]
+            assert same.value.item() == pytest.approx(line.value, rel=1e-5)
+        dots = pd.read_csv(run / "figures" / "tsne.csv")
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        one = (labels.y.sum(1) == 1) & (index.strat_fold >= 9)
+        assert sorted(dots.ecg_id) == sorted([*index.ecg_id[one]] * 2)
+        k = labels.y[index.ecg_id.searchsorted(dots.ecg_id)].argmax(1)
+        assert list(dots.label) == [CLASSES[i] for i in k]
+
+    def test_there_is_a_colour_for_each_of_any_number_of_classes(self):
+        for n in (1, 5, 9, 71):
+            colors = evaluate.class_colors([f"c{i}" for i in range(n)])
+            assert len({to_hex(c) for c in colors.values()}) == n
+
+    def test_each_label_set_and_each_other_data_has_a_folder_of_its_own(self):
+        specs = ["superclass", "rhythm", "AFIB AFLT", "AF=AFIB+AFLT", "A/B", "A_B", ".."]
+        folders = [evaluate.results_folder("r", labels, data=other)
+                   for labels in specs for other in (None, "cache/c")]
+        assert len(set(folders)) == len(folders) and folders[0] == Path("r")
+        for folder in folders:
+            assert ".." not in folder.parts and len(folder.parts) <= 3
+
+
+class TestCompare:
+    def run(self, tmp_path, *names, more=()):
+        """What `compare` of folders prints, its report and its table."""
+        words = said(run_evaluate, "compare", *(tmp_path / name for name in names), "--bootstrap",
+                     50, "--out", tmp_path / "all", *more)
+        return words, (tmp_path / "all.md").read_text(), read_lines(tmp_path / "all.csv")
+
+    def test_means_and_intervals_are_of_the_runs_of_a_group(self, tmp_path):
+        scores = {name: write_results(tmp_path / name, seed, view) for name, seed, view in (
+            ("a-s0", 0, "contig"), ("a-s1", 1, "contig"), ("b-s0", 5, "noncontig"))}
+        words, text, table = self.run(tmp_path, *scores)
+
+        def sample(name, row, labels="100%"):
+            """Value and bootstrap draws of macro F1, means over draws of the labels."""
+            found = [s for k, s in scores[name].items()
+                     if (k.row, k.labels, k.leads) == (row, labels, "all")]
+            return (np.mean([metrics.f1_score(s.y, s.predicted, average="macro") for s in found]),
+                    np.mean([evaluate.bootstrap(*s, 50)[:, 1] for s in found], axis=0))
+
+        for labels in ("100%", "10"):
+            (a0, a0s), (a1, a1s), (b, bs) = (sample(name, "pretrained", labels) for name in scores)
+            (u0, u0s), (u1, u1s) = (sample(f"a-s{i}", "untrained", labels) for i in (0, 1))
+            values, draws = np.array([a0, a1]), np.stack([a0s, a1s])
+            for facts, value, limits in (
+                    (dict(), values.mean(), evaluate.interval_over_runs(values, draws)),
+                    (dict(minus="untrained", minus_group="a"), np.mean([a0 - u0, a1 - u1]),
+                     evaluate.interval_over_runs(values - [u0, u1], draws - [u0s, u1s])),
+                    (dict(minus="pretrained", minus_group="b"), values.mean() - b,
+                     evaluate.interval_over_runs(values, draws, (np.array([b]), bs[None])))):
+                line = evaluate.look_up(table, group="a", metric="macro_f1", labels=labels, **facts)
+                assert line.value == pytest.approx(value), facts
+                least = -1 if facts else 0
+                np.testing.assert_allclose([line.low, line.high], np.clip(limits, least, 1))
+        line = evaluate.look_up(table, group="a", protocol="clustering", metric="silhouette")
+        assert (line.value, line.sd) == pytest.approx((.05, .1 / math.sqrt(2)))
+        assert "0.050 ± 0.071" in text and text.split("\n\n")[1] in words and "|" not in words
+        for view in ("contig", "noncontig"):
+            assert f"{views.VIEWS[view].table2[0]:.3f}" in text  # the paper's
+        assert "SYNTHETIC" in words and "Against a: b is" in self.run(
+            tmp_path, *scores, more=("--base", "a"))[0]
+        with refused("--base c: give one of a, b"):
+            self.run(tmp_path, *scores, more=("--base", "c"))
+
+    @pytest.mark.parametrize("changes, words", [
+        (dict(args=dict(view="contig", tau=.5)), "tau 0.1 and 0.5"),
+        (dict(strengths=dict(POOL=1)), "strengths {} and"), (dict(seed=0), "seed 0 twice")])
+    def test_runs_of_one_name_differ_by_their_seed_alone(self, tmp_path, changes, words):
+        write_results(tmp_path / "r-s0")
+        write_results(tmp_path / "r-s1", **dict(seed=1) | changes)
+        with refused(f"r-s0 and .*r-s1 are of one name, but .*{words}.*rename"):
+            self.run(tmp_path, "r-s0", "r-s1")
+
+    def test_runs_on_other_patients_are_not_compared(self, tmp_path):
+        for name in ("a", "b"):
+            scores = write_results(tmp_path / name)
+        moved = {key: s._replace(patients=s.patients + 1) for key, s in scores.items()}
+        evaluate.write_scores(tmp_path / "b" / "eval" / "scores.npz", moved)
+        table = self.run(tmp_path, "a", "b")[2]
+        assert set(table.minus) == {"", "untrained", "rocket"} and set(table.group) == {"a", "b"}
+
+    @pytest.mark.parametrize("file, old, new", [
+        ("eval/about.json", '"label_lr"', '"x"'), ("eval/about.json", "}", ""),
+        ("metrics.csv", "low", "lower"), ("metrics.csv", r"[^\n]*,untrained,[^\n]*\n", ""),
+        ("metrics.csv", r"(?s)(.{300}).*", r"\1"), ("eval/scores.npz", None, None)])
+    def test_damaged_results_are_named_with_what_to_do(self, tmp_path, file, old, new):
+        write_results(tmp_path / "r")
+        path = tmp_path / "r" / file
+        if old is None:
+            path.write_bytes(path.read_bytes()[:-500])
+        else:
+            path.write_text(re.sub(old, new, path.read_text()))
+        with refused(f"{file} cannot be read.*evaluate .*again: make eval"):
+            self.run(tmp_path, "r")
+        assert not list(tmp_path.glob("all*"))
+
+    def test_what_is_not_evaluated_by_this_code_for_these_labels_is_left_out(self, tmp_path):
+        for name in ("good", "old"):
+            write_results(tmp_path / name)
         (tmp_path / "bare").mkdir()
-        printed = said(run_evaluate, "compare", *runs, tmp_path / "bare", "--out", tmp_path / "all")
-        text, found = (tmp_path / "all.md").read_text(), pd.read_csv(tmp_path / "all.csv")
-        assert "bare has no metrics.csv and is left out" in printed and text in printed
-        a, b, c = (metrics_of(run).value["official", "pretrained", "100%", 0, "macro_f1"]
-                   for run in runs)
-        at = found[(found.protocol == "official") & (found.metric == "macro_f1")
-                   & (found.labels == "100%")].set_index("row")
-        ours = at.loc["pretrained"].set_index("group")
-        assert ours.value["a"] == pytest.approx((a + b) / 2) and ours.n["a"] == 2
-        assert ours.sd["a"] == pytest.approx(np.std([a, b], ddof=1))
-        assert ours.value["tau"] == pytest.approx(c)
-        assert re.search(r"from scratch .*\(1 of 2 seeds\)", text)
-        difference = at.loc["a: pretrained - tau: pretrained"]
-        assert difference.value == pytest.approx((a + b) / 2 - c)
-        a, b, c = (draw["official/pretrained/100%/0/macro_f1"] for draw in draws)
-        low, high = np.nanpercentile((a + b) / 2 - c, (2.5, 97.5))  # of patients alone
-        assert difference.low < low and high < difference.high
-        for word in ("SYNTHETIC", "**the paper**", "6.424", "50.920", "by chance", "S4, supervised",
-                     "f1 NORM", "0.820"):
-            assert word in text, word
-
-    @pytest.mark.parametrize("keys", ["settings", "settings readout", "data index"])
-    def test_compare_names_what_about_json_lacks(self, evaluated, tmp_path, keys):
-        run, (*parts, key) = Path(shutil.copytree(evaluated[0], tmp_path / "r")), keys.split()
-        with changed_json(run / "eval/about.json") as about:
-            del (about[parts[0]] if parts else about)[key]
-        with refused(f"r is damaged .*{key}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    @pytest.mark.parametrize("old, new, says", [
-        (r".*,pretrained,.*\n", "", "is not whole"),
-        (r"(?s)\A(.{9000}.*?\n).*", r"\1", "is not whole"),
-        ("low", "lower", "has other columns")])
-    def test_compare_names_a_metrics_csv_that_is_not_whole(self, evaluated, tmp_path, old, new,
-                                                           says):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        text = (run / "metrics.csv").read_text()
-        (run / "metrics.csv").write_text(re.sub(old, new, text))
-        with refused(f"r is damaged .*{says}.*evaluate it again"):
-            run_evaluate("compare", evaluated[0], run, "--out", tmp_path / "x")
-
-    def test_what_is_not_evaluated_by_this_code_is_left_out(self, evaluated, tmp_path, capsys):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with changed_json(run / "eval/about.json") as about:
+        with changed_json(tmp_path / "old" / "eval" / "about.json") as about:
             about["format"] -= 1
-        (tmp_path / "bare").mkdir()
-        with refused("train and evaluate some first"):
-            run_evaluate("compare", run, tmp_path / "bare", "--out", tmp_path / "x")
-        told = capsys.readouterr().out
-        assert "r, which other code evaluated, is left out" in told
-        assert "bare has no metrics.csv" in told
-        assert not list(tmp_path.glob("x*"))
-
-
-SHORT_STUDY = ("--train", " ".join([*TINY_FLAGS, "--epochs 2"]), "--eval",
-               "--fast --labels 10 --seeds 1 --bootstrap 20")
-
-
-def called(argv, stdout=None, **_):
-    """What Popen or run gives of one of our scripts, in this process: imports are slow."""
-    scripts = dict(train=lambda *flags: train.train(train.get_args(flags)), evaluate=run_evaluate,
-                   attention=run_attention)
-    error = ""
-    with contextlib.redirect_stdout(stdout or io.StringIO()):
-        try:
-            scripts[Path(argv[1]).stem](*argv[2:])
-        except InputError as stopped:
-            print(error := f"error: {stopped}")
-    return mock.Mock(returncode=bool(error), stderr=error)
-
-
-def run_study(*argv, popen=called, run=called):
-    """A study, the scripts of which run in this process."""
-    with mock.patch.object(evaluate, "subprocess", types.SimpleNamespace(Popen=popen, run=run)):
-        run_evaluate("study", "--preset", "small", *SHORT_STUDY, *argv)
-
-
-class TestStudy:
-    def plan(self, cache, out, *more):
-        args = evaluate.get_args(["study", "--caches", str(cache), "--preset", "small", "--out",
-                                  str(out), *more])
-        return args, evaluate.plan_study(args)
-
-    @pytest.mark.parametrize("name", evaluate.STUDIES)
-    def test_each_row_is_a_command_of_train_and_a_base_is_among_them(self, cache, tmp_path, name):
-        study = evaluate.STUDIES[name]
-        _, members = self.plan(cache, tmp_path, "--study", name, "--seeds", "2")
-        assert len(members) == 2 * len(study.rows)
-        assert {*study.bases, *study.bases.values()} <= set(study.rows)
-        for member in members:
-            args = train.get_args(member.flags)
-            assert args.seed == member.seed and Path(args.run) == member.folder
-
-    def test_rows_that_a_preset_cannot_have_or_has_anyway_are_left_out(self, cache, tmp_path,
-                                                                       capsys):
-        args = "--study", "streams", "--preset", "conv", "--seeds", "2"
-        rows = [member.row for member in self.plan(cache, tmp_path, *args)[1]]
-        assert {*evaluate.STUDIES["streams"].rows} - {*rows} == {"late", "mix", "aux"}
-        assert len(rows) == 2 * len({*rows})
-        told = capsys.readouterr().out
-        assert "row late is left out: --late-masking needs" in told
-        assert "row aux is left out: with this preset it is contig" in told
-
-    def test_plain_accumulation_gets_as_much_compute_and_each_view_its_rate(self, cache, twenty,
-                                                                            tmp_path):
-        for part, more in (("4", 40), ("64", 30)):  # 4 passes to 3; a batch of one part has 3
-            _, members = self.plan(cache, tmp_path, "--study", "departures", "--seeds", "1",
-                                   "--train", f"--epochs 30 --micro-batch {part}")
-            epochs = {m.row: train.get_args(m.flags).epochs for m in members}
-            assert epochs["micro"] == more and epochs["contig"] == 30
-        data.build_cache(twenty, 500, tmp_path / "fast", workers=1)
-        for name, rates in (("views", {"contig": "fast", "stochastic": Path(cache).name}),
-                            ("equal", {"contig": Path(cache).name})):
-            _, members = self.plan(cache, tmp_path, "--study", name, "--caches", str(cache),
-                                   str(tmp_path / "fast"))
-            for row, want in rates.items():
-                assert {Path(train.get_args(m.flags).cache).name for m in members
-                        if m.row == row} == {want}
-
-    @pytest.mark.parametrize("argv, says", [
-        (["--study", "none"], "--study"), (["--seeds", "0"], "--seeds"),
-        (["--train", "--heads 5 --width 24"], "--heads 5 does not divide"),
-        (["--train", "--crop 0.9"], "--crop 0.9 does nothing"),
-        (["--preset", "conv", "--train=--mix-leads"], "--mix-leads needs --channel-stem linear")])
-    def test_bad_input_is_refused_before_work(self, cache, tmp_path, argv, says):
-        with refused(says):
-            self.plan(cache, tmp_path, *argv)
-
-    def test_jobs_are_done_at_a_time_and_share_the_cores(self, cache, tmp_path, monkeypatch):
-        monkeypatch.setitem(evaluate.STUDIES, "views", evaluate.Study(
-            "?", dict(a="", b="--epochs 3")))
-        monkeypatch.setattr(os, "cpu_count", lambda: 8)
-        meet = threading.Barrier(2, timeout=30)  # each waits for the other
-        child = mock.Mock(return_value=mock.Mock(returncode=1, wait=meet.wait))
-        with refused("2 of 2 runs failed"):
-            run_study("--caches", cache, "--out", tmp_path, "--seeds", 1, "--jobs", 2, popen=child)
-        threads = [call.kwargs["env"]["OMP_NUM_THREADS"] for call in child.call_args_list]
-        assert threads == ["4", "4"]
-
-    @slow
-    def test_a_study_goes_on_after_a_failure_and_names_the_hole(self, cache, tmp_path, monkeypatch):
-        (tmp_path / "mix-s0").write_text("a file where a run should be")
-        rows = {"contig": "--view contig --keep-every 1", "mix": "--view contig --mix-leads"}
-        monkeypatch.setitem(evaluate.STUDIES, "collapse", evaluate.Study("Why?", rows))
-        command = "--study", "collapse", "--caches", cache, "--out", tmp_path, "--seeds", 1
-        with refused("(?s)1 of 2 runs failed.*  mix-s0: .*give another folder"):
-            run_study(*command, run=lambda *a, **k: mock.Mock(returncode=1, stderr="no ink"))
-        text = (tmp_path / "report.md").read_text()
-        for word in ("for want of a finished run: mix-s0.", "**failed**", "no ink", "![tsne]"):
-            assert word in text
-        kept = pd.read_csv(tmp_path / "figures" / "collapse.csv").set_index(["metric", "epoch"])
-        for folder, epoch in (("epoch-001", 1), (".", 2)):
-            at = metrics_of(tmp_path / "contig-s0" / folder).value
-            assert kept.value["silhouette", epoch] == pytest.approx(
-                at["clustering", "pretrained", "100%", 0, "silhouette"], rel=1e-5)
-        begun = (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns
-        (tmp_path / "mix-s0").unlink()
-        run_study(*command)
-        assert (tmp_path / "contig-s0" / "model.pt").stat().st_mtime_ns == begun
-        text = (tmp_path / "report.md").read_text()
-        assert "Not here" not in text and "![training-loss]" in text
-
-    @slow
-    def test_a_view_of_ones_own_is_a_function_and_an_entry(self, cache, tmp_path):
-        """As the README says it; it appears in make, tables and figures of the whole chain."""
-        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
-            shutil.copy(path, tmp_path)
-        function, entry, _ = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(),
-                                        re.S)
-        text = (tmp_path / "views.py").read_text()
-        text = text.replace("\nVIEWS = {\n", f"\n{function}\n\nVIEWS = {{\n{entry}")
-        text = re.sub(r'    "(stochastic|contig|masking)": View.*?\),\n(?=    "|\})', "", text,
-                      flags=re.S)  # one of ours is enough beside it
-        (tmp_path / "views.py").write_text(text)
-        made = subprocess.run(["make", "-n", "pretrain", "VIEW=jump"], cwd=tmp_path, text=True,
-                              capture_output=True)
-        assert "--rate 500" in made.stdout and "runs/skip-s0" in made.stdout
-        script("-c", f"import test_all; test_all.run_study('--caches', {str(cache)!r}, '--seeds', "
-               "1)", cwd=tmp_path)
-        out = tmp_path / "runs" / "study"
-        report = (out / "report.md").read_text()
-        assert report.count("\n| skip ") > 10 and "skip-s0" in report
-        with np.load(out / "figures" / "attention-views-time.npz") as maps:
-            assert "skip-s0, SYNTHETIC/time/map" in maps
-        assert "skip" in set(pd.read_csv(out / "figures" / "tsne.csv").panel)
-        assert "skip-s0, SYNTHETIC" in set(pd.read_csv(out / "figures" / "training-loss.csv").run)
+        words = self.run(tmp_path, "good", "old", "bare")[0]
+        assert re.search("old is left out: evaluated by other code; make eval", words)
+        assert re.search("bare is left out: not evaluated for the labels superclass", words)
+        with refused("no evaluated run among 1 folders"):
+            self.run(tmp_path, "good", more=("--labels-of", "rhythm"))
 
 
 class TestAttention:
-    def test_what_is_observed_follows_from_the_weights(self):
+    def test_what_an_encoder_attends_to_follows_from_the_weights_of_its_heads(self):
         m, x, heads = tiny(depth=2).eval(), torch.randn(1, 500, 12), {}
         model.watch_attention(m, x, lambda name, layer, head, w: heads.setdefault(
             (name, layer), []).append(w[0].double().numpy()))
-        found = attention.observe(m, x)
-        assert list(found) == list(heads)
+        found = attention.attend(m, x)
+        assert list(found) == list(heads) and len(found) == 6
         for key, (weights, entropy) in found.items():
             w = np.stack(heads[key])  # (H, N, M)
             np.testing.assert_allclose(weights, w.mean(0), atol=1e-6)
@@ -2473,173 +2520,164 @@ class TestAttention:
             assert entropy == pytest.approx(want, abs=1e-5)
 
     @pytest.mark.parametrize("rate", data.RATES)
-    def test_r_peaks_are_found_where_they_are(self, rate):
-        signal, times = beats(rate)
+    @pytest.mark.parametrize("every", [.33, .8, 1.8])  # s: 180 to 33 beats a minute
+    def test_r_peaks_are_found_where_they_are_and_only_in_half_of_the_leads(self, rate, every):
+        signal, times = beats(rate, every)
         found = attention.r_peaks(signal, rate)
-        assert len(found) >= len(times) - 1  # the detector learns on the first
-        assert np.abs(found[:, None] - times).min(1).max() < .01
-        assert not len(attention.r_peaks(0 * signal, rate))
+        np.testing.assert_allclose(found, times, atol=.01)
         np.testing.assert_array_equal(attention.r_peaks(-signal, rate), found)  # either way up
-        signal[:, LEADS.index("II")] = 0  # then another lead
-        assert len(attention.r_peaks(signal, rate)) >= len(times) - 1
+        rng = np.random.default_rng(0)
+        spike, few, missing = signal + rng.normal(0, 10, signal.shape), 0 * signal, signal.copy()
+        spike[33 * rate // 10:334 * rate // 100, :5] += 3000  # where there is no beat
+        few[:, :4], missing[:, [1, 4, 7]] = signal[:, :4], 0
+        for some in (spike, missing):
+            assert len(attention.r_peaks(some, rate)) == len(times)
+        for nothing in (0 * signal, rng.normal(0, 100, signal.shape),
+                        few + rng.normal(0, 100, signal.shape)):
+            assert not len(attention.r_peaks(nothing, rate))
 
     @real
-    @slow
-    def test_the_same_r_peaks_are_found_at_both_rates_of_real_records(self):
-        table, both, all_of_them = data.load_tables(PTBXL), 0, 0
-        for i in table.index[::10]:
-            a, b = (attention.r_peaks(data.read_record(Path(PTBXL) / table[name][i], rate), rate)
-                    for rate, name in data.RATES.items())
-            hits = sum(np.abs(b - r).min(initial=9) < .05 for r in a)
-            both, all_of_them = both + hits, all_of_them + len(a) + len(b) - hits
-        assert both > .95 * all_of_them > 0, (both, all_of_them)
+    def test_r_peaks_of_real_records_agree_with_another_detector_and_at_both_rates(self):
+        """Within 80 ms of an R peak XQRS (wfdb) finds a complex in most of eight leads; or not."""
+        table, extra, missed, n = data.load_tables(PTBXL), 0, 0, 0
+        for row in table.index[8::100]:  # the first is ecg_id 9
+            high, low = (read_signal(table, row, rate) for rate in (500, 100))
+            found, same = attention.r_peaks(high, 500), attention.r_peaks(low, 100)
+            if table.ecg_id[row] == 9:  # its ten complexes, by eye
+                for peaks in (found, same):
+                    np.testing.assert_allclose(peaks, [.86, 1.78, 2.73, 3.71, 4.69, 5.70, 6.72,
+                                                       7.74, 8.75, 9.73], atol=.03)
+            others = [xqrs_detect(high[:, k] / 1000, fs=500, verbose=False) / 500
+                      for k in (0, 1, 6, 7, 8, 9, 10, 11)]
 
-    @pytest.mark.parametrize("gain, fits", [(1, True), (40, False)])  # mV; or z-scores, as it were
-    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt_or_what_fits_a_page(self, gain, fits):
-        mv = gain * beats(100)[0] / 1000. * np.arange(1, 13) / 12
-        mv[:, 7] *= -.3
-        figure, _ = attention.draw_ecg(mv, "", 1)
+            def votes(t):
+                return sum(np.abs(other - t).min(initial=9) < .08 for other in others)
+
+            inside = [t for t in found if .2 < t < 9.8]
+            extra += sum(votes(t) < 4 for t in inside)
+            missed += sum(np.abs(found - t).min() > .1 for t in np.concatenate(others)
+                          if votes(t) >= 6 and .2 < t < 9.8)
+            n += len(inside)
+            assert max(np.abs(same - t).min() for t in inside) < .03
+        assert n > 40 and extra + missed == 0, (n, extra, missed)
+
+    def test_an_ecg_has_25_mm_a_second_and_10_mm_a_millivolt(self, tmp_path):
+        signal = (beats(100)[0] * np.arange(1, 13) / 12).astype(np.int16)
+        with mock.patch.object(attention, "save_figure") as save:
+            attention.plot_ecg(signal, 100, "", tmp_path / "ecg.png")
+        figure, _, numbers = save.call_args[0]
         figure.set_dpi(254)  # ten dots a millimetre
-        (axis,) = figure.subfigs[0].axes
+        (axis,) = figure.axes
         at = axis.transData.transform([(0, 0), (1, 0), (0, 1)]) / 10
-        label = re.search(r"([0-9.]+) mm/mV(, not 10)?", axis.get_xlabel())
-        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, float(label[1])]], rtol=.05,
-                                   atol=1e-6)
-        assert (at[2, 1] - at[0, 1] == pytest.approx(10)) == fits == (not label[2])
-        assert figure.get_figheight() <= 1 + 297 / 25.4 + 1e-9
-        assert {text.get_text() for text in axis.texts} == set(LEADS)
-        rows = np.stack([line.get_ydata() for line in axis.lines[1::2]])  # after a pulse each
-        want = np.concatenate([mv[:250, 1], mv[250:500, 4], mv[500:750, 7], mv[750:, 10]])
-        want -= np.repeat(np.median(mv, axis=0)[[1, 4, 7, 10]], 250)  # II aVL V2 V5
+        np.testing.assert_allclose(at[1:] - at[0], [[25, 0], [0, 10]], atol=1e-6)
+        assert {text.get_text() for text in axis.texts} > set(LEADS)
+        rows = np.stack([line.get_ydata() for line in axis.lines[:4]])
+        want = np.concatenate([numbers["millivolt"][i * 250:(i + 1) * 250, k]
+                               for i, k in enumerate((1, 4, 7, 10))])  # II aVL V2 V5
         np.testing.assert_allclose(rows[1] - rows[1, 0], want - want[0], atol=1e-9)
-        if fits:  # taller waves than 4 mV may touch
-            np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
+        np.testing.assert_allclose(rows[:-1].min(1) - rows[1:].max(1), .6)
 
-    @pytest.mark.parametrize("flags, word, raw", [
-        ([], "lead", ["--raw"]), (["--mix-leads"], "mixed channel token", [])])
-    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags, word,
-                                                             raw):
-        run_train(cache, tmp_path, "--max-steps", 1, "--time-stride", 64, *flags)  # 7 tokens of 64
-        figures, _ = figures_of("maps", "--run", tmp_path, "--ecg-id", 5, *raw)
-        found = attention.observe(model.load_run(tmp_path)[0],
-                                  normalized(data.open_cache(cache), [4])[:, ::2])
-        end = 7 * 64 * .02  # s: an interleaved view has a sample each 20 ms
-        pictures = {(name.split("-")[1], axis.get_title().split(":")[0]): axis
-                    for name, (figure, _) in figures.items()
-                    for axis in figure.subfigs[1].axes if axis.images}
-        wide, high = (0, end, 11.5, -.5), (-.5, 11.5, 11.5, -.5)
-        for stream, title, key, keys, extent, x_label, y_label in (
-                ("time", "layer 1", ("time", 0), 7, (0, end, end, 0), "", "query: time (s)"),
-                ("channel", "layer 1", ("channel", 0), 12, high, "", f"query: {word}"),
-                ("cross", "time attends to channels", ("time_to_channel", 0), 12, wide,
-                 "query: time (s)", f"key: {word}"),
-                ("cross", "channels attend to time", ("channel_to_time", 0), 7, wide,
-                 "key: time (s)", f"query: {word}")):
-            axis, want = pictures[stream, title], found[key][0]
-            if not raw:
-                want = np.log2((want * keys).clip(1 / 16, 16))
-            got = axis.images[0].get_array().data
-            np.testing.assert_allclose(got.T if key[0] == "time_to_channel" else got, want,
-                                       atol=1e-5)
-            np.testing.assert_allclose(axis.images[0].get_extent(), extent)
-            assert (axis.get_xlabel(), axis.get_ylabel()) == (x_label, y_label)
-        names = [text.get_text() for text in pictures["channel", "layer 1"].get_yticklabels()]
-        assert names == list(LEADS) if word == "lead" else "aVR" not in names
-        figure, _ = figures["attention-time-ecg5"]
-        curve = figure.subfigs[1].axes[1].lines[1]  # the first is at 1
-        np.testing.assert_allclose(curve.get_xdata(), (np.arange(7) * 64 + 31.5) * .02)
-        np.testing.assert_allclose(curve.get_ydata(), 7 * found["time", 0][0].mean(0), rtol=1e-5)
-        figure.set_dpi(254)  # the layout leaves the ECG to scale
-        figure.draw_without_rendering()
-        at = figure.subfigs[0].axes[0].transData.transform([(0, 0), (1, 0), (0, 1)])
-        np.testing.assert_allclose(at[1:] - at[0], [[250, 0], [0, 100]], atol=.05)
+    @pytest.mark.parametrize("flags", [[], ["--mix-leads"]])
+    def test_maps_have_queries_and_keys_where_the_labels_say(self, cache, tmp_path, flags):
+        run_train(cache, tmp_path / "r", "--max-steps", 1, "--time-stride", 64, *flags)
+        figures, out = figures_of("maps", tmp_path / "r", "--ecg-id", 5)
+        found = attention.attend(model.load_run(tmp_path / "r")[0],
+                                 normalized(data.open_cache(cache), [4])[:, ::2])
+        assert "ecg_id 5" in out and "attention-record-ecg5" in figures
+        # 7 tokens of 64 samples, 20 ms apart in an interleaved view
+        ends = {7: (-.01, 7 * 64 * .02 - .01), 12: (-.5, 11.5)}
+        words = {7: "time (s)", 12: "channel token"}
+        for (stream, layer), (want, _) in found.items():
+            kind = "cross" if "_to_" in stream else stream
+            figure, numbers = figures[f"attention-{kind}-ecg5"]
+            axis = [a for a in figure.axes if a.images][stream == "channel_to_time"]
+            np.testing.assert_array_equal(numbers[f"r/{stream}-1"], want)
+            queries, keys = want.shape
+            np.testing.assert_allclose(axis.images[0].get_array(), np.log2(
+                (want * keys).clip(1 / 16, 16)), atol=1e-5)
+            np.testing.assert_allclose(axis.images[0].get_extent(),
+                                       (*ends[keys], *ends[queries][::-1]), atol=1e-5)
+            assert axis.get_xlabel() == f"key: {words[keys]}"
+            assert axis.get_ylabel().endswith(f"query: {words[queries]}")
+            names = {text.get_text() for text in axis.get_xticklabels() + axis.get_yticklabels()}
+            assert ("aVR" in names) == (12 in want.shape and not flags)
+            assert len(axis.child_axes) == (keys == 7)  # lead II, along its own time
+        np.testing.assert_allclose(numbers["r/seconds"], (np.arange(7) * 64 + 31.5) * .02)
 
-    def test_maps_of_a_superclass_are_means_with_intervals_beside_the_untrained(self, finished,
-                                                                                cache, tmp_path):
+    def test_a_superclass_is_the_mean_over_patients_with_intervals_and_the_untrained_beside(
+            self, finished, cache, tmp_path):
         run, c = finished[0], data.open_cache(cache)
-        few = attention.get_args(["maps", "--superclass", "NORM", "--records", "2"])
-        assert len(attention.choose(c, few)) == 2
-        figures, _ = figures_of("maps", "--run", run, "--superclass", "MI", "--raw", "--out",
-                                tmp_path)
-        figure, numbers = figures["attention-channel-MI"]
-        found = c.index[c.index.strat_fold.isin([9, 10]) & (c.index.MI == 1)]
-        chosen = found[found.ecg_id.isin(numbers["ecg_id"])]
-        assert len(chosen) == chosen.patient_id.nunique() == found.patient_id.nunique() < len(found)
-        x = normalized(c, chosen.index)[:, ::2]
-        m, saved = model.load_run(run)
-        torch.manual_seed(saved["args"]["seed"])
-        fresh = model.Contrastive(model.Config(**saved["config"])).eval()
-        each, before = ([attention.observe(n, one[None]) for one in x] for n in (m, fresh))
-        weights, entropy = zip(*(seen["channel", 0] for seen in each))
-
-        def interval(values):
-            return scipy.stats.t.interval(.95, len(x) - 1, np.mean(values, 0),
-                                          scipy.stats.sem(values))
-
-        low, high = interval(weights)
-        np.testing.assert_allclose(numbers["map"][0], (low + high) / 2, atol=1e-6)
-        np.testing.assert_allclose(numbers["map_half"][0], (high - low) / 2, atol=1e-6)
-        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), numbers["map"][0])
-        bars = figure.axes[1].containers[0][2][0].get_segments()
-        np.testing.assert_allclose([bar[:, 1] for bar in bars], np.stack(interval(
-            [12 * w.mean(0) for w in weights]), 1), rtol=1e-4)
-        tokens, shares = .19 + .4 * np.arange(25)[:, None], []  # s
-        for record, seen in zip(c.signals[chosen.index], each):
-            near = (np.abs(tokens - attention.r_peaks(record, 100)) <= .05).any(1)
-            if near.any():
-                shares.append((seen["time", 0][0].mean(0)[near].sum(), near.mean()))
-        on, chance = np.transpose(shares)
-        table = pd.read_csv(tmp_path / "attention-MI.csv").set_index(
-            ["encoder", "attention", "quantity"]).sort_index()
-        row = table.loc["this run", "channel stream", "entropy"]
-        assert row.records == len(x)
-        np.testing.assert_allclose([row.low, row.high], interval(entropy), rtol=1e-4)
+        argv = "maps", run, "--superclass", "NORM", "--out", tmp_path
+        args = attention.get_args([str(a) for a in argv])
+        rows, subject = attention.choose(c, args)
+        has_it = data.read_labels(c).y[:, CLASSES.index("NORM")] == 1
+        pool = c.index[has_it & c.index.strat_fold.isin([9, 10])]
+        assert len(rows) == pool.patient_id.nunique() > 2 and set(rows) <= set(pool.index)
+        assert f"{len(rows)} records of folds 9 and 10 with NORM" in subject
+        figures, _ = figures_of(*argv)
+        (m, _), fresh, x = model.load_run(run), tiny().eval(), normalized(c, rows)[:, ::2]
+        found, before = ([attention.attend(n, one[None]) for one in x] for n in (m, fresh))
+        np.testing.assert_allclose(figures["attention-channel-NORM"][1]["one/channel-1"],
+                                   np.mean([one["channel", 0][0] for one in found], 0), atol=1e-6)
+        entropy, untrained = ([one["channel", 0][1] for one in of] for of in (found, before))
+        low, high = scipy.stats.t.interval(.95, len(rows) - 1, np.mean(entropy),
+                                           scipy.stats.sem(entropy))
+        table = pd.read_csv(tmp_path / "attention-NORM.csv").set_index("attention")
+        columns = ["entropy", "entropy, half", "entropy, untrained", "ratio"]
         np.testing.assert_allclose(
-            table.value["this run", "time stream"][["share", "chance", "ratio"]],
-            [on.mean(), chance.mean(), (on / chance).mean()], rtol=1e-4)
-        np.testing.assert_allclose(table.value["untrained", "channel stream", "entropy"], np.mean(
-            [seen["channel", 0][1] for seen in before]), rtol=1e-5)
-        assert table.value["untrained", "channel stream", "entropy"] != row.value
-        one = attention.Mean()
-        one.add(weights[0])
-        assert np.isnan(one.half).all()  # a single record has no interval
+            table.loc["channel", columns].astype(float),
+            [(low + high) / 2, (high - low) / 2, np.mean(untrained), np.nan], rtol=1e-4)
+        tokens, shares = .19 + .4 * np.arange(25)[:, None], []  # s
+        for record, one in zip(c.signals[rows], found):
+            near = (np.abs(tokens - attention.r_peaks(record, 100)) < .05 + 1e-6).any(1)
+            if near.any():
+                share = one["time", 0][0].mean(0)[near].sum()
+                shares.append((share, near.mean(), share / near.mean()))
+        np.testing.assert_allclose(
+            table.loc["time", ["on R peaks", "chance", "ratio"]].astype(float),
+            np.mean(shares, 0), rtol=1e-4)
+        c.index.loc[pool.index[:2], "patient_id"] = -1  # one patient's, who counts once
+        assert len(attention.choose(c, args)[0]) == len(rows) - 1
 
-    def test_every_figure_is_there_with_its_numbers(self, drawn, finished, cache):
-        index, (figures, out) = data.open_cache(cache).index, drawn
-        first = index[(index.strat_fold == 10) & (index.NORM == 1)
-                      & (index[list(CLASSES)].sum(axis=1) == 1)].ecg_id.iloc[0]
-        assert f"SYNTHETIC data synth: ecg_id {first} (NORM), fold 10" in out
+    def test_every_figure_of_a_run_is_there_with_its_numbers(self, drawn, finished, cache):
+        c, (figures, out) = data.open_cache(cache), drawn
+        y = data.read_labels(c).y
+        row = np.flatnonzero((c.index.strat_fold == 10) & (y[:, 0] == 1) & (y.sum(1) == 1))[0]
+        first = c.index.ecg_id[row]
+        assert f"ecg_id {first} (NORM), fold 10" in out and "SYNTHETIC data synth" in out
         assert {name.replace(f"ecg{first}", "ID") for name in figures} == {
             "training-loss", "training-gradients", "training-clustering", "data-ages",
-            *(f"views-{view}" for view in views.VIEWS),
-            "attention-time-ID", "attention-channel-ID", "attention-cross-ID"}
+            "views-noncontig", "attention-record-ID", "attention-time-ID", "attention-channel-ID",
+            "attention-cross-ID"}
         figure, numbers = figures["training-loss"]
         assert list(numbers.val_loss) == [row["val_loss"] for row in log_of(finished[0])]
-        flat = sorted(line.get_ydata()[0] for line in figure.axes[0].lines
-                      if line.get_label().startswith("_"))
-        assert flat == pytest.approx([math.log(15)] * 2)  # 8 records, in validation too
+        for axis in figure.axes:  # the level of chance, of 8 records
+            assert math.log(15) in [pytest.approx(line.get_ydata()[0]) for line in axis.lines]
+        assert "SYNTHETIC" in figure.legends[0].get_texts()[0].get_text()
 
-    def test_views_are_those_of_training_with_masked_leads_marked(self, drawn, cache):
-        c, (figure, numbers) = data.open_cache(cache), drawn[0]["views-noncontig"]
-        row = int(np.flatnonzero((c.signals[:] / np.float32(1000) == numbers["millivolt"])
-                                 .all((1, 2)))[0])
-        for got, want in zip(numbers["views"], views.noncontig(normalized(c, [row]))):
+    def test_views_are_those_of_training_with_masked_leads_flat_and_spectra(self, drawn, cache):
+        figure, numbers = drawn[0]["views-noncontig"]
+        every, x = normalized(data.open_cache(cache), range(100)), numbers["normalized"]
+        assert (every - torch.tensor(x)).abs().amax((1, 2)).min() < 1e-6
+        for got, want in zip(numbers["views"], views.noncontig(torch.tensor(x)[None])):
             np.testing.assert_allclose(got, want[0], atol=1e-6)
-        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0]
-        np.testing.assert_array_equal(numbers["kept"], keep)
-        for axis, kept in zip(figure.subfigs[0].axes[2:], keep):
-            flat = [line for line in axis.lines if np.ptp(line.get_ydata()) == 0]
-            assert len(axis.texts) == len(flat) == (~kept).sum()
-        numbers = drawn[0]["views-stochastic"][1]
-        assert all(np.abs(view - numbers["normalized"]).max() > 0 for view in numbers["views"])
+        keep = views.draw_leads((2, 1, 12), .5, views.generator("mask", 0, 0))[:, 0].numpy()
+        np.testing.assert_array_equal(numbers["keep"], keep)
+        for axis, kept in zip(figure.axes[2:4], keep):
+            assert [np.ptp(line.get_ydata()) > 0 for line in axis.lines] == kept.tolist()
+            assert f"{kept.sum()} of 12 leads" in axis.get_title()
+        hz, power = scipy.signal.welch(x[:, 1], 100, nperseg=250)
+        record, view, _ = figure.axes[4].lines
+        np.testing.assert_allclose(record.get_xydata(), np.stack([hz, power], 1)[1:], rtol=1e-5)
+        assert 24 < view.get_xdata()[-1] <= 25  # half of an interleaved view's rate
 
     def test_ages_above_89_are_a_bar_of_their_own(self, tmp_path):
         index = pd.DataFrame(dict(age=[300, 300, 300, 0, 4, 5, 89, 42, np.nan], sex=1))
         attention.plot_ages(index, "", tmp_path / "ages.png")
         rows = pd.read_csv(tmp_path / "ages.csv").set_index("age_from").records
-        assert dict(rows[rows > 0]) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
+        assert dict(rows) == {0: 2, 5: 1, 40: 1, 85: 1, 90: 3}
 
-    def test_several_runs_share_the_figures_of_training_and_of_attention(self, finished, tmp_path):
+    def test_several_runs_share_a_figure_and_the_colours_of_the_stronger(self, finished, tmp_path):
         other = Path(shutil.copytree(finished[0], tmp_path / "other"))
         saved = torch.load(other / "model.pt")
         for key in saved["model"]:
@@ -2648,65 +2686,47 @@ class TestAttention:
         torch.save(saved, other / "model.pt")
         half = Path(shutil.copytree(finished[0], tmp_path / "half"))
         (half / "model.pt").unlink()  # as in the middle of training
-        figures, out = figures_of("plots", finished[0], other, half, "--out", tmp_path)
+        figures, out = figures_of("plots", finished[0], other, half, "--superclass", "NORM",
+                                  "--out", tmp_path)
         assert set(figures) == {
-            "training-loss", "training-gradients", "training-clustering", "attention-views-time",
-            "attention-views-channel", "attention-views-cross"}
+            "training-loss", "training-gradients", "training-clustering", "attention-time-NORM",
+            "attention-channel-NORM", "attention-cross-NORM"}
         table = figures["training-gradients"][1]
-        assert set(table.run) == {"one, SYNTHETIC", "other, SYNTHETIC", "half, SYNTHETIC"}
-        assert len(table) == 6 and "no attention maps of half" in out
-        assert {f"{run}, SYNTHETIC/{direction}/map" for run in ("one", "other") for direction in (
-            "time_to_channel", "channel_to_time")} < set(figures["attention-views-cross"][1])
-        for name in ("time", "channel"):  # both runs are drawn on the scale that the stronger needs
-            figure, numbers = figures[f"attention-views-{name}"]
-            maps = [numbers[f"{run}, SYNTHETIC/{name}/map"] for run in ("one", "other")]
-            one, two = (np.quantile(np.abs(np.log2((w * w.shape[2]).clip(1 / 16, 16))), .995)
-                        for w in maps)
-            limits = [image.get_clim() for axis in figure.axes for image in axis.images]
-            assert two > 1.1 * one and len(limits) > 1
-            np.testing.assert_allclose(limits, [(-two, two)] * len(limits), rtol=1e-3)
-        rows = pd.read_csv(tmp_path / "attention-views.csv")
-        assert set(rows.run) == {"one, SYNTHETIC", "other, SYNTHETIC"}
+        assert list(table.run) == ["one"] * 2 + ["other"] * 2 + ["half"] * 2
+        assert "no attention maps of half" in out
+        figure, numbers = figures["attention-time-NORM"]
+        one, two = (np.quantile(np.abs(np.log2((w * w.shape[1]).clip(1 / 16, 16))), .995)
+                    for w in (numbers["one/time-1"], numbers["other/time-1"]))
+        assert two > 1.1 * one
+        limits = [axis.images[0].get_clim() for axis in figure.axes if axis.images]
+        np.testing.assert_allclose(limits, [(-two, two)] * 2, rtol=1e-3)
+        assert set(pd.read_csv(tmp_path / "attention-NORM.csv").run) == {"one", "other"}
 
     def test_bad_input_is_named(self, finished, tmp_path):
         bare = Path(shutil.copytree(finished[0], tmp_path / "bare"))
         (bare / "log.jsonl").unlink()
         for says, *argv in (
-                ("--ecg-id 999 is not in the data.*such as 1, 2", "maps", "--ecg-id", 999, "--run",
-                 finished[0]),
-                ("--records", "maps", "--superclass", "HYP", "--records", 1),  # no interval
-                ("the same run twice", "plots", finished[0], finished[0]),
-                ("none has no args.json.*make pretrain", "plots", tmp_path / "none"),
-                ("bare has no log.jsonl", "plots", bare)):
+                ("--ecg-id 999 is not in .*such as 1", "maps", finished[0], "--ecg-id", 999),
+                ("two runs of one name", "plots", finished[0], finished[0]),
+                ("none/args.json cannot be read.*make pretrain", "plots", tmp_path / "none"),
+                ("bare/log.jsonl cannot be read", "plots", bare)):
             with refused(says):
                 run_attention(*argv)
+        with mock.patch.object(attention, "RECORDS", 1), refused("1 records .* needs 2"):
+            run_attention("maps", finished[0], "--superclass", "HYP")
 
     @slow
     def test_figures_are_files_also_of_a_run_without_attention(self, cache, finished, tmp_path):
         run_train(cache, tmp_path / "resnet", "--arch", "resnet18", "--max-steps", 1)
-        with refused("--arch resnet18, which has no attention"):
-            run_attention("maps", "--run", tmp_path / "resnet")
+        with refused("a resnet18 has no attention"):
+            run_attention("maps", tmp_path / "resnet")
         out = said(run_attention, "plots", tmp_path / "resnet")
-        assert "no attention maps of resnet" in out and "no gradient norms" in out
+        assert "no attention maps of resnet" in out
         assert {path.name for path in (tmp_path / "resnet/figures").iterdir()} >= {
-            "data-ages.png", "data-ages.csv", "views-contig.png", "views-contig.npz",
-            "training-loss.png", "training-loss.csv"}
-        run_attention("maps", "--run", finished[0], "--superclass", "NORM", "--masked", "--format",
-                      "pdf", "--out", tmp_path)
-        assert len(list(tmp_path.glob("attention-*-NORM.pdf"))) == 3
-
-
-def write_edf(path, uv, rate, leads):
-    """Write an EDF file of one data record (its specification: www.edfplus.info): uv (T, n)."""
-    n, (low, high) = len(leads), (-32768, 32767)
-    fields = [("0", 8), ("", 80), ("", 80), ("01.01.20", 8), ("00.00.00", 8), (256 * (n + 1), 8),
-              ("", 44), (1, 8), (f"{len(uv) / rate:g}", 8), (n, 4)]
-    for values, width in ((leads, 16), ([""] * n, 80), (["uV"] * n, 8), ([low] * n, 8),
-                          ([high] * n, 8), ([low] * n, 8), ([high] * n, 8), ([""] * n, 80),
-                          ([len(uv)] * n, 8), ([""] * n, 32)):
-        fields += [(value, width) for value in values]
-    head = "".join(str(value).ljust(width) for value, width in fields).encode()
-    path.write_bytes(head + np.rint(uv).astype("<i2").T.tobytes())
+            "data-ages.png", "data-ages.csv", "views-noncontig.png", "views-noncontig.npz",
+            "training-loss.png", "training-loss.csv", "training-gradients.png"}
+        run_attention("maps", finished[0], "--format", "pdf", "--out", tmp_path)
+        assert len(list(tmp_path.glob("attention-*.pdf"))) == 4
 
 
 def write_forms(folder, mv, rate):
@@ -2716,27 +2736,17 @@ def write_forms(folder, mv, rate):
     timed = table.assign(time=np.arange(len(mv)) / rate)
     wfdb.wrsamp("w", rate, ["mV"] * 12, [lead.lower() for lead in LEADS], p_signal=mv,
                 fmt=["16"] * 12, adc_gain=[1000] * 12, baseline=[0] * 12, write_dir=str(folder))
-    write_edf(folder / "e.edf", mv * 1000, rate, [f"ECG {lead}" for lead in LEADS])
     table.to_csv(folder / "c.csv", index=False)
     timed[["time", *reversed(LEADS)]].to_csv(folder / "t.csv", index=False)
     np.save(folder / "n.npy", mv * 1e-3)
-    np.savez(folder / "z.npz", ecg=mv.T * 1000, fs=rate, units=["uV"] * 12, sig_name=LEADS)
+    np.savez(folder / "z.npz", signal=mv.T * 1000, fs=rate, units=["uV"] * 12, leads=LEADS)
     with h5py.File(folder / "h.h5", "w") as file:
         file["tracings"] = np.stack([mv[::-1], mv]).astype(np.float32)
-        file["tracings"].attrs.update(rate=rate, unit="mV", leads=list(LEADS))
-        file["exam_id"] = [7, 8]
-    files = {"w.hea": {}, "e.edf": {}, "c.csv": dict(rate=rate, unit="mV"),
-             "t.csv": dict(unit="mV"), "n.npy": dict(rate=rate, unit="V", leads=LEADS),
-             "z.npz": {}, "h.h5": {}}
+        file.attrs.update(fs=rate, units="mV", leads=list(LEADS))
+        file["exam_id"] = [7, 8]  # without use
+    files = {"w.hea": {}, "c.csv": dict(rate=rate, unit="mV"), "t.csv": dict(unit="mV"),
+             "n.npy": dict(rate=rate, unit="V", leads=LEADS), "z.npz": {}, "h.h5": {}}
     return {folder / name: flags for name, flags in files.items()}
-
-
-def embedded(run, tmp_path, *argv):
-    """What `evaluate.py embed` writes for some files: its table by name, its arrays, its words."""
-    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out",
-                 "--workers", 0)
-    with np.load(tmp_path / "out.npz") as arrays:
-        return pd.read_csv(tmp_path / "out.csv").set_index("name"), dict(arrays), words
 
 
 class TestCollections:
@@ -2751,7 +2761,7 @@ class TestCollections:
         for i, (rate, seconds, date, sex, dx) in enumerate((
                 (257, 30, "", "M", "164889003"), (400, 12, " 00/00/0000", "Female", "426783006"),
                 (1000, 10, " 05-May-2020 14:50:55", "M", "164873001,426783006"),
-                (500, 10, " 14:50:55 31/02/2020", "F", "59118001, 164865005"),
+                (500, 10, " 14:50:55 31/02/2020", "F", "Sinus rhythm, 164865005"),
                 (500, 60, "", "Unknown", ""), (250, 10, "", "male", "428750005"))):
             x = rng.integers(-900, 900, (rate * seconds, 12)).astype("<i2")
             if i == 1:
@@ -2772,8 +2782,11 @@ class TestCollections:
         assert list(c.index.ecg_id) == [*range(1, 7)] and set(c.index.source) == {"georgia"}
         assert list(c.index.age) == [50, 51, 52, 53, 54, 55]
         np.testing.assert_array_equal(c.index.sex, [0, 1, 0, 1, np.nan, 0])
-        found = [[name for name in CLASSES if row[name]] for _, row in c.index.iterrows()]
-        assert found == [[], ["NORM"], ["HYP"], ["MI", "CD"], [], ["STTC"]]
+        labels = data.read_labels(c, "426783006 HYP=164873001+164865005 Sinus_rhythm")
+        assert labels.classes == ("426783006", "HYP", "Sinus_rhythm")
+        assert labels.y.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [0] * 3, [0] * 3]
+        assert labels.member.tolist() == [True] * 4 + [False, True]  # nothing is told of the fifth
+        assert not data.read_labels(c).member.any()
         for i, rate in enumerate((257, 400, 1000, 500, 500, 250)):
             file = challenge / "g1" / f"E{i}.mat"
             assert data.list_recordings([file]) == [(file.with_suffix(".hea"), None)]
@@ -2781,91 +2794,66 @@ class TestCollections:
             x = x[rate:-rate] if i == 1 else x
             want = scipy.signal.resample_poly(x, 100, rate, padtype="line")[:1000]
             np.testing.assert_allclose(c.signals[i], want, atol=.51)
-        assert c.meta["records_with_a_flat_lead"] == 1
-        cached(challenge)
-        assert "up to date, 6 records" in capsys.readouterr().out
-        every = cached(challenge, reading=dict(all_windows=True))
-        assert len(every.index) == 3 + 1 + 1 + 1 + 6 + 1
-        data.main(data.get_args(["info", "--data", str(challenge)]))
-        assert re.search(r"all +6 +1 +1 +1 +1 +1 +3 +2", capsys.readouterr().out)
+        data.main(data.get_args(["info", "--data", str(challenge), "--labels-of", "426783006"]))
+        assert re.search(r"426783006 .* 2\n(.*\n)*members .* 5\n", capsys.readouterr().out)
 
-    def test_a_table_beside_recordings_is_no_recording_and_what_is_not_told_is_said(
-            self, challenge, tmp_path, capsys):
+    def test_a_table_tells_patients_folds_and_statements_of_0_and_1(self, challenge, capsys):
         """As MIMIC-IV-ECG's record_list.csv; ages as LUDB has them."""
-        names = [f"g1/E{i}" for i in range(6)]
-        pd.DataFrame(dict(subject_id=[7, 7, 8, 8, 9, 9], file_name="x", path=names)).to_csv(
-            challenge / "record_list.csv", index=False)
-        header = challenge / "g1" / "E0.hea"
+        path, header = challenge / "record_list.csv", challenge / "g1" / "E0.hea"
+        table = pd.DataFrame(dict(subject_id=list("aabbcd"), path=[f"g1/E{i}" for i in range(6)],
+                                  abnormal=[0, 0, 1, 1, None, 0], MI=[1, 0, 0, 0, 0, 0],
+                                  grade=[0, 1, 2, 0, 0, 0]))
+        table.to_csv(path, index=False)
         header.write_text(header.read_text().replace("#Age: 50", "# <age>: 50"))
-        source = data.open_source(challenge, 100)
-        assert len(source.items) == 6 and source.table.age[0] == 50
-        assert "each recording counts as one" in capsys.readouterr().out
-        table = data.open_source(challenge / "record_list.csv", 100).table
-        assert list(table.patient_id) == [7, 7, 8, 8, 9, 9]
-        assert "not used: file_name" in capsys.readouterr().out
-
-    def test_folds_follow_patients_and_tables_say_what_they_know(self, challenge, tmp_path):
-        table = pd.DataFrame(dict(path=[f"g1/E{i}" for i in range(6)], subject_id=list("aabbcd"),
-                                  NORM=[0, 0, 1, 1, 0, 0]))
-        table.to_csv(challenge / "t.csv", index=False)
-        found = data.open_source(challenge / "t.csv", 100).table
-        fold = found.groupby("patient_id").strat_fold
+        found, label_sets, vocabulary = data.open_source(challenge, 100)  # without the table in it
+        assert len(found) == 6 and found.age[0] == 50 and label_sets == {} and len(vocabulary) == 6
+        assert "each recording counts as a patient" in capsys.readouterr().out
+        c = cached(path)
+        assert "column grade is not used" in capsys.readouterr().out
+        assert list(c.index.patient_id) == [0, 0, 1, 1, 2, 3]
+        fold = c.index.groupby("patient_id").strat_fold
         assert fold.nunique().max() == 1 and fold.first().nunique() > 1
-        assert list(found.NORM) == list(table.NORM) and not found.HYP.any()
-        for changes, words in ((dict(strat_fold=[1, 2, 3, 3, 4, 4]), "patient_id is 'a', 'a' in 2"),
-                               (dict(strat_fold=11), "strat_fold is '11'.* in 6 rows, lines 2, 3"),
-                               (dict(MI=2), "MI is '2'.* in 6 rows"), (dict(age="x"), "age is 'x'"),
-                               (dict(path="g1"), "paths hold several recordings"),
-                               (dict(path="g1/none"), "holds no recording")):
-            table.assign(**changes).to_csv(challenge / "t.csv", index=False)
-            with pytest.raises(InputError, match=words):
-                data.open_source(challenge / "t.csv", 100)
-        for lacking in (table.drop(columns="path"), table[:0]):
-            lacking.to_csv(challenge / "t.csv", index=False)
-            with pytest.raises(InputError, match="needs a column path.* it has [06] rows of"):
-                data.open_source(challenge / "t.csv", 100)
+        labels = data.read_labels(c, "abnormal")
+        assert labels.y[:, 0].tolist() == [0, 0, 1, 1, 0, 0]
+        assert labels.member.tolist() == [True] * 4 + [False, True]  # an empty cell: not known
+        assert data.read_labels(c).y[:, 1].tolist() == [1, 0, 0, 0, 0, 0]
+        for bad, says in (
+                (table.assign(strat_fold=[1, 2, 3, 3, 4, 4]), "patient_id is 'a', 'a' in lines 2"),
+                (table.assign(strat_fold=11), "strat_fold is '11'.* in lines 2, 3"),
+                (table.assign(path="g1"), "path holds several recordings"),
+                (table.assign(path="g1/none"), "holds no recording"),
+                (table.drop(columns="path"), "6 rows of .*needs a column path"),
+                (table[:0], "0 rows of .*needs a column path")):
+            bad.to_csv(path, index=False)
+            with refused(says):
+                data.open_source(path, 100)
 
     def test_several_sources_make_one_cache_without_what_is_there_twice(self, synth, tmp_path,
                                                                        capsys):
-        x = np.stack([data.read_record(synth / f"records100/00000/{i:05d}_lr", 100)
-                      for i in (1, 2, 3)] + [np.random.default_rng(0).integers(-9000, 9000,
+        x = np.stack([wfdb.rdrecord(str(synth / f"records100/00000/{i:05d}_lr")).p_signal * 1000
+                      for i in (1, 2, 3)] + [np.random.default_rng(0).integers(-900, 900,
                                                                                (1000, 12))])
         with h5py.File(tmp_path / "code15.h5", "w") as file:
             file["tracings"], file["exam_id"] = x[[0, 3, 3]], [4, 5, 6]
-        out, reading = tmp_path / "c", dict(rate=100, unit="uV", leads=LEADS)
-        data.build_cache([synth, tmp_path / "code15.h5"], 100, out, 1, reading=reading)
-        c, said_ = data.open_cache(out), capsys.readouterr().out
+        paths, given = [synth, tmp_path / "code15.h5"], dict(rate=100, unit="uV", leads=LEADS)
+        data.build_cache(paths, 100, tmp_path / "c", 1, given=given)
+        c, words = data.open_cache(tmp_path / "c"), capsys.readouterr().out
         assert len(c.index) == 101 and list(c.index.ecg_id) == [*range(1, 102)]
         np.testing.assert_array_equal(c.signals[100], x[3])
         assert c.meta["left_out"] == [
             "code15.h5#0: the same samples as records100/00000/00001_lr",
-            "code15.h5#2: the same samples as code15.h5#1"] and "left out: code15" in said_
-        assert re.search("leads of code15 range over 18 mV .*unit and gains right", said_)
-        assert evaluate.count_records(c.meta) == "101 records, 2 left out,"
-        assert "leads of synth" not in said_ and c.index.groupby("source").size().code15 == 1
+            "code15.h5#2: the same samples as code15.h5#1"] and "left out: code15" in words
+        assert c.index.groupby("source").size().to_dict() == dict(code15=1, synth=100)
+        assert data.source_names(c.meta) == "synth + code15.h5"
         table = data.load_tables(synth)
         np.testing.assert_array_equal(c.index.strat_fold[:100], table.strat_fold)
         assert c.index.patient_id[:100].nunique() == table.patient_id.nunique()
+        labels = data.read_labels(c, "SR")
+        assert labels.member.tolist() == [True] * 100 + [False]
         with pytest.raises(InputError, match="3 of 103 records cannot be used.*\n.*unit"):
-            data.build_cache([synth, tmp_path / "code15.h5"], 100, tmp_path / "d", 1)
-
-    @slow
-    def test_two_sources_train_a_resnet_and_are_evaluated_apart(self, synth, twenty, tmp_path):
-        data.build_cache([synth, twenty], 100, tmp_path / "c", 1)
-        run_train(tmp_path / "c", tmp_path / "r", "--arch", "resnet18", "--max-steps", 1)
-        run_evaluate(*quick(tmp_path / "r"))
-        index, at = data.open_cache(tmp_path / "c").index, metrics_of(tmp_path / "r")
-        y = index[list(CLASSES)].to_numpy()
-        test = np.flatnonzero((index.strat_fold == 10) & y.any(1))
-        with np.load(tmp_path / "r" / "eval" / "official-pretrained-100%-0.npz") as scores:
-            for name in ("synth", "twenty"):
-                of = (index.source[test] == name).to_numpy()
-                want = evaluate.mean_of_known(evaluate.aurocs(y[test[of]], scores["test"][of]))
-                got = at.value["sources", "pretrained", "100%", 0, f"macro_auroc/{name}"]
-                assert got == pytest.approx(want, nan_ok=True)
-        assert "## By source" in (tmp_path / "r" / "report.md").read_text()
-        protocols = at.index.get_level_values("protocol")
-        assert {"quality", "clustering"} <= set(protocols) and "streams" not in protocols
+            data.build_cache(paths, 100, tmp_path / "d", 1)
+        with pytest.raises(InputError, match="two of one name"):
+            data.build_cache([synth, synth], 100, tmp_path / "d", 1)
 
 
 def prepared(x, rate=100, unit="mV", leads=LEADS):
@@ -2873,56 +2861,33 @@ def prepared(x, rate=100, unit="mV", leads=LEADS):
     return data.prepare(data.Recording("r", x, rate, [unit], list(leads)), 100)
 
 
-class TestEmbed:
-    def test_a_recording_is_the_same_in_every_form_and_much_alike_at_every_rate(
-            self, evaluated, synth, tmp_path):
-        encoder, mv = model.load_encoder(evaluated[0]), wfdb.rdrecord(
-            str(synth / RECORD.replace("100", "500").replace("lr", "hr"))).p_signal
-        z = {}
-        for rate in (250, 500, 1000):
-            x = scipy.signal.resample(mv, 10 * rate) if rate != 500 else mv
-            for file, flags in write_forms(tmp_path / str(rate), x, rate).items():
-                (path, row), *_ = data.list_recordings([file])[::-1]
-                recording = data.read_recording(path, row, **flags)
-                assert recording.name == ("8" if file.suffix == ".h5" else file.stem)
-                cut, there, notes = data.prepare(recording, 100)
-                assert there.all() and notes == [f"resampled from {rate} to 100 Hz"], file
-                z[file.name, rate] = encoder(data.normalize(torch.from_numpy(cut)))[0]
-        for (name, rate), one in z.items():
-            torch.testing.assert_close(one, z["w.hea", rate], rtol=0, atol=5e-3)
-            assert torch.cosine_similarity(one, z["w.hea", 500], 0) > 0.99, (name, rate)
+class TestRecordings:
+    def test_a_recording_is_the_same_in_every_form(self, tmp_path):
+        mv = np.random.default_rng(0).integers(-900, 900, (2500, 12)) / 1000
+        want = scipy.signal.resample_poly(mv * 1000, 100, 250, padtype="line")[None]
+        for file, flags in write_forms(tmp_path / "f", mv, 250).items():
+            (path, row), *_ = data.list_recordings([file])[::-1]
+            recording = data.read_recording(path, row, **flags)
+            assert recording.name == ("h-1" if file.suffix == ".h5" else file.stem)
+            cut, there, notes = data.prepare(recording, 100)
+            assert there.all() and notes == ["resampled from 250 to 100 Hz"], file
+            np.testing.assert_allclose(cut, want, atol=1e-3, err_msg=str(file))
+        assert {path.name for path, _ in data.list_recordings([tmp_path / "f"])} == {
+            "w.hea", "n.npy", "z.npz", "h.h5"}  # CSV files are to be named
 
-    def test_probabilities_of_the_data_set_are_those_of_its_evaluation(self, evaluated, synth,
-                                                                       cache, tmp_path):
-        index = data.open_cache(cache).index
-        test = index[(index.strat_fold == 10) & index[list(CLASSES)].any(axis=1)].ecg_id
-        paths = [str(synth / f"records100/00000/{i:05d}_lr") for i in test]
-        table, arrays, words = embedded(evaluated[0], tmp_path, *paths)
-        with np.load(evaluated[0] / "eval" / "official-pretrained-100%-0.npz") as scores:
-            np.testing.assert_allclose(arrays["probabilities"], scores["test"], atol=1e-5)
-            np.testing.assert_allclose(table[list(CLASSES)], scores["test"], atol=1e-4)
-        with np.load(evaluated[0] / "eval" / "probe.npz") as probe:
-            assert f"NORM {probe['thresholds'][0]:.2f}" in words and "no medical device" in words
-
-    def test_leads_are_found_by_name_and_what_lacks_is_masked_as_in_training(self, evaluated):
-        rng, encoder = np.random.default_rng(0), model.load_encoder(evaluated[0])
-        x = rng.normal(0, .3, (1000, 6))
+    def test_leads_are_found_by_name_and_what_lacks_is_masked(self):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 6))
         x[500, 2], x[:, 3] = np.nan, 1.5
         names = ["v2", "Lead II", "AVR", "V1", "RESP", "MDC_ECG_LEAD_I"]
-        got, there, notes = prepared(x, leads=names)
-        assert [LEADS[c] for c in np.flatnonzero(there)] == ["I", "II", "V2"]
-        assert not got[:, :, ~there].any()
-        for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
-            np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column], rtol=1e-5)
-        assert notes == ["RESP not among the 12 leads: not used",
-                         "III, aVL, aVF, V3, V4, V5, V6 not there: masked",
-                         "aVR not finite: masked", "V1 flat: masked"]
-        full = data.normalize(torch.from_numpy(rng.integers(-999, 999, (1, 1000, 12))))
-        cut, keep = encoder.prepare(x, 100, "mV", names)
-        full = torch.where(keep[:, None], cut, full)  # what the absent leads hold is no matter
-        want = train.embed(encoder.model, full, encoder.views, keep).mean(1)
-        torch.testing.assert_close(encoder(cut, keep), want)
-        assert not torch.allclose(want, encoder(full))
+        for signal in (x, x.T):
+            got, there, notes = prepared(signal, leads=names)
+            assert [LEADS[c] for c in np.flatnonzero(there)] == ["I", "II", "V2"]
+            assert not got[:, :, ~there].any()
+            for lead, column in (("V2", 0), ("II", 1), ("I", 5)):
+                np.testing.assert_allclose(got[0, :, LEADS.index(lead)], 1000 * x[:, column],
+                                           rtol=1e-5)
+            assert notes == ["III, aVR, aVL, aVF, V1, V3, V4, V5, V6 missing, flat or not finite: "
+                             "masked"]
 
     def test_windows_cover_a_recording_and_padding_is_cut_off(self):
         x, ends = 300 * noise(2345), "s of zeros or NaN at its ends are cut off"
@@ -2931,11 +2896,141 @@ class TestEmbed:
                 ([x], [ten, x[1000:2000], x[1345:]], []),
                 ([none[:300], ten, none[:200]], [ten], [f"5.0 {ends}"]),
                 ([ten, none + np.nan], [ten], [f"30.0 {ends}"]),
-                ([ten, none, ten], [ten, ten], ["3 of 5 windows without a signal left out"]),
-                ([ten, none + 7.5], [ten], ["3 of 4 windows without a signal left out"])):
-            got, there, said_ = prepared(np.concatenate(parts), unit="uV")
+                ([none[:50], x[:950]], [np.concatenate([none[:50], x[:950]])], []),  # PTB-XL's 10 s
+                ([ten, none, ten], [ten, ten], []), ([ten, none + 7.5], [ten], [])):
+            got, there, words = prepared(np.concatenate(parts), unit="uV")
             np.testing.assert_allclose(got, windows, rtol=1e-5)
-            assert there.all() and said_ == notes
+            assert there.all() and words == notes
+
+    @pytest.mark.parametrize("end, old, new, says", [
+        ("hea", b"V6$", b"V5", "needs some of .* each once"),
+        ("hea", b"/mV", b"/furlong", "unit furlong; needs"),
+        ("hea", rb"(?s)\A.*", b"\x81\xc3\0{\x1f", "cannot be read"),
+        ("hea", b"^r 12 100", b"r 12 250", "4 s long"),
+        ("hea", b"^r 12 100", b"r 12 9", "rate of 9"),
+        ("hea", rb"(?s)\A.*", b"r/1 12 100 1000\ns 1000\n", "cannot be read"),
+        ("hea", b"dat 16 1000.0(?=.* V6$)", b"dat 16 0.0", "a gain of 0"),
+        ("hea", b"dat 16 1000.0", b"dat 17 1000.0", "cannot be read"),
+        ("hea", rb"r\.dat", b"../r.dat", "cannot be read"),
+        ("dat", rb"(?s).{24}\Z", b"", "cannot be read")])
+    def test_an_unusable_record_is_named_with_its_fault(self, tmp_path, end, old, new, says):
+        write_record(tmp_path / "r", comments=["age: 0 0 0", "x y 0"])  # which are no gains of 0
+        path = tmp_path / "r.hea"
+        assert data.try_record((path, None), 100, {})[1] is None
+        raw = path.with_suffix(f".{end}").read_bytes()
+        path.with_suffix(f".{end}").write_bytes(re.sub(old, new, raw, flags=re.M))
+        assert re.search(f"^r.*({says})", data.try_record((path, None), 100, {})[1])
+
+    def test_what_a_file_does_not_tell_is_asked_for(self, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
+        np.save(tmp_path / "n.npy", x)
+        pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
+        says = "does not tell its rate, unit or leads; give such as --source-rate 500 --unit mV"
+        given = dict(rate=100, unit="mV", leads=LEADS)
+        for file in (tmp_path / "n.npy", tmp_path / "c.csv"):
+            for name in given:
+                with refused(says):
+                    data.read_recording(file, **given | {name: None})
+            with refused("12.* 3 leads and 3 units"):
+                data.prepare(data.read_recording(file, **given | dict(leads=LEADS[:3])), 100)
+        write_record(tmp_path / "w")
+        header = (tmp_path / "w.hea").read_text()
+        (tmp_path / "w.hea").write_text(re.sub(r" \S+$", "", header, flags=re.M))  # without names
+        with refused(says):
+            data.read_recording(tmp_path / "w.hea")
+        assert data.read_recording(tmp_path / "w.hea", leads=LEADS).leads == list(LEADS)
+
+    def test_what_cannot_be_is_refused(self, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
+        drift = np.linspace(0, .003, 3000)[:, None] * np.ones(12)
+        for changes, says in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
+                              (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
+                              (dict(leads=["EEG"] * 12), "needs some of I II"),
+                              (dict(x=x * 0), "all leads are flat"),
+                              (dict(x=drift), "all leads are flat"),  # in each window
+                              (dict(x=x * np.nan), "all leads are"),
+                              (dict(x=x * 1e30), "not finite"), (dict(x=x[:900]), "9 s long"),
+                              (dict(x=x[:, :2]), "12 leads and 12 units; needs numbers")):
+            with refused(says):
+                prepared(**dict(x=x) | changes)
+        (tmp_path / "t.edf").write_text("x")
+        (tmp_path / "e").mkdir()
+        for path in (tmp_path / "t.edf", tmp_path / "no", tmp_path / "e"):
+            with refused("holds no recording: give files .*EDF and others: see README"):
+                data.list_recordings([path])
+
+
+def embedded(run, tmp_path, *argv):
+    """What `evaluate.py embed` writes for some files: its table by file, its arrays, its words."""
+    words = said(run_evaluate, "embed", *argv, "--run", run, "--out", tmp_path / "out")
+    with np.load(tmp_path / "out.npz") as arrays:
+        return pd.read_csv(tmp_path / "out.csv").set_index("file"), dict(arrays), words
+
+
+class TestEmbed:
+    def test_probabilities_of_the_data_set_are_those_of_its_evaluation(self, evaluated, synth,
+                                                                       cache, tmp_path):
+        index, labels = data.open_cache(cache).index, data.read_labels(data.open_cache(cache))
+        test = index.ecg_id[(index.strat_fold == data.TEST_FOLD) & labels.member]
+        paths = [synth / f"records100/00000/{i:05d}_lr" for i in test]
+        table, arrays, words = embedded(evaluated[0], tmp_path, *paths)
+        scores = evaluate.read_scores(evaluated[0] / "eval" / "scores.npz")
+        want = scores[evaluate.Key("official", "pretrained")].p
+        np.testing.assert_allclose(arrays["probabilities"], want, atol=1e-5)
+        np.testing.assert_allclose(table[list(CLASSES)], want, atol=1e-4)
+        with np.load(evaluated[0] / "eval" / "probe.npz") as probe:
+            assert f"NORM {probe['thresholds'][0]:.2f}" in words and "no medical device" in words
+
+    def test_where_leads_are_missing_the_masked_probe_answers_and_it_says_so(self, evaluated,
+                                                                             tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (1000, 2))
+        np.savez(tmp_path / "two.npz", ecg=x, fs=100, units="mV", leads=["I", "V2"])
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "two.npz")
+        encoder = model.load_encoder(evaluated[0])
+        windows, keep = encoder.prepare(x, 100, "mV", ["I", "V2"])
+        z = encoder(windows, keep)[0]
+        np.testing.assert_allclose(arrays["z"][0], z, atol=1e-5)
+        np.testing.assert_allclose(arrays["probabilities"][0], encoder.probabilities(z, keep[0]))
+        line = table.iloc[0]
+        assert (line["name"], line.leads, line.windows) == ("two", 2, 1)
+        assert "probe that learned from masked leads" in line.notes
+        assert f"NORM {encoder.probe['masked_thresholds'][0]:.2f}" in words
+        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000  # a single one is drawn
+        with np.load(tmp_path / "out-ecg.npz") as drawn:
+            assert drawn["x"].shape == (1000, 12) and not drawn["x"][:, 1].any()
+
+    def test_bad_files_are_named_and_the_others_go_on(self, evaluated, synth, tmp_path):
+        shutil.copytree(synth / "records100", tmp_path / "some")
+        bad = tmp_path / "some" / "bad.hea"
+        bad.write_text("bad 12 100 1000\n")
+        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some")
+        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
+        assert table.windows[str(bad)] == 0 and "cannot be read" in table.notes[str(bad)]
+        assert list(arrays["files"]) == [file for file in table.index if file != str(bad)]
+        assert arrays["z"].shape == (100, TINY["rep_dim"])
+        with refused(r"none of 1 recordings can be used:\n.*cannot be read"):
+            embedded(evaluated[0], tmp_path, bad)
+
+    def test_without_a_probe_there_are_representations_alone(self, finished, synth, tmp_path):
+        run = Path(shutil.copytree(finished[0], tmp_path / "r"))
+        (run / "eval" / "probe.npz").unlink(missing_ok=True)
+        table, arrays, words = embedded(run, tmp_path, synth / RECORD)
+        assert list(table) == ["name", "leads", "windows", "notes"] and "make eval" in words
+        assert arrays["z"].shape == (1, TINY["rep_dim"]) and arrays["probabilities"].size == 0
+
+    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
+        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, units="mV", leads=LEADS)
+        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
+            file["tracings"] = x
+        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
+                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
+        files = [str(tmp_path / name) for name in ("a/r.npz", "b/h.h5#0", "b/h.h5#1", "b/r.npz")]
+        assert list(table.index) == list(arrays["files"]) == files
+        assert list(table["name"].astype(str)) == list(arrays["names"]) == [
+            "r", "h-0", "h-1", "r"]
 
     def test_the_lines_of_the_readme_embed_a_signal(self, evaluated):
         (lines,) = (block for block in re.findall(
@@ -2943,120 +3038,7 @@ class TestEmbed:
         here = dict(signal=np.random.default_rng(0).normal(0, 1, (5100, 3)))
         exec(lines.replace("runs/conv-s0", str(evaluated[0])), here)
         assert here["x"].shape == (3, 1000, 12) and here["keep"].sum(1).tolist() == [3] * 3
-        assert here["z"].shape == (TINY["rep_dim"],) and here["p"].shape == (len(CLASSES),)
-
-    def test_one_view_is_enough_where_views_are_short(self):
-        encoder = model.Encoder(tiny().eval(), views.ViewConfig(view="contig"), dict(rate=100))
-        x = np.random.default_rng(0).normal(0, 1, (620, 12))
-        cut, keep = encoder.prepare(x, 100, "mV", LEADS)
-        assert cut.shape == (2, 500, 12) and encoder.shortest == 5
-        with torch.no_grad():
-            torch.testing.assert_close(encoder(cut, keep), encoder.model.represent(cut))
-        encoder.views = views.ViewConfig(view="noncontig")
-        with pytest.raises(InputError, match="6.2 s long; at least 10 s"):
-            encoder.prepare(x, 100, "mV", LEADS)
-
-    def test_what_cannot_be_known_is_asked_for_and_what_looks_wrong_is_said(self, tmp_path):
-        x = np.random.default_rng(0).normal(0, .3, (1000, 12))
-        np.save(tmp_path / "n.npy", x)
-        pd.DataFrame(x).to_csv(tmp_path / "c.csv", index=False, header=False)
-        (tmp_path / "t.txt").write_text("x")
-        for flags, words in ((dict(rate=100), "not tell all; give such as --unit mV --leads I"),
-                             (dict(unit="mV", leads=LEADS), "give such as --source-rate 500$"),
-                             (dict(rate=100, unit="mV", leads=LEADS[:3]), "12.* and 3 leads")):
-            for name in ("n.npy", "c.csv"):
-                with pytest.raises(InputError, match=words):
-                    data.prepare(data.read_recording(tmp_path / name, **flags), 100)
-        write_record(tmp_path / "w")
-        header = (tmp_path / "w.hea").read_text()
-        (tmp_path / "w.hea").write_text(re.sub(r" \S+$", "", header, flags=re.M))  # without names
-        with pytest.raises(InputError, match="not tell all; give such as --leads I II"):
-            data.read_recording(tmp_path / "w.hea")
-        assert data.read_recording(tmp_path / "w.hea", leads=LEADS).leads == list(LEADS)
-        for changes, words in ((dict(unit="furlong"), "unit furlong; needs mV, uV or V"),
-                               (dict(leads=["I"] * 12), "each once"), (dict(rate=0), "rate of 0"),
-                               (dict(leads=["EEG"] * 12), "needs some of I II"),
-                               (dict(x=x * 0), "no lead to look at"),
-                               (dict(x=x * np.nan), "no lead to look at"),
-                               (dict(x=x * 1e30), "V6 not finite"), (dict(x=x[:900]), "9 s long"),
-                               (dict(x=x[:, :2]), "and 12 leads; needs numbers")):
-            with pytest.raises(InputError, match=words):
-                prepared(**dict(x=x) | changes)
-        assert data.read_recording(tmp_path / "n.npy", None, 100, "mV", LEADS).unit == ["mV"]
-        np.savez(tmp_path / "z.npz", ecg=x, fs=100, unit="mV", leads=[f"ch{i}" for i in range(12)])
-        assert data.read_recording(tmp_path / "z.npz", leads=LEADS).leads == list(LEADS)
-        (tmp_path / "o.npy").write_bytes(b"junk" * 50)
-        assert data.list_recordings([tmp_path / "o.npy"]) == [(tmp_path / "o.npy", None)]
-        with pytest.raises(InputError, match="no plain arrays"):
-            data.read_recording(tmp_path / "o.npy", None, 100, "mV", LEADS)
-        for factor in (5, 1000, .01):  # an old header's gain; microvolt as millivolt, and reverse
-            assert "is the unit or the gain right?" in prepared(x * factor)[2][0]
-        (tmp_path / "e").mkdir()
-        for path in (tmp_path / "t.txt", tmp_path / "no", tmp_path / "e"):
-            with pytest.raises(InputError, match="holds no recording: give files"):
-                data.list_recordings([path])
-
-    def test_bad_files_are_named_the_others_go_on_and_one_is_drawn(self, evaluated, synth,
-                                                                   tmp_path):
-        shutil.copytree(synth / "records100", tmp_path / "some")
-        (tmp_path / "some" / "bad.hea").write_text("bad 12 100 1000\n")
-        table, arrays, words = embedded(evaluated[0], tmp_path, tmp_path / "some",
-                                        "--neighbours", 2)
-        assert "100 of 101 recordings" in words and not list(tmp_path.glob("*.png"))
-        assert table.leads["bad"] == 0 and "unreadable" in table.notes["bad"]
-        assert list(arrays["name"]) == [name for name in table.index if name != "bad"]
-        near = re.findall(r"training records to 0*(\d+)_lr:\n.*\n.*\n\| (\d+) *\| (\S+)", words)
-        folds = data.load_tables(synth).set_index("ecg_id").strat_fold
-        for own, nearest, distance in near:  # a training record is nearest to itself
-            assert (own == nearest and float(distance) < 1e-4) == (folds[int(own)] <= 8)
-        with pytest.raises(InputError, match=r"none of 1 recordings can be used:\n.*unreadable"):
-            embedded(evaluated[0], tmp_path, tmp_path / "some" / "bad.hea")
-        embedded(evaluated[0], tmp_path, synth / RECORD, "--neighbours", 1)
-        assert (tmp_path / "out-ecg.png").stat().st_size > 20_000
-        with np.load(tmp_path / "out-ecg.npz") as drawn:
-            assert drawn["x"].shape == (1000, 12) and np.allclose(drawn["attention"].mean(1), 1)
-
-    def test_recordings_of_one_name_are_told_apart_by_their_files(self, evaluated, tmp_path):
-        x = np.random.default_rng(0).normal(0, .3, (2, 1000, 12))
-        for folder in ("a", "b"):
-            (tmp_path / folder).mkdir()
-            np.savez(tmp_path / folder / "r.npz", ecg=x[0], fs=100, unit="mV", leads=LEADS)
-        pd.DataFrame(x[0], columns=LEADS).to_csv(tmp_path / "a" / "r.csv", index=False)
-        with h5py.File(tmp_path / "b" / "h.h5", "w") as file:
-            file["tracings"], file["exam_id"] = x, [5, 5]
-        table, arrays, _ = embedded(evaluated[0], tmp_path, tmp_path / "a", tmp_path / "b",
-                                    "--source-rate", 100, "--unit", "mV", "--leads", *LEADS)
-        assert list(table.index) == list(arrays["name"]) == [
-            "a/r.csv", "a/r.npz", "b/h.h5-0", "b/h.h5-1", "b/r.npz"]
-
-    def test_an_export_gives_the_same_numbers_without_pandas_wfdb_or_unpickling(self, evaluated,
-                                                                               tmp_path):
-        run_evaluate("export", "--run", evaluated[0], "--out", tmp_path / "out")
-        assert "no medical device" in (tmp_path / "out" / "README.md").read_text()
-        here, x = model.load_encoder(evaluated[0]), np.random.default_rng(0).normal(0, .3, (999, 2))
-        with mock.patch.dict(sys.modules, dict.fromkeys(("pandas", "wfdb"))), mock.patch.multiple(
-                pickle, load=None, loads=None, Unpickler=None):
-            for name in ("data", "views", "model"):
-                del sys.modules[name]  # they are imported anew, and afterwards as before
-            there = importlib.import_module("model").load_encoder(tmp_path / "out")
-            z, want = (encoder(*encoder.prepare(x, 99, "mV", ["I", "v5"])).mean(0)
-                       for encoder in (there, here))
-        assert type(there) is not type(here)
-        torch.testing.assert_close(z, want)
-        torch.testing.assert_close(there.probabilities(z), here.probabilities(want))
-        about = json.loads((tmp_path / "out" / "encoder.json").read_text())
-        assert about["leads"] == list(LEADS) and str(HERE) not in json.dumps(about)
-        with changed_json(tmp_path / "out" / "encoder.json") as about:
-            about["n_views"] = 1  # of an export that earlier code made with --first-view
-        with pytest.raises(InputError, match="of other code .*n_views: 1 there"):
-            model.load_encoder(tmp_path / "out")
-
-    def test_a_probe_of_other_code_is_refused(self, evaluated, tmp_path):
-        run = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
-        with np.load(run / "eval/probe.npz") as probe:
-            np.savez(run / "eval/probe.npz", **probe, n_views=1)
-        with pytest.raises(InputError, match="n_views, not weights.*make it again: make eval"):
-            model.load_encoder(run)
+        assert here["z"].shape == (3, TINY["rep_dim"]) and here["p"].shape == (3, len(CLASSES))
 
 
 def wait_for_an_epoch(process, folder):
@@ -3079,43 +3061,43 @@ def stop_in(process, folder, number, send):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def stopped_at(step):
-    """For train(): stop at the step that is the so-manieth to ask."""
-    asked = itertools.count()
-    return lambda device: next(asked) == step
+def go_on(run, cache):
+    """The command that made the run."""
+    run_train(cache, run, *SAME)
 
 
-def damage(path, how):
-    """Damage a file of torch.save."""
-    if how == "cut":
-        path.write_bytes(path.read_bytes()[:-2000])
-    elif how == "byte":
-        path.write_bytes(b"P")
-    elif how == "bit":  # of a weight, which torch.load takes as it comes
-        state, all_bytes = torch.load(path), bytearray(path.read_bytes())
-        weight = state["model"]["encoder.shortcut.weight"].numpy().tobytes()
-        all_bytes[all_bytes.index(weight) + 3] ^= 1
-        path.write_bytes(all_bytes)
-    else:
-        state = torch.load(path)
-        state["model"]["encoder.gate"] *= how.get("gate", 1.0)
-        torch.save(state | {key: value for key, value in how.items() if key != "gate"}, path)
-
-
-@pytest.fixture(scope="session")
-def contig(cache, tmp_path_factory):
-    """A run, and the same one cut short after several saves; its command line."""
-    folder = tmp_path_factory.mktemp("survives")
-    argv = "--view", "contig", "--epochs", 2, "--save-minutes", 0
-    run_train(cache, folder / "whole", *argv)
-    run_cut_short(pytest.MonkeyPatch(), 14, cache, folder / "cut", *argv)
-    return folder / "whole", folder / "cut", argv
+# A kind of file, and a command that reads it: called with the folder of a run and its cache.
+READ = [("args.json", go_on), ("last.pt", go_on), ("model.pt", go_on),
+        ("model.pt", lambda run, cache: model.load_encoder(run)),
+        ("log.jsonl", lambda run, cache: model.read_log(run)),
+        ("eval/probe.npz", lambda run, cache: model.load_encoder(run)),
+        *[(name, lambda run, cache: evaluate.read_evaluated(run, "superclass"))
+          for name in ("metrics.csv", "eval/about.json", "eval/scores.npz")]]
 
 
 class TestSurvives:
-    @pytest.fixture
-    def cut(self, contig, tmp_path):
-        return Path(shutil.copytree(contig[1], tmp_path / "cut"))
+    @pytest.mark.parametrize("how", ["cut", "emptied", "junk"])
+    @pytest.mark.parametrize("name, command", READ)
+    def test_a_damaged_file_is_named(self, request, finished, cache, tmp_path, name, command, how):
+        if name.startswith(("eval/", "metrics")):
+            request.getfixturevalue("evaluated")  # in the folder of the finished run
+        run = Path(shutil.copytree(finished[0], tmp_path / "r"))
+        if name == "last.pt":
+            (run / "model.pt").unlink()  # a finished run does not read it
+        content = (run / name).read_bytes()
+        junk = np.random.default_rng(0).bytes(len(content))
+        damaged = dict(cut=content[:len(content) // 2], emptied=b"", junk=junk)[how]
+        (run / name).write_bytes(damaged)
+        with refused(re.escape(str(run / name))):
+            command(run, cache)
+        assert (run / name).read_bytes() == damaged  # it is not touched
+
+    def test_an_unfinished_run_cannot_be_loaded(self, finished, tmp_path):
+        with pytest.raises(InputError, match="args.json"):
+            model.load_run(tmp_path)
+        shutil.copy(finished[0] / "args.json", tmp_path)
+        with pytest.raises(InputError, match="model.pt"):
+            model.load_run(tmp_path)
 
     @slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3126,7 +3108,7 @@ class TestSurvives:
         out = stop_in(process, tmp_path / "r", number, os.killpg)
         assert process.returncode == 0 and "Traceback" not in out, out
         step = torch.load(tmp_path / "r" / "last.pt")["step"]
-        assert f"stopped at step {step} of 5000; the same command goes on from here" in out
+        assert re.search(rf"stopped at step {step} of \d+; the same command goes on", out)
         assert not (tmp_path / "r" / "model.pt").exists()
 
     @slow
@@ -3139,37 +3121,21 @@ class TestSurvives:
             out = stop_in(started(*argv), run, number, os.kill)  # it ends when all have ended
             assert out.count("stopped at step") == 1, out
         out = script(*argv)
-        assert out.count("finished, 80 steps") == 1 == out.count("epoch   8/8")
+        assert out.count(": finished, ") == 1 == out.count("epoch 3  loss")
         assert_same(whole, run)
 
-    def test_a_run_of_a_gpu_goes_on_without_one(self, contig, cut, cache):
-        with changed_json(cut / "args.json") as saved:
-            saved["args"]["device"], saved["device"] = "cuda", "cuda:0"
-        for name in train.SAVES:  # of tensors that say that they lie on a GPU
-            state = torch.load(cut / name)
-            with mock.patch.object(torch.serialization, "location_tag", lambda storage: "cuda:7"):
-                torch.save(state, cut / name)
-            with pytest.raises(RuntimeError, match="(?i)cuda"):
-                torch.load(cut / name)
-        run_train(cache, cut, *contig[2])
-        assert_same(contig[0], cut)
-
-    @cuda
-    @pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
-    def test_a_run_goes_on_on_another_device(self, contig, cache, tmp_path, monkeypatch, first,
-                                             then):
-        flags = *contig[2], "--precision", "float32", "--device"
-        run_cut_short(monkeypatch, 14, cache, tmp_path, *flags, first)
-        run_train(cache, tmp_path, *flags, then)
-        for got, want in zip(log_of(tmp_path), log_of(contig[0]), strict=True):
-            assert got["val_loss"] == pytest.approx(want["val_loss"], rel=.05)
+    @slow
+    def test_two_processes_stop_at_the_same_step_when_one_is_told(self, two):
+        folder, found = two
+        assert [asked for _, _, asked, _ in found] == [5, 5]
+        assert torch.load(folder / "told" / "last.pt")["step"] == 5
 
     def test_a_second_ctrl_c_stops_at_once(self):
         before = [signal.getsignal(number) for number in train.SIGNALS]
         told = train.listen()
         try:
             assert not told(CPU)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
                 assert signal.getsignal(number) != signal.SIG_DFL  # of which we would die
                 os.kill(os.getpid(), number)
             assert told(CPU)
@@ -3179,358 +3145,190 @@ class TestSurvives:
             for number, handler in zip(train.SIGNALS, before):
                 signal.signal(number, handler)
 
-    @pytest.mark.skipif(not KILLS, reason="KILLS, how often to kill each of four kinds, is not set")
-    @pytest.mark.parametrize("kind", ["download", "cache", "train", "evaluate"])
-    def test_kills_at_random_moments_change_nothing(self, synth, cache, finished, tmp_path, kind):
-        """What is finished before it is killed is compared, and begun again."""
-        server, rng, left = Server(synth), np.random.default_rng(), KILLS
+    def test_a_run_of_a_gpu_goes_on_without_one(self, cache, finished, tmp_path):
+        run_cut_short(1, cache, tmp_path, *SAME)
+        with mock.patch.object(torch.serialization, "location_tag", lambda storage: "cuda:7"):
+            torch.save(torch.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+        with pytest.raises(RuntimeError, match="(?i)cuda"):
+            torch.load(tmp_path / "last.pt")
+        run_train(cache, tmp_path, *SAME)
+        assert_same(finished[0], tmp_path)
 
-        def command(folder):
-            if kind == "evaluate" and not folder.exists():
-                shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns(
-                    "eval", "figures", "report.md", "metrics.csv"))
-            return {"download": ["data.py", "download", "--data", folder, "--rate", "100", "--url",
-                                 server.url],
-                    "cache": ["data.py", "cache", "--data", synth, "--rate", 100, "--out", folder],
-                    "train": ["train.py", *argv_of(cache, folder, "--view", "contig", "--epochs", 3,
-                                                   "--save-minutes", 0)],
-                    "evaluate": ["evaluate.py", *quick(folder)]}[kind]
+    @cuda
+    @pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+    def test_a_run_goes_on_on_another_device(self, finished, cache, tmp_path, first, then):
+        flags = *SAME, "--precision", "float32", "--device"
+        run_cut_short(1, cache, tmp_path, *flags, first)
+        run_train(cache, tmp_path, *flags, then)
+        for got, want in zip(log_of(tmp_path), log_of(finished[0]), strict=True):
+            assert got["val_loss"] == pytest.approx(want["val_loss"], rel=.05)
 
-        found = dict(
-            download=lambda folder: {str(path.relative_to(folder)): path.read_bytes()
-                                     for path in folder.rglob("*") if path.is_file()},
-            cache=lambda folder: data.open_cache(folder, check=True).meta,
-            train=lambda folder: (repeatable(folder), data.sha256(folder / "model.pt"),
-                                  scalars(folder)),
-            evaluate=lambda folder: numbers_of(folder).to_csv())[kind]
-        began = time.monotonic()
-        script(*command(tmp_path / "whole"))
-        whole, cut = time.monotonic() - began, tmp_path / "cut"
-        while left:
-            process = started(*command(cut))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, whole))
-            left -= process.poll() is None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if process.wait() == 0:
-                assert found(cut) == found(tmp_path / "whole")
-                shutil.rmtree(cut)
-        script(*command(cut))
-        assert found(cut) == found(tmp_path / "whole")
-
-    @slow
-    def test_two_processes_stop_at_the_same_step_when_one_is_told(self, two):
-        folder, found = two
-        assert [asked for _, _, asked, _ in found] == [5, 5]
-        assert torch.load(folder / "told" / "last.pt")["step"] == 4
-
-    @pytest.mark.parametrize("fits", [.99, .5])
-    def test_a_full_disk_is_named_and_the_state_of_before_kept(self, contig, cut, cache, fits):
-        before, log = (cut / "last.pt").read_bytes(), (cut / "log.jsonl").read_text()
+    def test_a_full_disk_is_named_and_the_state_of_before_kept(self, cache, tmp_path):
+        run_cut_short(1, cache, tmp_path, *SAME)
+        before = (tmp_path / "last.pt").read_bytes()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         # a write beyond it fails as one on a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fits * len(before)), limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
         try:
-            with pytest.raises(SystemExit) as error:
-                data.run_script(lambda: run_train(cache, cut, *contig[2]))
+            with pytest.raises(OSError, match=r"last.pt cannot be written .* make room, and give"):
+                run_train(cache, tmp_path, *SAME)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert re.search(rf"^error: {cut}/last.pt cannot be written .* what was there is kept: "
-                         "make room, and give the same command again", str(error.value))
-        assert (cut / "last.pt").read_bytes() == before and not list(cut.glob("*.tmp*"))
-        assert (cut / "log.jsonl").read_text() == log
-
-    def test_a_full_disk_under_tensorboard_is_named_too(self, cache, tmp_path, monkeypatch):
-        full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "flush", full)
-        with pytest.raises(OSError, match="tensorboard cannot be written .*No space left"):
-            run_train(cache, tmp_path / "r", "--max-steps", 1)
-
-    def test_an_error_of_another_kind_while_writing_stays_what_it_is(self):
-        with pytest.raises(RuntimeError, match="^a bug$"), data.writing("x"):
-            raise RuntimeError("a bug")
-
-    def test_a_damaged_last_pt_is_named_and_the_save_before_it_taken(self, contig, cut, cache,
-                                                                     tmp_path, capsys):
-        assert torch.load(cut / "last.pt")["step"] == torch.load(cut / "previous.pt")["step"] + 1
-        for how in ("cut", "byte", "bit", dict(gate=math.nan), dict(step=-1), dict(step=21),
-                    dict(step="x"), dict(other=1)):
-            run = Path(shutil.copytree(cut, tmp_path / "r", dirs_exist_ok=True))
-            damage(run / "last.pt", how)
-            train.train(train.get_args(argv_of(cache, run, *contig[2])), stopped_at(0))
-            out = capsys.readouterr().out
-            assert re.search(r"last.pt is damaged \(.*\); going on from the save before it, \S+"
-                             r"previous.pt(.|\n)*stopped at step 11 of", out), (how, out)
-        run_train(cache, run, *contig[2])
-        assert_same(contig[0], run)
-        assert not (run / "previous.pt").exists()
-
-    def test_without_a_whole_save_both_are_named_and_kept(self, contig, cut, cache):
-        for name in train.SAVES:
-            damage(cut / name, "cut")
-        with pytest.raises(InputError, match=r"(?s)last.pt is damaged .*previous.pt is damaged .*"
-                           "remove .* to train again"):
-            run_train(cache, cut, *contig[2])
-        assert all((cut / name).exists() for name in train.SAVES)
-
-    def test_a_run_killed_between_two_renames_goes_on_from_the_save_before(self, contig, cut,
-                                                                           cache):
-        (cut / "last.pt").unlink()
-        with pytest.raises(InputError, match="made with other arguments"):
-            run_train(cache, cut, *contig[2], "--tau", .2)
-        step = torch.load(cut / "previous.pt")["step"]
-        assert f"resumed at step {step}" in said(run_train, cache, cut, *contig[2])
-
-    def test_a_model_pt_that_is_not_what_was_written_is_refused(self, contig, cache, tmp_path):
-        shutil.copy(contig[0] / "args.json", tmp_path)
-        for how, says in (
-                ("byte", ""), ("cut", ""), ("bit", "has changed since"),
-                (dict(gate=math.inf), "gate is not finite"), (dict(other=1), "other"),
-                (dict(config=TINY | dict(depth=2000)), "depth 2000, but"),
-                (dict(config=TINY | dict(width=10 ** 6)), "size mismatch")):
-            shutil.copy(contig[0] / "model.pt", tmp_path)
-            damage(tmp_path / "model.pt", how)
-            with pytest.raises(InputError, match=f"model.pt is damaged, or of other code .*{says}"):
-                model.load_run(tmp_path)
-        with pytest.raises(InputError, match="model.pt is damaged, .* last.pt has the weights"):
-            run_train(cache, tmp_path, *contig[2])  # nor does it count as a finished run
-
-    @pytest.mark.parametrize("change", [
-        "", "{}", "[]", "5", '["args", "config", "in_effect", "data"]', '{"a":' * 10 ** 5, "\udcff",
-        dict(args=5), dict(args={}), dict(in_effect=[]), dict(in_effect={}), dict(data={}),
-        dict(config=dict(width="x")), dict(config=dict(colour=1)), dict(config=[]), ("seed", "x"),
-        ("view", 5), ("tau", []), ("tau", "x"), ("loss", 1)], ids=lambda change: str(change)[:30])
-    def test_a_damaged_args_json_is_refused(self, contig, cut, change):
-        record = json.loads((cut / "args.json").read_text())
-        saved = record | (change if isinstance(change, dict) else {})
-        if isinstance(change, tuple):
-            saved["args"] = saved["args"] | dict([change])
-        text = change if isinstance(change, str) else json.dumps(saved)
-        (cut / "args.json").write_bytes(text.encode(errors="surrogateescape"))
-        with pytest.raises(InputError, match="args.json.* is damaged"):
-            train.RunFolder(cut, record)
-
-    @pytest.mark.parametrize("line", [
-        "", "{", "5", "[1]", '"x"', '{"epoch": 1}', '{"a":' * 10 ** 5, dict(loss=None),
-        dict(loss="x"), dict(epoch=[1]), dict(other={})], ids=lambda line: str(line)[:30])
-    def test_a_damaged_log_is_refused(self, contig, tmp_path, line):
-        row = log_of(contig[0])[0]
-        text = line if isinstance(line, str) else json.dumps(row | line)
-        (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n" + text + "\n" if text else "")
-        with pytest.raises(InputError, match="log.jsonl is empty or damaged"):
-            model.read_log(tmp_path)
+        assert (tmp_path / "last.pt").read_bytes() == before
+        assert not list(tmp_path.glob("*.tmp*"))
 
     def test_out_of_memory_says_what_to_halve(self, cache, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "listen", lambda: lambda device: False)
         monkeypatch.setattr(sys, "argv", ["train.py", *argv_of(cache, tmp_path / "r")])
         for fail in (lambda *_: torch.empty(1 << 55), lambda *_: np.empty(1 << 55),
                      mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))):
-            monkeypatch.setattr(train, "backward", fail)
+            monkeypatch.setitem(train.STEPS, "batch", fail)
             with pytest.raises(InputError, match="out of memory .* halve --micro-batch 4"):
                 train.main()
-        monkeypatch.setattr(train, "backward", lambda *args: torch.ones(2) @ torch.ones(3))
+        monkeypatch.setitem(train.STEPS, "batch", lambda *args: torch.ones(2) @ torch.ones(3))
         with pytest.raises(RuntimeError, match="size"):
             train.main()
 
 
-# Fuzzing
-
-NUMBER, FIELD = rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", rb"[^\s,;:\"'{}\[\]]+"
-EXTREMES = b"0", b"-1", b"1e300", b"nan", b"99999999999", b""
-OTHERS = None, True, -1, 1e300, "x", [], {}  # JSON of every type
-
-
-def mutate(raw, rng):
-    """Bytes with a fault of a disk, of a net or of a hand."""
-    def one_of(things):
-        return things[rng.integers(len(things))]
-
-    how, n = rng.integers(11), len(raw)
-    at = rng.integers(n) if rng.random() < .5 else rng.integers(-400, 400) % n  # heads and tails
-    to, junk = min(n, at + 1 + int(rng.exponential(40))), rng.bytes(1 + int(rng.exponential(20)))
-    if how == 0 and raw[:1] == b"{":  # a value of another type, at any depth; of a log the first
-        held = root = json.loads(raw if raw[1:2] == b"\n" else raw.splitlines()[0])
-        while True:
-            key = one_of(list(held) if isinstance(held, dict) else range(len(held)))
-            if rng.random() < .3 or not held[key] or not isinstance(held[key], (dict, list)):
-                held[key] = one_of(OTHERS)
-                return json.dumps(root).encode()
-            held = held[key]
-    if how in (1, 2) and (found := [m.span() for m in re.finditer((NUMBER, FIELD)[how - 1], raw)]):
-        (a, b), (c, d) = sorted([one_of(found), one_of(found)])
-        extreme = raw[:a] + one_of(EXTREMES) + raw[b:]
-        return extreme if how == 1 else raw if a == c else (
-            raw[:a] + raw[c:d] + raw[b:c] + raw[a:b] + raw[d:])
-    flipped = raw[:at] + bytes([raw[at] ^ 1 << rng.integers(8)]) + raw[at + 1:]
-    return {3: raw[:at] + junk + raw[at + len(junk):], 4: raw[:at] + bytes(to - at) + raw[to:],
-            5: raw[:at], 6: raw[:at] + raw[to:], 7: raw[:to] + raw[at:], 8: b"",
-            9: raw[:at] + junk + raw[at:]}.get(how, flipped)
-
-
-def plain(held):
-    """What a reader gave, as values that are equal when every bit of it is."""
-    if isinstance(held, dict):
-        return {key: plain(value) for key, value in held.items()}
-    if isinstance(held, (list, tuple)):
-        return [plain(value) for value in held]
-    if isinstance(held, (np.ndarray, torch.Tensor)):
-        return str(held.dtype), held.shape, np.asarray(held).tobytes()
-    return held.to_csv() if isinstance(held, pd.DataFrame) else repr(held)
-
-
-class TestFuzz:
-    """FUZZ=10000 for so many damaged files; FUZZ=4711:4712 for one case, by its number."""
-
-    CANNOT_TELL = {kind: why for kinds, why in {  # of which not all damage can be told
-        "ptbxl_database.csv scp_statements.csv own/table.csv":
-            "who a patient is, what a record shows and what a code means stand there alone",
-        "SHA256SUMS.txt": "a name, or a digit of a digest: the download of that file then fails",
-        "PTB-XL.hea": "a gain, a zero or two names of leads: its checksums are of the samples",
-        "PTB-XL.dat": "time points that have changed places: their sums are the same",
-        "own/w.hea own/w.dat": "checksums are not looked at: those of the Challenges are often 0",
-        "own/e.edf own/c.csv own/t.csv own/n.npy own/h.h5": "their form has no checksum",
-        "log.jsonl metrics.csv": "a number that may be",
-        "args.json meta.json encoder.json eval/about.json":
-            "words, and settings of the right kind: a hand may mend them",
-    }.items() for kind in kinds.split()}
-
-    @pytest.fixture
-    def kinds(self, twenty, cache, evaluated, contig, tmp_path):
-        """{kind: (the file to damage, what is read then, its reader)}."""
-        def use(folder):
-            e = model.load_encoder(folder)
-            z = e(*e.prepare(x, 250, "mV", LEADS)).mean(0)
-            return e.about, e.model.state_dict(), z, e.probabilities(z), [
-                f"{at:.2f}" for at in e.probe["thresholds"]]
-
-        def arguments(folder):
-            saved = model.read_args(folder)
-            given = train.with_defaults(saved["args"])
-            return saved, data.from_args(views.ViewConfig, given), use(folder)
-
-        def opened(folder):
-            c = data.open_cache(folder, check=True)
-            return np.array(c.signals), c.index, c.meta, evaluate.describe_data(c.meta)
-
-        def restored(folder):
-            run, m = train.RunFolder(folder, record), tiny()
-            optimizer = torch.optim.AdamW(m.parameters())
-            with contextlib.closing(run.lock), mock.patch("torch.utils.tensorboard.SummaryWriter"):
-                return run.restore(m, optimizer), run.log, m.state_dict(), optimizer.state_dict()
-
-        def compared(folder):
-            runs = evaluate.read_evaluated([folder])
-            return runs, evaluate.overview(evaluate.group_runs(runs))
-
-        def kept(path):
-            run = types.SimpleNamespace(out=path.parents[1], depends={}, weights={})
-            return evaluate.Run.piece(run, path.stem, "pretrained", lambda: dict(z=x))
-
-        def source(path):
-            found = data.open_source(path, 100)
-            return found.table, found.items
-
-        x, record = np.random.default_rng(0).normal(0, .3, (2500, 12)), model.read_args(contig[1])
-        homes = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in dict(
-            small=twenty, cache=cache, run=evaluated[0], cut=contig[1]).items()}
-        run_evaluate("export", "--run", evaluated[0], "--out", tmp_path / "export")
-        (homes["cut"] / "previous.pt").unlink()  # else it is taken
-        kept(homes["run"] / "eval/piece.npz")
-        kinds = {name: (tmp_path / home / name, tmp_path / home, read) for home, read, names in (
-            ("small", data.load_tables, data.TABLES), ("cut", restored, ["last.pt"]),
-            ("cache", opened, ("meta.json", "index.csv", "signals.int16")),
-            ("run", arguments, ["args.json"]), ("run", model.read_log, ["log.jsonl"]),
-            ("run", use, ("model.pt", "eval/probe.npz")),
-            ("run", compared, ("metrics.csv", "eval/about.json", "eval/draws.npz")),
-            ("run", lambda run: evaluate.nearest_records(run, np.ones((1, 16)), 3),
-             ["eval/embeddings-pretrained.npz"]),
-            ("export", use, ("encoder.json", "encoder.safetensors"))) for name in names}
-        for end in (".hea", ".dat"):
-            kinds[f"PTB-XL{end}"] = (homes["small"] / (RECORD + end), homes["small"] / RECORD,
-                                     lambda path: data.read_record(path, 100))
-        for path, flags in write_forms(tmp_path / "own", x[:1250], 125).items():
-            kinds[f"own/{path.name}"] = path, path, lambda path, flags=flags: [
-                (r.name, *data.prepare(r, 100)) for r in (data.read_recording(
-                    *item, **flags) for item in data.list_recordings([path]))]
-        kinds["own/w.dat"] = tmp_path / "own/w.dat", *kinds["own/w.hea"][1:]
-        pd.DataFrame(dict(path=["w", "n.npy"], age=[50, None], MI=[0, 1])).to_csv(
-            tmp_path / "own/table.csv")
-        for path, read in (("small/SHA256SUMS.txt", data.read_sums), ("own/table.csv", source),
-                           ("run/eval/piece.npz", kept)):
-            kinds[path.removeprefix("small/")] = *[tmp_path / path] * 2, read
-        return kinds
-
-    @slow
-    @pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")
-    def test_what_is_damaged_is_read_right_or_refused(self, kinds, tmp_path):
-        first, _, last = os.environ.get("FUZZ", "1000").rpartition(":")
-        whole = {kind: plain(read(given)) for kind, (_, given, read) in kinds.items()}
-        table, faults = {kind: dict(right=0, refused=0, wrong=0, other=0) for kind in kinds}, []
-        files, peak = {*tmp_path.rglob("*")}, train.peak_mib(CPU)
-        before = signal.signal(signal.SIGALRM, mock.Mock(side_effect=Killed("it hangs")))
-        for case in range(int(first or 0), int(last)):
-            kind = [*kinds][case % len(kinds)]
-            path, given, read = kinds[kind]
-            raw = path.read_bytes()
-            path.unlink()  # what has it open still keeps what it has
-            path.write_bytes(mutate(raw, np.random.default_rng(case)))
-            signal.alarm(20)
-            try:
-                outcome = "right" if plain(read(given)) == whole[kind] else "wrong"
-            except InputError:
-                outcome = "refused"
-            except (Exception, SystemExit, Killed) as error:
-                outcome = "other"
-                faults.append(f"{case} {kind}: {error!r}"[:300])
-            signal.alarm(0)
-            data.open_arrays.cache_clear()
-            table[kind][outcome] += 1
-            if outcome == "wrong" and kind not in self.CANNOT_TELL:
-                faults.append(f"{case} {kind}: taken for another content")
-            path.unlink()
-            path.write_bytes(raw)
-        signal.signal(signal.SIGALRM, before)
-        print(pd.DataFrame(table).T.to_string())
-        assert not faults, "\n".join(faults)
-        assert {*tmp_path.rglob("*")} == files  # nothing is written, in the folder or out of it
-        assert train.peak_mib(CPU) < peak + 100
-
-
 class TestMake:
-    def make(self, *argv, ok=True):
-        done = subprocess.run(["make", *argv], cwd=HERE, capture_output=True, text=True)
+    def make(self, *argv, cwd=HERE, ok=True):
+        done = subprocess.run(["make", *argv], cwd=cwd, capture_output=True, text=True)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """The Makefile beside a `.venv` whose python notes its command line, makes the files that
+        the scripts would; it fails for command lines that hold a line of the file `broken`, and
+        takes a minute for the script that the file `long` names.
+        """
+        for name in ("Makefile", "requirements.txt"):
+            shutil.copy(HERE / name, tmp_path)
+        python = tmp_path / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(textwrap.dedent("""\
+            #!/bin/sh
+            echo "$@ threads=$OMP_NUM_THREADS" >> log
+            touch broken long
+            if echo "$@" | grep -qFf broken; then exit 1; fi
+            if test "$1" = "$(cat long)"; then echo $$ > pid; exec sleep 60; fi
+            run=$(echo "$@" | sed -n 's/.* --run \\([^ ]*\\).*/\\1/p')
+            case "$1 $2" in
+                train.py*) mkdir -p $run; test -e $run/model.pt || touch $run/model.pt;;
+                "evaluate.py run") touch $run/report.md;;
+            esac
+            """))
+        python.chmod(0o755)
+        (tmp_path / ".venv" / ".done").touch()
+        return tmp_path
+
     def test_make_alone_lists_every_public_target_and_variable(self):
         text = (HERE / "Makefile").read_text()
-        targets = {*re.search(r"\.PHONY: (.*)", text)[1].split()} - {"help", "FORCE"}
-        wanted = targets | {*re.findall(r"^([A-Z]+) *\?=", text, re.M)}
+        wanted = {*re.search(r"\.PHONY: (.*)", text)[1].split()}
+        wanted |= {*re.findall(r"^([A-Z]+) *\?=", text, re.M)}
         assert len(wanted) > 30 and wanted - {*re.findall(r"\w+", self.make())} == set()
 
-    def test_targets_chain_and_names_carry_the_canonical_view(self):
-        for alias, view in ALIASES.items():
-            out, rate = self.make("-n", "pretrain", f"VIEW={alias}"), views.VIEWS[view].rate
-            steps = ["data.py download", f"--rate {rate}", "data.py cache", f"runs/{view}-s0"]
-            assert [s for s in steps if s not in out] == []
+    def test_views_aliases_rates_and_presets_are_those_of_the_scripts(self):
+        text = (HERE / "Makefile").read_text()
+        assert re.search(r"NAMES +:= (.*)", text)[1].split() == list(views.VIEWS)
+        assert re.search(r"filter (paper.*?),", text)[1].split() == list(model.PRESETS)
+        for name, view in views.VIEWS.items():
+            for word in {name, view.alias} - {""}:
+                out = self.make("-n", "pretrain", f"VIEW={word}")
+                assert f"download --data data/ptbxl --rate {view.rate}\n" in out
+                assert f"cache/ptbxl-{view.rate} --run runs/{name}-s0 " in out
+        assert "--cache cache/ptbxl-100" in self.make("-n", "pretrain", "PRESET=conv")
 
-    def test_other_data_are_not_downloaded_and_an_unknown_view_stops_make_at_once(self):
-        out = self.make("-n", "pretrain", "DATA=../elsewhere", "RATE=100", "NPROC=2")
-        assert "--shutdown-timeout 600 -- train.py" in out  # longer than a step may take
-        assert "data.py download" not in out and "cache/elsewhere-100" in out
-        out = self.make("-n", "pretrain", "VIEW=zigzag", ok=False)
-        assert all(name in out for name in ["zigzag", *views.VIEWS])
-        for flag in ("--view masking", "--run=elsewhere"):  # runs/contig-s0 would hold another run
-            out = self.make("-n", "pretrain", "VIEW=contig", "RATE=100", f"ARGS=--epochs 2 {flag}",
-                            ok=False)
-            assert flag.split()[0] in out and "in ARGS: give VIEW=" in out
+    def test_other_data_are_not_downloaded(self):
+        out = self.make("-n", "pretrain", "DATA=../elsewhere /b/more", "RATE=100", "NPROC=2")
+        assert "data.py download" not in out and "--out cache/elsewhere+more-100" in out
+        assert "--shutdown-timeout 600" in out  # longer than a step may take
+
+    @pytest.mark.parametrize("given, valid", (
+        ("VEIW=contig", "VIEW SEED PRESET"), ("VIEW=zigzag", "stochastic contig noncontig"),
+        ("PRESET=large", "paper, small, conv"), ("RATE=250", "100 or 500"),
+        ("ROWS=contig+equal zigzag", "stochastic contig noncontig"),
+        ("ARGS=--epochs 2 --view contig", "VIEW, SEED, RUN"), ("ARGS=--run=there", "RUN")))
+    def test_what_is_mistyped_ends_before_any_work(self, folder, given, valid):
+        for target in ("pretrain", "study"):
+            out = self.make(target, given, cwd=folder, ok=False)
+            assert given.split("=")[1].split()[-1] in out or "unknown variable VEIW" in out
+            assert valid in out and not (folder / "log").exists()
+
+    def test_an_old_python_is_refused_before_an_environment_is_made(self, folder):
+        old = folder / "old"
+        old.write_text(f"""#!/bin/sh
+            test "$1" = -c || touch made
+            exec {sys.executable} -c 'import sys; sys.version_info = 3, 10; exec(sys.argv[1])' "$2"
+            """)
+        old.chmod(0o755)
+        shutil.rmtree(folder / ".venv")
+        out = self.make("pretrain", f"PYTHON={old}", cwd=folder, ok=False)
+        assert "3.11 or later" in out and "Traceback" not in out
+        assert not (folder / "made").exists() and not (folder / ".venv").exists()
+
+    def test_a_study_goes_on_after_a_failure_names_it_and_resumes(self, folder):
+        """Runs that ended are not evaluated again, others not left out: `broken` stands for all."""
+        study = ("study", "ROWS=contig noncontig+equal+tau=0.2", "SEEDS=2", "JOBS=2", "RATE=100")
+        (folder / "broken").write_text("contig-s1\n")
+        out = self.make(*study, "ARGS=--epochs 1", cwd=folder, ok=False)
+        assert out.count("without result: runs/study/contig-s1\n") == 1
+        log = (folder / "log").read_text()
+        assert log.count("train.py") == 4 and log.count("evaluate.py run") == 3
+        assert "--view noncontig" in log and "--equal --tau=0.2 --epochs 1" in log
+        both = [f"runs/study/{row}-s0" for row in ("contig", "noncontig+equal+tau=0.2")]
+        done = " ".join([*both, both[1][:-1] + "1"])
+        assert f"compare {done} --labels-of superclass --out runs/study/compare" in log
+        assert f"plots {' '.join(both)} --out runs/study/figures" in log
+        share = -(-os.cpu_count() // 2)
+        assert log.count(f"--epochs 1 threads={share}\n") == 4
+        for broken in ("", "noncontig+equal+tau=0.2-s0 --seed\n"):  # then: trained with other flags
+            (folder / "log").unlink()
+            (folder / "broken").write_text(broken)
+            out = self.make(*study, "ARGS=--epochs 1", cwd=folder, ok=not broken)
+            log = (folder / "log").read_text()
+            assert log.count("train.py") == 4 and log.count("evaluate.py run") == (not broken)
+            assert f"without result: {both[1] if broken else 'none'}\n" in out
+
+    @slow
+    def test_a_view_of_ones_own_is_a_function_an_entry_and_a_name(self, cache, tmp_path):
+        """As the README says it."""
+        for path in [*HERE.glob("*.py"), HERE / "Makefile", HERE / "requirements.txt"]:
+            shutil.copy(path, tmp_path)
+        example = re.search(r"```python\n(def skip.*?)\n\n(.*?)```",
+                            (HERE / "README.md").read_text(), re.S)
+        for name, old, new in (
+                ("views.py", "\nVIEWS = {\n", f"\n{example[1]}\n\nVIEWS = {{\n{example[2]}"),
+                ("Makefile", ":= stochastic contig", ":= skip stochastic contig")):
+            text = (tmp_path / name).read_text()
+            assert text.count(old) == 1
+            (tmp_path / name).write_text(text.replace(old, new))
+        out = self.make("-n", "pretrain", "VIEW=skip", cwd=tmp_path)
+        assert "--rate 500" in out and "--view skip" in out and "runs/skip-s0" in out
+        out = script("train.py", "--cache", cache, "--view", "jump", *TINY_FLAGS, "--max-steps", 2,
+                     cwd=tmp_path)
+        assert "two windows of 7.5 s" in out
+        assert (tmp_path / "runs" / "skip-s0" / "model.pt").exists()
+
+    @pytest.mark.parametrize("script", ("train.py", "evaluate.py"))
+    def test_a_signal_to_make_ends_the_study_and_the_script_that_runs(self, folder, script):
+        (folder / "long").write_text(script)
+        (folder / "pid").touch()
+        study = subprocess.Popen(["make", "study", "SEEDS=1", "RATE=100"], cwd=folder,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / "pid").read_text().endswith("\n"):
+            assert study.poll() is None
+            time.sleep(.01)
+        study.terminate()
+        assert study.wait(20) != 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / "pid").read_text()), 0)
+        assert (folder / "log").read_text().splitlines()[-1].startswith(script)
 
     def test_help(self, capsys):
         for script, commands in (
                 (train, [""]), (model, [""]), (data, ["download", "cache", "synth", "info"]),
-                (evaluate, ["run", "embed", "export", "compare", "study"]),
-                (attention, ["maps", "plots"])):
+                (evaluate, ["run", "embed", "compare"]), (attention, ["maps", "plots"])):
             for command in commands:
                 with pytest.raises(SystemExit, match="^0$"):
                     script.get_args([*command.split(), "--help"])
@@ -3540,7 +3338,7 @@ class TestMake:
     def test_importing_does_nothing_and_loading_a_run_needs_no_readers(self, finished, tmp_path):
         code = ("import sys, torch, numpy as np\n"
                 f"sys.path.insert(0, {str(HERE)!r}); import model; model.load_run(sys.argv[1])\n"
-                "assert not {'ecgmentations', 'requests', 'wfdb', 'views'} & set(sys.modules)\n"
+                "assert not {'requests', 'wfdb', 'pandas'} & set(sys.modules)\n"
                 "a, b = torch.get_rng_state(), np.random.get_state()[1].copy()\n"
                 "import attention\n"
                 "assert (torch.get_rng_state() == a).all()\n"

@@ -1,18 +1,16 @@
 """Contrastive pretraining of a dual-view encoder on a cache of 12-lead ECGs (paper 4.4).
 
 In:  a cache folder of data.py (int16 microvolt); labels are never used for training.
-Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on) and previous.pt (the
-     save before), model.pt (at the end), tensorboard/. The same command again resumes it, after a
-     kill too, or says that it is finished; SIGTERM or Ctrl-C end it once the step at hand is saved.
+Out: a run folder: args.json, log.jsonl (a line an epoch), last.pt (to go on), model.pt (at the
+     end), tensorboard/. The same command again resumes it, after a kill too; SIGTERM or Ctrl-C end
+     it once the step at hand is saved.
 
     python train.py --cache cache/ptbxl-500 --view noncontig
     python train.py --cache cache/synth-100 --view contig --preset small --epochs 3 --run runs/try
 
-The method comes first: train(), and under it what a step calls. Feed draws the rows of a batch and
-cuts two views of each; backward() projects them without a graph, takes NT-Xent over the whole batch
-and its gradient at the projections, and projects again, part by part, to hand that gradient on;
-then clip and Adam. Everything random is a function of (seed, step), dropout and disturbances of the
-slice of a batch too: a resumed run repeats the interrupted one.
+The method comes first: train(), and what a step calls: batches() makes two views of each record,
+exact_step() sets the gradient of NT-Xent over the whole batch in the memory of a micro-batch, then
+Adam. All randomness is a function of (seed, step): a resumed run repeats the interrupted one.
 """
 import argparse
 import fcntl
@@ -28,10 +26,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Optional
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -40,252 +38,242 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silho
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (CLASSES, LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared,
-                  bounded, from_args, normalize, open_cache, run_script, setting, write_atomic,
-                  writing)
-from model import (PRESETS, Config, Contrastive, add_model_flags, barlow_twins, compile_blocks,
-                   count_flops, embed, load_run, n_parameters, nt_xent, parse, read_args,
-                   read_tensors)
-from views import (VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair, generator, pool,
-                   shift)
+from data import (LEADS, TRAIN_FOLDS, VAL_FOLD, InputError, add_flags, add_shared, bounded,
+                  fold_names, from_args, normalize, open_cache, read_labels, reading, run_script,
+                  setting, write_atomic, write_json, write_text)
+from model import (Config, Contrastive, add_model_flags, compile_blocks, embed, load_run,
+                   n_parameters, nt_xent, parse, read_args)
+from views import (DISTURB, POOL, VIEWS, ViewConfig, augment, disturb, draw_leads, equal_pair,
+                   generator, pool, shift)
 
 BATCH = 1024  # effective batch of the paper
 MIN_STEPS = 8  # steps an epoch that the automatic batch leaves
 START_DIV, RISE = 25, 0.3  # one cycle: first lr is max / 25, 30 % of the steps rise (PyTorch's)
 VAL_STEP = 2 ** 31  # a step that training never reaches: validation has the same views each time
-SAVES = "last.pt", "previous.pt"  # what a run goes on from, and the save before it
+CHUNK = 16  # records that a worker hands over at once: a container's shared memory can be small
 STREAM_NORMS = "grad_norm_time_corrected", "grad_norm_channel_corrected"  # at the pooled streams
 SIGNALS = signal.SIGTERM, signal.SIGINT  # SLURM or a spot machine ask to stop so; Ctrl-C
-# what may differ on a resume
-NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes", "keep_every"}
+NOT_A_RESULT = {"run", "cache", "workers", "device", "save_minutes", "keep_every"}  # may change
+SHOWN = ("epoch", "loss", "val_loss", "lr", "grad_norm_ratio_corrected", "silhouette",
+         "records_per_second", "data_share", "peak_mib")  # of a row of the log, on the screen
 
 
 # The method
 
-def train(args, told_to_stop=lambda device: False):
+def train(args, asked_to_stop=lambda device: False):
     """Pretrain and write the run folder. Raises InputError, before work starts, for bad input.
 
-    told_to_stop: asked in each step; then the state is saved, and the same command goes on from it
+    asked_to_stop: read in each step; once true, the state is saved, and the same command goes on
     """
     config, size, objective = (from_args(cls, vars(args))
                                for cls in (ViewConfig, Config, Objective))
     vars(args).update(asdict(config))  # aliases and automatic settings are resolved at once
     cache = open_cache(args.cache)
-    rows, val_rows, samples = check_data(cache, config, size)
-    flops = count_flops(size, samples)  # what this imports would hold on to a group of processes
+    rows, val_rows = check_data(cache, config, size)
     device = join_processes(args.device)
-    plan, notes = settle(args, len(rows), len(val_rows), ranks()[1])
+    plan = settle(args, len(rows), len(val_rows), ranks()[1])
     torch.manual_seed(args.seed)  # of the initial weights; all else has streams of its own
     model = Contrastive(size).to(device)
     model.precision = pick_precision(args.precision, device)
     run = RunFolder(args.run or f"runs/{config.view}-s{args.seed}",
-                    describe_run(args, model, cache, plan, samples, flops))
+                    describe_run(args, config, model, cache, plan))
     if run.finished:
-        return run.leave("finished, nothing to do; remove the folder to train again")
+        return run.close(f"finished, nothing to do; next: make eval RUN={run.path}")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
-    if args.bf16_weights:
-        hold_in_bf16(model)
-        optimizer.register_step_post_hook(lambda *_: hold_in_bf16(model))
     start, sums = run.restore(model, optimizer)
     if run.first:
-        announce(run, len(rows), len(val_rows), notes, start)
+        announce(run, len(rows), len(val_rows), start)
     if args.compile:
         compile_blocks(model)
-    feed = Feed(cache, config, args.seed, device, args.workers)
-    bar = tqdm(total=plan.total, initial=start, desc=run.path.name, unit="step",
-               disable=None if run.first else True)
+    load = partial(batches, cache, config, args.seed, device=device, workers=args.workers)
+    val_order = [(VAL_STEP + i, val_rows[i:i + plan.val_batch])
+                 for i in range(0, len(val_rows) - plan.val_batch + 1, plan.val_batch)]
+    single_rows, single_classes = single_labels(cache, val_rows)
 
     tick = time.monotonic()
-    for step, batch in enumerate(feed(epoch_order(rows, plan, args.seed, start)), start):
+    for batch in tqdm(load(epoch_order(rows, plan, args.seed, start)), run.path.name, plan.total,
+                      initial=start, unit="step", disable=None if run.first else True):
+        step, waited = batch.step, time.monotonic() - tick
         lr = learning_rate(step, plan.total, plan.warmup, args.max_lr, args.final_lr)
         optimizer.param_groups[0]["lr"] = lr
-        averages = {key: b.clone() for key, b in model.named_buffers()}  # BatchNorm's, of before
         model.train()
-        loss, norms = backward(model, batch, objective, plan.micro)
-        stats = dict(n=1, loss=loss) | stream_statistics(model, norms)
+        loss, norms = STEPS[objective.negatives](model, batch, objective, plan.micro)
+        stats = dict(n=1, loss=loss, waited=waited) | stream_statistics(model, norms)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise diverged(f"loss {loss}, gradient norm {norm}", step, plan)
-        stopping = told_to_stop(device)
-        if stopping or time.monotonic() - run.saved_at > 60 * args.save_minutes:
-            run.save(model.state_dict() | averages, optimizer, step, sums)  # its loss is finite
-        if stopping:
-            bar.close()
-            return run.leave(f"stopped at step {step} of {plan.total}; the same command goes on "
-                             "from here")
+        check_finite(step, plan, loss=loss, gradient_norm=norm)
         optimizer.step()
 
-        stats |= dict(grad_norm=norm, seconds=time.monotonic() - tick, waited=feed.waited)
+        stats |= dict(grad_norm=norm, seconds=time.monotonic() - tick)
         sums = {key: sums.get(key, 0) + value for key, value in stats.items()}
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update()
-        if (step + 1) % plan.steps == 0 or step + 1 == plan.total:  # the end of an epoch
-            row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr)
-            run.add(row | summary(sums, run.record)
-                    | validate(model, feed, val_rows, plan, objective, step))
+        epoch_ends = (step + 1) % plan.steps == 0 or step + 1 == plan.total
+        if epoch_ends:
+            model.eval()
+            val_loss = np.mean([float(objective(project_all(model, val_batch, plan.micro)))
+                                for val_batch in load(val_order)])
+            z = extract(lambda x: embed(model, x, config).mean(1), cache, single_rows, device,
+                        plan.micro)
+            check_finite(step, plan, loss_in_validation=val_loss, representations=z)
+            row = dict(epoch=step // plan.steps + 1, step=step + 1, lr=lr, val_loss=float(val_loss))
+            run.add(row | summary(sums, run.record) | clustering(z, single_classes))
             sums = {}
             if args.keep_every and row["epoch"] % args.keep_every == 0:
-                run.keep(model, run.path / f"epoch-{row['epoch']:03}")
-            run.save(model.state_dict(), optimizer, step + 1, sums)
-        tick, feed.waited = time.monotonic(), 0.0
-    bar.close()
-    run.finish(model)
+                run.write_model(model, run.path / f"epoch-{row['epoch']:03}")
+        stopping = asked_to_stop(device)
+        if epoch_ends or stopping or time.monotonic() - run.saved_at > 60 * args.save_minutes:
+            run.save(model, optimizer, step + 1, sums)
+        if stopping and step + 1 < plan.total:
+            return run.close(f"stopped at step {step + 1} of {plan.total}; the same command goes "
+                             "on from here")
+        tick = time.monotonic()
+    run.write_model(model, run.path)
+    run.close(f"finished, {plan.total} steps; next: make eval RUN={run.path}")
 
 
-def backward(model, batch, objective, micro):
-    """Set .grad to the gradient of one effective batch; return its loss and the streams' norms.
+def exact_step(model, batch, objective, micro):
+    """Set .grad to the gradient of the loss over the whole effective batch.
 
-    negatives="batch": the gradient of NT-Xent over the whole batch, in three passes (GradCache,
-    Gao et al. 2021, arXiv 2101.06983): project without a graph; differentiate the loss with
-    respect to the projections of all processes; project again with a graph and the same
-    randomness, and back-propagate. A process with one part projects it once, and keeps the graph.
-    "micro": plain accumulation, negatives from the micro-batch alone (the paper).
-    ->  loss, [norm at time, norm at channel]: gradient norms at the pooled streams (0 if none)
+    GradCache (Gao et al. 2021, arXiv 2101.06983): project all micro-batches without a graph; take
+    the loss of all processes' projections, and its gradient there; project each micro-batch again
+    with a graph and the same randomness, and back-propagate its share of that gradient.
+    ->  loss, [norm at time, norm at channel]: gradient norms at what the streams hand on, or 0
     """
-    parts, processes = parts_of(batch.size, micro), ranks()[1]
-    # What outlives a part is allocated before the first: later, it would tear the CPU's heap apart.
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-    sums, kept = torch.zeros(3, device=model.device), None  # loss, squared norms at the streams
-    if objective.negatives == "batch":
-        # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
-        if len(parts) == 1:
-            kept = project(model, batch, parts[0])
-        cached = project_all(model, batch, parts, kept).requires_grad_()
-        whole = objective(cached)
-        (grad,) = torch.autograd.grad(whole, cached)
-        sums[0] = whole.detach() / processes  # each process counts its share
-    for part in parts:
-        output, projections = kept or project(model, batch, part)
-        streams = [h for h in (output.time, output.channel) if h is not None]
-        for h in streams:
-            h.retain_grad()
-        if objective.negatives == "batch":
-            projections.backward(grad[:, :, part])
-        else:
-            loss = objective(projections) * micro / batch.size
-            loss.backward()
-            sums[0] += loss.detach()
-        for j, h in enumerate(streams, 1):
-            sums[j] += h.grad.float().square().sum()
-        del output, projections, streams  # before the next part's graph is made
-    averages = [b.div_(processes) for b in model.buffers() if b.is_floating_point()]  # BatchNorm's
-    add_up([*(p.grad for p in model.parameters()), *averages, sums])
-    loss, *squares = sums.tolist()
-    return loss, [math.sqrt(s) for s in squares]
+    # deviation: the paper accumulates gradients of micro-batches, which is not NT-Xent on 1024
+    rank, processes = ranks()
+    n = batch.views.shape[1]  # records of this process
+    if processes == 1 and n <= micro:
+        return accumulate_step(model, batch, objective, micro)  # the same, in one pass
+    projections = project_all(model, batch, micro).requires_grad_()  # (1 or 3, V, B, P)
+    loss = objective(projections)
+    (gradient,) = torch.autograd.grad(loss, projections)
+    gradient = gradient.chunk(processes, dim=2)[rank]  # (1 or 3, V, n, P)
+    model.zero_grad(set_to_none=False)
+    squares = torch.zeros(2, device=model.device)
+    for i in range(0, n, micro):
+        output, projections = project(model, batch, slice(i, i + micro))
+        squares += back_propagate(projections, gradient[:, :, i:i + micro], output)
+    return total_over_processes(model, loss.detach() / processes, squares)
+
+
+def accumulate_step(model, batch, objective, micro):
+    """Set .grad to the mean gradient of the losses of micro-batches, as the paper does.
+
+    The negatives of a record come from its micro-batch alone.  ->  as exact_step
+    """
+    n = batch.views.shape[1]
+    model.zero_grad(set_to_none=False)
+    total, squares = torch.zeros((), device=model.device), torch.zeros(2, device=model.device)
+    for i in range(0, n, micro):
+        output, projections = project(model, batch, slice(i, i + micro))
+        loss = objective(projections) * (projections.shape[2] / (n * ranks()[1]))
+        squares += back_propagate(loss, None, output)
+        total += loss.detach()
+    return total_over_processes(model, total, squares)
+
+
+STEPS = {"batch": exact_step, "micro": accumulate_step}  # where --negatives come from
 
 
 def project(model, batch, part):
-    """Output and projections (1 or 3, V, b, proj_dim) of a slice of a batch.
+    """Output and projections (1 or 3, V, b, P) of a slice of a batch.
 
-    The same each time, dropout included: its seed follows from the batch's key and the slice.
+    The same each time, dropout included: its seed follows from the batch and the first record.
     """
-    seed = generator("dropout", *batch.key, part.start).integers(2 ** 63)
+    seed = generator("dropout", batch.seed, batch.step, part.start).integers(2 ** 63)
     torch.manual_seed(int(seed))  # on every device; a CPU's generator keeps 32 bits of it
     keep = None if batch.keep is None else batch.keep[:, part].flatten(0, 1)
-    output, projections = model(torch.cat(batch.cut(part)), keep)
-    return output, projections.unflatten(1, (batch.n_views, -1))
+    output, projections = model(batch.views[:, part].flatten(0, 1), keep)
+    return output, projections.unflatten(1, (len(batch.views), -1))
 
 
 @torch.no_grad()
-def project_all(model, batch, parts, kept=None):
-    """Projections (1 or 3, V, B, proj_dim) of a batch, of which this process makes some parts.
+def project_all(model, batch, micro):
+    """Projections (1 or 3, V, B, P) of a batch, of all processes, without a graph.
 
-    Without a graph. BatchNorm normalises as in training, but its running averages stand still.
-    kept: what project() gave for the only part, if it is there already
+    BatchNorm normalises as in training, but its running averages stand still.
     """
-    before = [b.clone() for b in model.buffers()]
-    out = torch.zeros(len(model.heads), batch.n_views, batch.size, model.config.proj_dim,
-                      device=model.device)
-    for part in parts:
-        out[:, :, part] = (kept or project(model, batch, part))[1]
-    if not kept:  # the graph of what is kept needs its buffers as they are
-        for b, old in zip(model.buffers(), before):
-            b.copy_(old)
-    add_up([out])
-    return out
+    n, before = batch.views.shape[1], [b.clone() for b in model.buffers()]
+    parts = [project(model, batch, slice(i, i + micro))[1] for i in range(0, n, micro)]
+    projections = torch.cat(parts, dim=2)
+    for b, old in zip(model.buffers(), before):
+        b.copy_(old)
+    if not dist.is_initialized():
+        return projections
+    everyones = [torch.empty_like(projections) for _ in range(ranks()[1])]
+    dist.all_gather(everyones, projections)
+    return torch.cat(everyones, dim=2)
+
+
+def back_propagate(tensor, gradient, output):
+    """Add to .grad; return the squared gradient norms (2,) at output.time and output.channel."""
+    streams = [h for h in (output.time, output.channel) if h is not None]
+    for h in streams:
+        h.retain_grad()
+    tensor.backward(gradient)
+    squares = [h.grad.float().square().sum() for h in streams]
+    return torch.stack(squares) if streams else torch.zeros(2, device=tensor.device)
+
+
+def total_over_processes(model, loss, squares):
+    """Add up gradients, loss and squared norms; BatchNorm's averages become the processes' mean."""
+    if dist.is_initialized():
+        averages = [b for b in model.buffers() if b.is_floating_point()]
+        tensors = [*(p.grad for p in model.parameters()), *averages, loss, squares]
+        flat = torch.cat([t.flatten() for t in tensors])  # one message
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+        for b in averages:
+            b /= ranks()[1]
+    return float(loss), [math.sqrt(s) for s in squares.tolist()]
 
 
 # What is in effect: the loss, batches and steps, the learning rate, the device
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of the projections, plus a share of that of each stream, if there."""
+    """NT-Xent of the projections, plus a share of that of each stream, if there."""
 
-    loss: str = setting("ntxent", "ntxent; decoupled, without the positive in its denominator; or "
-                        "barlow, Barlow Twins, without negatives",
-                        choices=("ntxent", "decoupled", "barlow"))
     tau: float = setting(0.1, "temperature of NT-Xent", type=bounded(float, 1e-6))
     aux_weight: float = setting(0.5, "weight of each auxiliary loss, with --aux-losses",
                                 type=bounded(float, 0))
     negatives: str = setting("batch", "batch: exact gradient of the effective batch; micro: plain "
-                             "accumulation, as in the paper", choices=("batch", "micro"))
+                             "accumulation, as in the paper", choices=STEPS)
 
     def __call__(self, projections):
-        """projections: (1 or 3, V, B, proj_dim)  ->  the loss, mean over pairs of views"""
-        one = barlow_twins if self.loss == "barlow" else partial(
-            nt_xent, tau=self.tau, decoupled=self.loss == "decoupled")
-        losses = [sum(one(*pair) for pair in combinations(views, 2)) / math.comb(len(views), 2)
-                  for views in projections]
+        """projections: (1 or 3, 2, B, P)  ->  the loss, a scalar"""
+        losses = [nt_xent(z1, z2, self.tau) for z1, z2 in projections]
         return losses[0] + self.aux_weight * sum(losses[1:])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is in effect: records a batch, a part of it, a validation batch; steps."""
-
-    batch: int
-    micro: int
-    processes: int
-    val_batch: int
-    steps: int  # an epoch
-    total: int  # steps of the run
-    warmup: int
-
-    @property
-    def epochs(self):
-        return math.ceil(self.total / self.steps)
-
-
 def settle(args, n_train, n_val, processes=1):
-    """The Plan for so many records and processes, and notes on what differs from the arguments.
+    """The plan: records a batch, a micro-batch and a validation batch, and steps; all are numbers.
 
-    An automatic batch leaves MIN_STEPS steps an epoch; so does one that exceeds the training set.
+    An automatic batch leaves MIN_STEPS steps an epoch. Micro-batches are as even as can be.
     Raises InputError for settings that cannot train.
     """
     if args.max_lr < args.final_lr:
         raise InputError(f"--max-lr {args.max_lr} is below --final-lr {args.final_lr}")
-    if n_train < 4 * processes or n_val < 2 * processes:
-        raise InputError(f"{n_train} records in folds 1-8 and {n_val} in fold 9: at least 4 and 2 "
-                         "are needed for each process; see: python data.py info")
-    wanted, notes = args.batch_size or BATCH, []
-    batch, chosen = wanted, args.batch_size is not None and wanted <= n_train
-    if chosen and batch % processes:
-        raise InputError(f"{processes} processes cannot share a batch of {batch} evenly; give a "
-                         f"--batch-size that they can, such as "
-                         f"{max(processes, batch - batch % processes)}")
-    if not chosen and batch * MIN_STEPS > n_train:
-        batch = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
-        notes.append(f"batch {batch} instead of {wanted}: {n_train} training records, and an epoch "
-                     f"needs some {MIN_STEPS} steps")
-    batch = max(batch - batch % processes, processes)
+    batch = args.batch_size
+    if batch is None:
+        fits = BATCH
+        if fits * MIN_STEPS > n_train:
+            fits = max(2, 2 ** int(math.log2(n_train / MIN_STEPS)))
+        batch = max(1, fits // processes) * processes
+    if batch > n_train or batch % processes or n_val < 2 * processes:
+        raise InputError(
+            f"--batch-size {batch}: a batch holds at most the {n_train} records of "
+            f"{fold_names(TRAIN_FOLDS)}, in equal parts for each of {processes} processes, which "
+            f"needs 2 of the {n_val} of {fold_names(VAL_FOLD)} too; see: python data.py info")
     mine = batch // processes
-    micro = max(n for n in range(1, min(args.micro_batch, mine) + 1) if mine % n == 0)
-    if 4 * micro < min(args.micro_batch, mine):
-        raise InputError(f"--micro-batch {args.micro_batch}: the {mine} records that a process has "
-                         f"of a batch are divided by {micro} at most; give another --batch-size")
-    if micro < min(args.micro_batch, batch):
-        notes.append(f"micro-batch {micro} instead of {args.micro_batch}, so that it divides the "
-                     f"{mine} records that a process has of a batch")
+    micro = math.ceil(mine / math.ceil(mine / args.micro_batch))
     if args.negatives == "micro" and micro == 1:
         raise InputError("a micro-batch of 1 leaves no negatives with --negatives micro: give a "
                          "larger --micro-batch, or a larger --batch-size")
     steps = n_train // batch
     total = min(args.epochs * steps, args.max_steps or math.inf)
-    warmup = min(args.warmup, total // 5)
-    if warmup < args.warmup:
-        notes.append(f"warm-up {warmup} instead of {args.warmup} steps: the run has only {total}")
-    return Plan(batch, micro, processes, min(batch, n_val), steps, total, warmup), notes
+    return SimpleNamespace(batch=batch, micro=micro, processes=processes, steps=steps, total=total,
+                           val_batch=min(batch, n_val // processes * processes),
+                           epochs=math.ceil(total / steps), warmup=min(args.warmup, total // 5))
 
 
 def learning_rate(step, total, warmup, max_lr, final_lr):
@@ -304,27 +292,22 @@ def learning_rate(step, total, warmup, max_lr, final_lr):
     return final_lr + (max_lr - final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def chance(args, plan):
-    """The loss at chance, in training and in validation; both dicts, as in args.json."""
+def chance(args, in_effect):
+    """The loss at chance, [in training, in validation]; both dicts, as in args.json."""
+    n = in_effect["batch" if args["negatives"] == "batch" else "micro"]
     terms = 1 + 2 * args["aux_weight"] * args["aux_losses"]
-    seen = plan["batch"] if args["negatives"] == "batch" else plan["micro"]
-    one = dict(ntxent=lambda n: math.log(2 * n - 1), decoupled=lambda n: math.log(2 * n - 2),
-               barlow=lambda n: 1.0)[args["loss"]]
-    return [terms * one(n) for n in (seen, plan["val_batch"])]
+    return [terms * math.log(2 * b - 1) for b in (n, in_effect["val_batch"])]
 
 
 def pick_device(name):
     """torch.device for auto, cpu, cuda, cuda:1 or mps; raise InputError when it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else (
-            "mps" if torch.backends.mps.is_available() else "cpu")
+        there = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("give cpu, cuda, cuda:1 or mps")
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {error}; --device cpu always works") from error
-    return torch.device(name)
 
 
 def pick_precision(name, device):
@@ -337,13 +320,6 @@ def pick_precision(name, device):
     return name
 
 
-@torch.no_grad()
-def hold_in_bf16(model):
-    """Round the weights to bfloat16, in place."""
-    for p in model.parameters():
-        p.copy_(p.bfloat16())
-
-
 # Processes: torchrun starts several of this script, each with a device and a share of every batch.
 
 def ranks():
@@ -351,63 +327,38 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(n):
-    """The slice of n items that this process works on; all of them without torchrun."""
-    rank, processes = ranks()
-    return slice(rank * n // processes, (rank + 1) * n // processes)
-
-
-def parts_of(n, micro):
-    """The same in slices of at most `micro` items."""
-    mine = share(n)
-    return [slice(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
-
-
 def join_processes(name):
     """Join the processes that torchrun started, if it did; return this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return pick_device(name)
-    if name.startswith("cuda:") and int(os.environ["LOCAL_WORLD_SIZE"]) > 1:
-        raise InputError(f"--device {name}: several processes cannot share it; give --device cuda")
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:  # torchrun leaves one thread each
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-def leave_processes():
-    """Leave the group: gloo's threads end, of which one could abort Python at its end."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def listen():
-    """A function that says, in all processes alike, whether to stop; a second Ctrl-C does at once.
+    """For train(): a function that says, in all processes alike, whether one was asked to stop.
 
-    One is to stop after SIGTERM or Ctrl-C, here or in another process, or when torchrun is gone.
+    By SIGTERM or Ctrl-C, or by the end of torchrun. A second Ctrl-C stops at once.
     """
-    asked, parent = [], os.getppid()
+    heard, parent = [], os.getppid()
 
     def hear(number, _):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
+        heard.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def told_to_stop(device):
-        gone = dist.is_initialized() and os.getppid() != parent  # as after kill -9 of torchrun
-        votes = torch.tensor(float(bool(asked) or gone), device=device)
-        add_up([votes])
+    def asked_to_stop(device):
+        if not dist.is_initialized():
+            return bool(heard)
+        votes = torch.tensor(float(bool(heard) or os.getppid() != parent), device=device)
+        dist.all_reduce(votes)
         return bool(votes)
 
     for number in SIGNALS:
         signal.signal(number, hear)
-    return told_to_stop
+    return asked_to_stop
 
 
 def ignore_signals(_):
@@ -416,29 +367,18 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def add_up(tensors):
-    """Replace each tensor by its sum over the processes."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-
-
 # Batches
 
-@dataclass
-class Batch:
-    """An effective batch of `size` records, of which cut(part) makes the V views of a slice.
+class Batch(NamedTuple):
+    """Two views of each record, and the leads that each view keeps, or None for all.
 
-    cut: slice -> V of (b, T', C) float32 on the device, the same each time; keep: (V, B, C) bool,
-    the leads that each view keeps, or None for all; key: (seed, step), names its randomness;
-    n_views: V, 2 or with --windows twice as many as those
+    Of an effective batch, or of this process's share of it; seed and step name its randomness.
     """
 
-    size: int
-    cut: Callable
-    keep: Optional[torch.Tensor]
-    key: tuple
-    n_views: int = 2
+    views: torch.Tensor  # (V, B, T', C) float32 on the device
+    keep: Optional[torch.Tensor]  # (V, B, C) bool
+    step: int
+    seed: int = 0
 
 
 class Augmented(Dataset):
@@ -453,6 +393,48 @@ class Augmented(Dataset):
         return torch.from_numpy(augment(x, self.transforms, generator("augment", self.seed, *key)))
 
 
+def batches(cache, config, seed, order, device, workers=0):
+    """Yield a Batch for each (step, rows) of order; of several processes each has a share.
+
+    Views are drawn for all of it, whatever --micro-batch. Workers pass records through the pool,
+    where the view has one, ahead of the model.
+    """
+    rank, processes = ranks()
+    seed += rank * 2 ** 32  # each process draws its own
+    order = [(step, rows[rank * len(rows) // processes:(rank + 1) * len(rows) // processes])
+             for step, rows in order]
+    if config.augment_p:
+        chunks = [[(step, int(row)) for row in rows[i:i + CHUNK]]
+                  for step, rows in order for i in range(0, len(rows), CHUNK)]
+        passes = iter(DataLoader(Augmented(cache, config, seed), batch_sampler=chunks,
+                                 num_workers=workers, worker_init_fn=ignore_signals))
+    for step, rows in order:
+        if config.augment_p:
+            x = torch.cat([next(passes) for _ in range(0, len(rows), CHUNK)])  # (B, 2, T, C)
+            first, second = x.to(device).unbind(1)
+        else:
+            first = second = normalize(fetch(cache, rows, device))
+        cut = VIEWS[config.view].cut
+        if config.equal:
+            T = first.shape[1]
+            starts = generator("equal", seed, step).integers(T // 2 + 1, size=len(rows))
+            cut = partial(equal_pair, view=config.view, starts=torch.from_numpy(starts).to(device))
+        views = [cut(first)[0], cut(second)[-1]]
+        if config.shift:
+            T = views[0].shape[1]
+            offsets = generator("shift", seed, step).integers(T, size=(2, len(rows)))
+            views = [shift(x, at) for x, at in zip(views, torch.from_numpy(offsets).to(device))]
+        if config.disturb:
+            number = generator("disturb", seed, step, 0).integers(2 ** 63)
+            rng = torch.Generator(device).manual_seed(int(number))
+            views = [disturb(x, rng) for x in views]
+        keep = None
+        if config.mask_leads:
+            shape = 2, len(rows), len(LEADS)
+            keep = draw_leads(shape, config.mask_p, generator("mask", seed, step)).to(device)
+        yield Batch(torch.stack(views), keep, step, seed)
+
+
 def fetch(cache, rows, device):
     """Records (b, T, C) int16 on the device, by their row numbers.
 
@@ -462,94 +444,20 @@ def fetch(cache, rows, device):
     if device.type == "cuda" and device not in cache.copies:
         fits = cache.signals.nbytes < torch.cuda.mem_get_info(device)[0] / 4
         cache.copies[device] = torch.tensor(cache.signals, device=device) if fits else None
-    whole = cache.copies.get(device)
-    if whole is None:
+    on_gpu = cache.copies.get(device)
+    if on_gpu is None:
         return torch.from_numpy(cache.signals[rows]).to(device)
-    return whole[torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)]
-
-
-class Feed:
-    """Makes Batches of a cache; `waited` adds up the seconds spent waiting for records.
-
-    Called with order, an iterable of (step, rows), it yields a Batch for each. Views are cut on the
-    device when asked for, so that a large batch costs the memory of a slice. Passes through the
-    pool come from `workers` processes ahead of time, in pieces of 16 records (shared memory can be
-    small), and this process's share of a batch is held: only its own slices may be asked for.
-    """
-
-    def __init__(self, cache, config, seed, device, workers=0):
-        self.cache, self.config, self.seed = cache, config, seed
-        self.device, self.workers, self.waited = device, workers, 0.0
-
-    def __call__(self, order):
-        order, n_views = list(order), 2 * self.config.windows
-        sources = self.passes(order) if self.config.augment_p else (
-            partial(self.records, rows) for _, rows in order)
-        for (step, rows), source in zip(order, sources):
-            keep = None
-            if self.config.mask_leads:
-                keep = draw_leads((n_views, len(rows), len(LEADS)), self.config.mask_p,
-                                  generator("mask", self.seed, step)).to(self.device)
-            cut = partial(self.cut, source, step, len(rows))
-            yield Batch(len(rows), cut, keep, (self.seed, step), n_views)
-
-    def cut(self, source, step, size, part):
-        """The views of a slice of a batch: the same each time, for the same slices.
-
-        source(part) gives each record of the slice twice, (b, T, C): one for each view.
-        """
-        def starts(purpose, n, *shape):  # drawn for the whole batch
-            at = generator(purpose, self.seed, step).integers(n, size=(*shape, size))
-            return torch.from_numpy(at[..., part]).to(self.device)
-
-        config, (first, second) = self.config, source(part)
-        cut = VIEWS[config.view].cut
-        if config.equal:
-            cut = partial(equal_pair, view=config.view,
-                          starts=starts("equal", first.shape[1] // 2 + 1))
-        one = cut(first)
-        pair = [one[0], (one if second is first else cut(second))[-1]]
-        if config.shift:
-            pair = [shift(view, at) for view, at in zip(pair, starts("shift", pair[0].shape[1], 2))]
-        if not config.disturbances:
-            return pair
-        seed = int(generator("disturb", self.seed, step, part.start).integers(2 ** 63))
-        rng = torch.Generator(self.device).manual_seed(seed)
-        return [disturb(view, config, rng) for view in pair for _ in range(config.windows)]
-
-    def records(self, rows, part):
-        """A slice of some records, twice the same."""
-        began = time.monotonic()
-        x = fetch(self.cache, rows[part], self.device)
-        self.waited += time.monotonic() - began
-        return [normalize(x)] * 2
-
-    def passes(self, order):
-        """Yield for each batch the function that gives a slice of it, two passes of the pool."""
-        mine = [[(step, int(row)) for row in rows[share(len(rows))]] for step, rows in order]
-        pieces = [keys[i:i + 16] for keys in mine for i in range(0, len(keys), 16)]
-        made = iter(DataLoader(Augmented(self.cache, self.config, self.seed),
-                               batch_sampler=pieces, num_workers=self.workers,
-                               worker_init_fn=ignore_signals))
-
-        def get(x, first, part):
-            return x[part.start - first:part.stop - first].unbind(1)
-
-        for (_, rows), keys in zip(order, mine):
-            began = time.monotonic()  # x: (b, 2, T, C)
-            x = torch.cat([next(made) for _ in range(0, len(keys), 16)]).to(self.device)
-            self.waited += time.monotonic() - began
-            yield partial(get, x, share(len(rows)).start)
+    return on_gpu[torch.from_numpy(rows).to(device)]
 
 
 def epoch_order(rows, plan, seed, start):
     """Yield (step, rows of its batch) from step `start` to the end; each epoch is a new shuffle."""
-    shuffled_for = None
-    for step in range(start, plan.total):
-        epoch, i = divmod(step, plan.steps)
-        if epoch != shuffled_for:
-            shuffled, shuffled_for = generator("order", seed, epoch).permutation(rows), epoch
-        yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
+    for epoch in range(start // plan.steps, plan.epochs):
+        shuffled = generator("order", seed, epoch).permutation(rows)
+        for i in range(plan.steps):
+            step = epoch * plan.steps + i
+            if start <= step < plan.total:
+                yield step, shuffled[i * plan.batch:(i + 1) * plan.batch]
 
 
 # Statistics, representations and validation
@@ -572,11 +480,29 @@ def stream_statistics(model, norms):
     """Gradient norms of the two streams, at the pooled vectors and of their parameters, if any."""
     if model.config.arch == "resnet18":
         return {}
-    found = dict(zip(STREAM_NORMS, norms))
-    for name in ("time", "channel"):
-        gradients = [p.grad for p in model.encoder.stream_parameters(name)]
-        found[f"param_grad_norm_{name}"] = float(torch.nn.utils.get_total_norm(gradients))
-    return found
+    row = dict(zip(STREAM_NORMS, norms))
+    for stream in ("time", "channel"):  # its stem and its layers
+        row[f"param_grad_norm_{stream}"] = float(torch.nn.utils.get_total_norm([
+            p.grad for name, p in model.encoder.named_parameters() if name.startswith(stream)]))
+    return row
+
+
+def summary(sums, record):
+    """The row of an epoch: means over its steps, from the sums of their statistics; speed."""
+    mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
+    norms = stream_norms([mean.get(name, 0) for name in STREAM_NORMS], record["tokens"])
+    if record["config"]["arch"] == "resnet18":  # it has no streams
+        norms = dict.fromkeys(norms)
+    elif record["config"]["stems"] == "conv":  # not mean pooling alone: no norm at the tokens
+        norms |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
+    seconds, waited = mean.pop("seconds"), mean.pop("waited")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10  # KiB on Linux
+    if sys.platform == "darwin":  # bytes there
+        peak /= 2 ** 10
+    if record["device"].startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated(record["device"]) / 2 ** 20
+    return mean | norms | dict(records_per_second=record["in_effect"]["batch"] / seconds,
+                               data_share=waited / seconds, peak_mib=peak)
 
 
 @torch.no_grad()
@@ -586,9 +512,17 @@ def extract(function, cache, rows, device, size=64):
     size: records in memory at once  ->  (len(rows), ...) float32 array
     """
     parts = np.array_split(rows, math.ceil(max(len(rows), 1) / size))
-    bar = tqdm(parts, "records", leave=False, disable=None if len(parts) > 99 else True)
     return np.concatenate([function(normalize(fetch(cache, part, device))).float().cpu().numpy()
-                           for part in bar])
+                           for part in parts])
+
+
+def single_labels(cache, rows):
+    """The rows with exactly one superclass, and its number; none where a source has no such set."""
+    if "superclass" not in cache.meta["label_sets"]:
+        return rows[:0], rows[:0]
+    y = read_labels(cache, "superclass").y  # (N, K)
+    single = rows[y[rows].sum(1) == 1]
+    return single, y[single].argmax(1)
 
 
 def clustering(z, labels):
@@ -596,6 +530,7 @@ def clustering(z, labels):
 
     silhouette in [-1, 1], higher is better; davies_bouldin >= 0, lower is better;
     calinski_harabasz >= 0, higher is better. All None with fewer than two classes or no spread.
+    They are never used to choose a checkpoint.
     """
     scores = dict(silhouette=silhouette_score, davies_bouldin=davies_bouldin_score,
                   calinski_harabasz=calinski_harabasz_score)
@@ -604,106 +539,64 @@ def clustering(z, labels):
     return {name: float(score(z, labels)) for name, score in scores.items()}
 
 
-def diverged(what, step, plan):
-    """The error of a run whose numbers are no longer finite."""
-    return FloatingPointError(
-        f"{what} at epoch {step // plan.steps + 1}, step {step}; last.pt, if there, keeps the last "
-        "good state. Try a lower --max-lr, --clip 1 or --precision float32, in another run folder")
-
-
-@torch.no_grad()
-def validate(model, feed, rows, plan, objective, step):
-    """val_loss on fixed views of fold 9's rows, and clustering of those with one superclass.
-
-    Raises FloatingPointError, naming the step, when one of them is not finite.
-    """
-    model.eval()
-    B, parts = plan.val_batch, parts_of(plan.val_batch, plan.micro)
-    order = [(VAL_STEP + i, rows[i:i + B]) for i in range(0, len(rows) - B + 1, B)]
-    losses = [float(objective(project_all(model, batch, parts))) for batch in feed(order)]
-    labels = feed.cache.index.loc[rows, list(CLASSES)].to_numpy()
-    single = labels.sum(1) == 1  # a fixed list of ids: never used to choose a checkpoint
-    mine = share(single.sum())
-    found = extract(lambda x: embed(model, x, feed.config).mean(1), feed.cache,
-                    rows[single][mine], feed.device, plan.micro)
-    z = torch.zeros(single.sum(), found.shape[1], device=feed.device)
-    z[mine] = torch.from_numpy(found).to(feed.device)
-    add_up([z])
-    z = z.cpu().numpy()
-    if not (np.isfinite(losses).all() and np.isfinite(z).all()):
-        raise diverged(f"loss {np.mean(losses)} in validation", step, plan)
-    return dict(val_loss=float(np.mean(losses)), **clustering(z, labels[single].argmax(1)))
-
-
-# What a run tells of its speed
-
-def matmul_peak(device, precision):
-    """FLOP/s of a large matrix product here, of all processes: what no training step exceeds."""
-    n = 1024 if device.type == "cpu" else 8192
-    matrix = torch.randn(n, n, device=device,
-                         dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    best = math.inf
-    for _ in range(6):
-        began = time.monotonic()
-        matrix @ matrix
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.monotonic() - began)
-    del matrix  # before the peak is reset: it is none of training's memory
-    total = torch.tensor(2 * n ** 3 / best, device=device)
-    add_up([total])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return float(total)
-
-
-def peak_mib(device):
-    """Peak memory of this process, or on its GPU, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    status = Path("/proc/self/status")  # ru_maxrss would begin with what the parent had
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS: bytes
+def check_finite(step, plan, **numbers):
+    """Raise FloatingPointError where one of the numbers is not finite."""
+    for name, value in numbers.items():
+        if not np.isfinite(value).all():
+            raise FloatingPointError(
+                f"{name.replace('_', ' ')} {np.mean(value)} at epoch {step // plan.steps + 1}, "
+                f"step {step}; try a lower --max-lr, --clip 1 or --precision float32, in another "
+                "run folder")
 
 
 # The run folder
 
-def describe_run(args, model, cache, plan, samples, flops):
-    """What args.json holds: arguments, settings in effect, sizes, speed, versions, data."""
+def check_data(cache, config, size):
+    """Rows that train and rows that validate; raise InputError for what lacks."""
+    empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
+    if empty:
+        raise InputError(f"{cache.folder} has no records in {fold_names(empty)}, to train on or to "
+                         "validate: take more, or give a table with strat_fold (see the README)")
+    if config.augment_p:
+        pool(config, cache.meta["rate"])  # checks the band against the rate
+    samples = config.samples(cache.signals.shape[1])
+    if samples < size.time_stride:
+        raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
+    return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD])
+
+
+def describe_run(args, config, model, cache, plan):
+    """What args.json holds: arguments, settings in effect, sizes, versions, data."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
                                 capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     except OSError:  # no git here
         commit = ""
     packages = ("torch", "numpy", "scipy", "scikit-learn", "wfdb", "ecgmentations")
-    forward, both = flops
-    twice = args.negatives == "batch" and plan.batch > plan.micro * plan.processes
-    return dict(args=vars(args), argv=sys.argv[1:], in_effect=asdict(plan),
-                config=asdict(model.config), n_parameters=n_parameters(model), samples=samples,
+    samples = config.samples(cache.signals.shape[1])
+    return dict(args=vars(args), argv=sys.argv[1:], in_effect=vars(plan),
+                strengths=dict(POOL=POOL, DISTURB=DISTURB), config=asdict(model.config),
+                n_parameters=n_parameters(model), samples=samples,
                 tokens=[samples // model.config.time_stride, len(LEADS)],
-                flop_per_record=2 * args.windows * (both + forward * twice),
-                peak_flops=matmul_peak(model.device, model.precision), precision=model.precision,
-                start_mib=peak_mib(model.device),
-                device=str(model.device), threads=torch.get_num_threads(),
-                git_commit=commit.strip() or None,
+                precision=model.precision, device=str(model.device),
+                threads=torch.get_num_threads(), git_commit=commit.strip() or None,
                 versions={"python": platform.python_version(), **{p: version(p) for p in packages}},
                 data=cache.meta)
 
 
-def differences(old, new):
-    """In which arguments, settings and data two args.json differ, a line each."""
-    lines = [f"--{key.replace('_', '-')}: {old['args'][key]} then, {value} now"
-             for key, value in new["args"].items()
-             if key not in NOT_A_RESULT and old["args"][key] != value]
-    then, now = old["in_effect"]["micro"], new["in_effect"]["micro"]
-    if then != now:
-        lines.append(f"micro-batch in effect (NPROC?): {then} then, {now} now")
-    then, now = old["data"], new["data"]
-    if then["fingerprint"] != now["fingerprint"]:
-        lines.append(f"data: {then['data']} at {then['rate']} Hz then, {now['data']} at "
-                     f"{now['rate']} Hz now")
-    return lines
+def settings_of(record):
+    """What decides a result, as users know it: {setting: value}; record: as in args.json."""
+    data, in_effect = record["data"], record["in_effect"]
+    settings = {"micro-batch in effect": in_effect["micro"], "precision": record["precision"],
+                "processes (NPROC)": in_effect["processes"]}
+    settings["data"] = f"{data['data']} at {data['rate']} Hz, fingerprint {data['fingerprint'][:8]}"
+    for name, value in record["args"].items():
+        if name not in NOT_A_RESULT:
+            settings[f"--{name.replace('_', '-')}"] = value
+    for name, strengths in record["strengths"].items():
+        for key, value in strengths.items():
+            settings[f"{name}[{key!r}] in views.py"] = value
+    return settings
 
 
 class RunFolder:
@@ -714,129 +607,84 @@ class RunFolder:
     """
 
     def __init__(self, path, record):
-        self.path, self.record, self.first = Path(path), record, ranks()[0] == 0
+        self.path, self.first = Path(path), ranks()[0] == 0
+        self.record = json.loads(json.dumps(record))  # as it is read back
         self.log, self.writer, self.saved_at = [], None, time.monotonic()
-        refused = [None]  # by the first process, for all
+        errors = [None]  # of the first process, for all
         try:
             if self.first:
                 self.open()
         except (InputError, OSError) as error:
-            refused = [error]
+            errors = [error]
         if dist.is_initialized():
-            dist.broadcast_object_list(refused)
-        if refused[0]:
-            raise refused[0]
+            dist.broadcast_object_list(errors)
+        if errors[0]:
+            raise errors[0]
         self.finished = (self.path / "model.pt").exists()
 
     def open(self):
         """Lock the folder, and compare args.json with the arguments of today."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # such as a file of that name
-            raise InputError(f"--run {self.path}: {error}; give another folder") from error
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "a")  # held while it is open
         try:  # lockf, not flock: workers that outlive a killed run for a moment do not hold it
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{self.path}: another process trains there; wait for it, or give "
                              "another RUN= (--run)") from error
-        if not any((self.path / name).exists() for name in (*SAVES, "model.pt")):
-            self.write_record(self.path)  # nothing to lose yet
-        old = read_args(self.path)
-        old["args"] = with_defaults(old["args"])
-        if lines := differences(old, self.record):
+        if not any((self.path / name).exists() for name in ("last.pt", "model.pt")):
+            write_json(self.path / "args.json", self.record)  # nothing to lose yet
+        old, new = settings_of(read_args(self.path)), settings_of(self.record)
+        if old != new:
+            lines = [f"{key}: {old.get(key)} then, {new.get(key)} now"
+                     for key in old | new if old.get(key) != new.get(key)]
             raise InputError(f"{self.path} was made with other arguments; give another RUN= "
                              "(--run), or remove the folder:\n  " + "\n  ".join(lines))
-        if old.get("git_commit") != self.record["git_commit"]:
-            print(f"note: the code was at {old.get('git_commit')} when this run began")
         if (self.path / "model.pt").exists():
             load_run(self.path)  # a damaged one is no finished run
 
     def restore(self, model, optimizer):
-        """Load the last save that is whole, if any: (steps done, sums since the log's last row)."""
-        state, total, faults = dict(step=0, sums={}, log=[]), self.record["in_effect"]["total"], []
-        for path in filter(Path.exists, map(self.path.joinpath, SAVES)):
-            try:
-                state = read_tensors(path, {"model", "optimizer", "step", "sums", "log"})
-                if type(state["step"]) is not int or not 0 <= state["step"] <= total:
-                    raise ValueError(f"step {state['step']!r} of {total}")
+        """Load last.pt, if there: (steps done, sums since the log's last row)."""
+        state, path = dict(step=0, sums={}, log=[]), self.path / "last.pt"
+        if path.exists():
+            with reading(path, f"remove {self.path} to train again"):
+                state = torch.load(path, map_location="cpu")
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
-                break
-            except Exception as error:  # whatever a damaged file leads torch to
-                faults.append(f"{path} is damaged ({str(error)[:80]!r})")
-        else:
-            if faults:
-                raise InputError(f"{'; '.join(faults)}; remove {self.path} to train again")
-        if faults and self.first:
-            print(f"note: {faults[0]}; going on from the save before it, {path}")
-        if dist.is_initialized():  # machines may differ in what a seed gives
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), 0)
         self.log = state["log"]
         if self.first:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(self.path / "tensorboard", purge_step=len(self.log) + 1)
-            self.write_log()  # a kill may have come between last.pt and it
         return state["step"], state["sums"]
 
-    def save(self, weights, optimizer, step, sums):
-        """Write last.pt, what is needed to go on at `step`; then log.jsonl, which is within it."""
+    def save(self, model, optimizer, step, sums):
+        """Write log.jsonl, and last.pt: what is needed to go on at `step`, the log too."""
         if self.first:
-            state = dict(model=weights, optimizer=optimizer.state_dict(), step=step, sums=sums,
-                         log=self.log)
-            last, before = map(self.path.joinpath, SAVES)
-
-            def write(tmp):
-                torch.save(state, tmp)
-                if last.exists():  # it makes room only for one that is whole
-                    os.replace(last, before)
-
-            write_atomic(last, write)
-            self.write_log()
+            lines = [json.dumps(row) + "\n" for row in self.log]
+            write_text(self.path / "log.jsonl", "".join(lines))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                         sums=sums, log=self.log)
+            write_atomic(self.path / "last.pt", lambda tmp: torch.save(state, tmp))
         self.saved_at = time.monotonic()
-
-    def write_log(self):
-        """Write log.jsonl, a line an epoch."""
-        lines = "".join(json.dumps(row) + "\n" for row in self.log)
-        write_atomic(self.path / "log.jsonl", lambda tmp: tmp.write_text(lines))
-
-    def write_record(self, folder):
-        """Write args.json."""
-        text = json.dumps(self.record, indent=1)
-        write_atomic(folder / "args.json", lambda tmp: tmp.write_text(text))
 
     def add(self, row):
         """Add the row of an epoch to the log, to TensorBoard and to the screen."""
         self.log.append(row)
         if self.first:
-            parts = [f"epoch {row['epoch']:>3}/{Plan(**self.record['in_effect']).epochs}"]
-            for key, (name, form) in SHOWN.items():
-                parts.append(f"{name} " + ("-" if row[key] is None else f"{row[key]:{form}}"))
-            tqdm.write("  ".join(parts))
-            with writing(self.path / "tensorboard"):
-                for key, value in row.items():
-                    if value is not None:
-                        self.writer.add_scalar(key, value, row["epoch"])
-                self.writer.flush()
+            known = {key: value for key, value in row.items() if value is not None}
+            tqdm.write("  ".join(f"{key} {known[key]:.4g}" for key in SHOWN if key in known))
+            for key, value in known.items():
+                self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
 
-    def keep(self, model, folder):
-        """Write what evaluation needs: model.pt, and args.json in a folder other than the run's."""
+    def write_model(self, model, folder):
+        """Write what evaluation needs, model.pt and args.json, to the run's or another folder."""
         if self.first:
-            if folder != self.path:
-                self.write_record(folder)
+            write_json(folder / "args.json", self.record)
             final = dict(model=model.state_dict(), config=asdict(model.config))
             write_atomic(folder / "model.pt", lambda tmp: torch.save(final, tmp))
 
-    def finish(self, model):
-        """Write model.pt and let go of the folder."""
-        self.keep(model, self.path)
-        if self.first:
-            (self.path / SAVES[1]).unlink(missing_ok=True)
-        self.leave(f"finished, {self.record['in_effect']['total']} steps")
-
-    def leave(self, text):
+    def close(self, text):
         """Let go of the folder, and say why."""
         if self.first:
             if self.writer:
@@ -845,74 +693,28 @@ class RunFolder:
             print(f"{self.path}: {text}")
 
 
-def summary(sums, record):
-    """The row of an epoch: means over its steps, from the sums of their statistics."""
-    mean = {key: value / sums["n"] for key, value in sums.items() if key != "n"}
-    norms = stream_norms([mean.get(name, 0) for name in STREAM_NORMS], record["tokens"])
-    if STREAM_NORMS[0] not in mean:  # a ResNet has no streams
-        norms = dict.fromkeys(norms)
-    elif record["config"]["max_pool"] or record["config"]["lead_tokens"]:  # not the mean alone
-        norms |= dict.fromkeys(("grad_norm_time", "grad_norm_channel", "grad_norm_ratio"))
-    seconds, waited, flop = mean.pop("seconds"), mean.pop("waited"), record["flop_per_record"]
-    speed = record["in_effect"]["batch"] / seconds
-    return mean | norms | dict(
-        records_per_second=speed, data_share=waited / seconds,
-        gflop_per_record=flop / 1e9, of_peak=speed * flop / record["peak_flops"],
-        peak_mib=peak_mib(torch.device(record["device"])))
-
-
-def announce(run, n_train, n_val, notes, start):
+def announce(run, n_train, n_val, start):
     """Print what is about to be trained, on what, with which settings in effect."""
-    record, args, plan = run.record, run.record["args"], Plan(**run.record["in_effect"])
-    meta, validated = record["data"], n_val // plan.val_batch * plan.val_batch
-    lines = dict(
-        view=from_args(ViewConfig, args).describe(),
-        data=("SYNTHETIC, " if meta["synthetic"] else "") + f"{meta['data']} at {meta['rate']} Hz: "
-        f"{n_train} training records (folds 1-8), {n_val} validation (fold 9, the loss on "
-        f"{validated} of them); {len(meta['left_out'])} left out",
-        model=f"{args['arch']}, {record['n_parameters']:,} parameters, {record['samples']} samples "
-        f"a view, on {record['device']} in {record['precision']}",
-        batch=f"{plan.batch} in micro-batches of {plan.micro}, negatives from the "
-        f"{args['negatives']}",
-        schedule=f"{plan.total} steps in {plan.epochs} epochs of {plan.steps}, warm-up "
-        f"{plan.warmup}, rate up to {args['max_lr']:g}, then down to {args['final_lr']:g}",
-        chance="a loss of {:.2f}, in validation {:.2f}".format(
-            *chance(args, record["in_effect"])))
-    if start:
-        notes = [*notes, f"resumed at step {start} of {plan.total}"]
-    for what, text in (*lines.items(), *(("note", note) for note in notes),
-                       ("note", f"writing to {run.path}")):
-        print(f"{what:10} {text}")
-
-
-SHOWN = dict(  # of a row on the screen: name there, format
-    loss=("loss", ".4f"), val_loss=("val", ".4f"), lr=("lr", ".1e"),
-    grad_norm_ratio=("channel/time", ".2f"), grad_norm_ratio_corrected=("corrected", ".2f"),
-    silhouette=("sil", "+.3f"), davies_bouldin=("DB", ".2f"), calinski_harabasz=("CH", ".2f"),
-    records_per_second=("rec/s", ".0f"), of_peak=("of peak", ".0%"), data_share=("data", ".1%"),
-    peak_mib=("MiB", ".0f"))
-
-
-def check_data(cache, config, size):
-    """Rows of folds 1-8, rows of fold 9, samples of a view; raise InputError for what lacks."""
-    empty = sorted({*TRAIN_FOLDS, VAL_FOLD} - set(cache.index.strat_fold))
-    if empty:
-        raise InputError(f"{cache.folder} has no records in fold {', '.join(map(str, empty))}; "
-                         "folds 1-8 train and 9 validates: take more records, or give a table "
-                         "with strat_fold (see the README)")
-    if config.augment_p:
-        pool(config, cache.meta["rate"])  # checks the band against the rate
-    samples = round(config.window * config.timing()[1] * cache.signals.shape[1])
-    if samples < size.time_stride:
-        raise InputError(f"--time-stride {size.time_stride}: a view has only {samples} samples")
-    return cache.rows(TRAIN_FOLDS), cache.rows([VAL_FOLD]), samples
+    record, args, meta = run.record, run.record["args"], run.record["data"]
+    plan, (at_chance, val_chance) = record["in_effect"], chance(args, record["in_effect"])
+    synthetic = "SYNTHETIC, " if meta["synthetic"] else ""
+    print(f"""\
+view      {from_args(ViewConfig, args).describe()}
+data      {synthetic}{meta['data']} at {meta['rate']} Hz
+records   {n_train} of {fold_names(TRAIN_FOLDS)} train, {n_val} of {fold_names(VAL_FOLD)} validate
+model     {record['n_parameters']:,} parameters, {record['samples']} samples a view
+on        {record['device']} in {record['precision']}
+batch     {plan['batch']} in micro-batches of {plan['micro']}
+negatives from the {args['negatives']}
+steps     {plan['total']} in {plan['epochs']} epochs, warm-up {plan['warmup']}, from step {start}
+loss      at chance {at_chance:.2f}, in validation {val_chance:.2f}
+folder    {run.path}""")
 
 
 # The command line
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [--help] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data and run")
     add, switch = group.add_argument, argparse.BooleanOptionalAction
@@ -927,12 +729,14 @@ def get_args(argv=None):
     add("--keep-every", type=bounded(int, 1), help="keep the weights of every so many epochs, each "
         "in a folder RUN/epoch-... that evaluate.py takes for a run")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=bounded(int, 1), default=50, help="passes over folds 1-8")
+    add("--epochs", type=bounded(int, 1), default=50,
+        help=f"passes over {fold_names(TRAIN_FOLDS)}")
     add("--max-steps", type=bounded(int, 1), help="end after this many, with the whole schedule")
     add("--batch-size", type=bounded(int, 2), help=f"effective batch; by default {BATCH}, or less "
         f"when that leaves under {MIN_STEPS} steps an epoch")
     add("--micro-batch", type=bounded(int, 1), default=16,
-        help="records in memory at once; halve it if memory runs out")
+        help="records in memory at once; halve it if memory runs out. Views and gradient do not "
+        "depend on it, but dropout draws other masks")
     add("--max-lr", type=bounded(float, 1e-12), default=3e-4,
         help="peak of the cycle; lower it if the loss jumps")
     add("--final-lr", type=bounded(float, 1e-12), default=3e-5, help="end of the cycle (paper)")
@@ -942,27 +746,12 @@ def get_args(argv=None):
     add("--precision", choices=("auto", "float32", "tf32", "bfloat16"), default="auto",
         help="of the encoder's arithmetic; weights and loss stay float32 (tf32: the loss's "
         "products too). auto: bfloat16 on GPUs that have it")
-    add("--bf16-weights", action=switch, default=False,
-        help="hold the weights in bfloat16, as the paper did: steps are rounded to it")
     add("--compile", action=switch, default=False, help="compile the model: a minute or more at "
         "the start, and a C++ compiler on a CPU")
     add_flags(parser, "loss", Objective)
     add_flags(parser, "views", ViewConfig)
     add_model_flags(parser)
     return parse(parser, argv)
-
-
-def with_defaults(saved):
-    """Saved arguments of a run, with the defaults of its preset for flags younger than the run."""
-    if saved["preset"] not in PRESETS:
-        raise InputError(f"args.json is damaged (preset: {saved['preset']!r}); mend it, or train "
-                         "again")
-    usual = vars(get_args([])) | PRESETS[saved["preset"]]
-    kinds = {str: str, type(None): (int, float, str, type(None))}  # of a default: else a number
-    for key, value in saved.items():
-        if not isinstance(value, kinds.get(type(usual.get(key)), (int, float))):
-            raise InputError(f"args.json is damaged ({key}: {value!r}); mend it, or train again")
-    return usual | saved
 
 
 def main():
@@ -975,7 +764,8 @@ def main():
         raise InputError(f"out of memory ({str(error)[:80]!r}): halve --micro-batch "
                          f"{args.micro_batch}, in another run folder if this one has a last.pt"
                          ) from error
-    leave_processes()
+    if dist.is_initialized():  # gloo's threads end, of which one could abort Python at its end
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
